@@ -1,0 +1,41 @@
+"""Memory budgets, low-memory callbacks and snapshots that cannot kill, for Python processes on Linux."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"memsafe works on Linux only: it stands on cgroups, PSI and /proc, which {sys.platform} lacks")
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memsafe.errors import MemsafeError as MemsafeError
+
+_MODULES = {
+    "memsafe.errors": (
+        "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
+        "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
+        "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
+    ),
+    "memsafe.sizes": ("format_size", "parse_size"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for: importing memsafe stays cheap."""
+    try:
+        module = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'memsafe' has no attribute {name!r}") from None
+    value = globals()[name] = getattr(import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

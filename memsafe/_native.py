@@ -1,0 +1,27 @@
+"""The only importer of memsafe_native: checked calls, and the C types that keep the GIL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memsafe_native._ext import ffi, lib
+
+from memsafe.errors import KernelError
+
+_types: dict[str, Any] = {}
+if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
+    raise ImportError("memsafe_native could not create its types; the error is printed above")
+
+
+def check(result: int, call: str, detail: str = "") -> int:
+    """Return *result* of a native call, or raise what its -errno means.
+
+    Raises:
+        KernelError: *result* is negative; named after *call*.
+    """
+    if result < 0:
+        raise KernelError(-result, call, detail)
+    return result
+
+
+__all__ = ["check", "ffi", "lib"]

@@ -1,0 +1,146 @@
+"""Every error that memsafe raises. All derive from MemsafeError."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memsafe.budget import Budget, Consumer
+    from memsafe.commit import ForkAssessment
+
+
+class MemsafeError(Exception):
+    """The root of all errors that memsafe raises on purpose."""
+
+
+class BudgetExceededError(MemsafeError, MemoryError):
+    """A budget refused a reservation; nothing was changed.
+
+    Attributes:
+        requested_bytes: What was asked for.
+        budget: The budget that was asked.
+        refused_by: The budget whose limit would have been passed: *budget* itself or one of its ancestors.
+        available_bytes: What *refused_by* had left when it refused.
+        top_consumers: The largest holders under *refused_by*, largest first.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        requested_bytes: int,
+        budget: Budget,
+        refused_by: Budget,
+        available_bytes: int,
+        top_consumers: Sequence[Consumer] = (),
+    ) -> None:
+        super().__init__(message)
+        self.requested_bytes = requested_bytes
+        self.budget = budget
+        self.refused_by = refused_by
+        self.available_bytes = available_bytes
+        self.top_consumers = tuple(top_consumers)
+
+
+class BudgetAbortedError(MemsafeError):
+    """The budget, or an ancestor of it, was aborted: nothing more can be reserved from it."""
+
+
+class BudgetClosedError(MemsafeError):
+    """The budget was closed before the call."""
+
+
+class ReservationClosedError(MemsafeError):
+    """The reservation was released before the call."""
+
+
+class SnapshotRefusedError(MemsafeError):
+    """A snapshot was not begun because it would not be safe; nothing was done.
+
+    Attributes:
+        assessment: The ForkAssessment, with the reasons.
+    """
+
+    def __init__(self, message: str, assessment: ForkAssessment) -> None:
+        super().__init__(message)
+        self.assessment = assessment
+
+
+class SnapshotInProgressError(MemsafeError):
+    """Another fork snapshot of this process is still running; one at a time."""
+
+
+class SnapshotFailedError(MemsafeError):
+    """A snapshot ended without an image; the file at its path is the one that was there before."""
+
+
+class SnapshotOverrunError(SnapshotFailedError):
+    """The snapshot was ended because its copies passed the bound, or ate the headroom of the process.
+
+    Attributes:
+        copy_bytes: Copies counted when it was ended.
+        max_copy_bytes: The bound, or None when the headroom was what ended it.
+    """
+
+    def __init__(self, message: str, *, copy_bytes: int, max_copy_bytes: int | None) -> None:
+        super().__init__(message)
+        self.copy_bytes = copy_bytes
+        self.max_copy_bytes = max_copy_bytes
+
+
+class SnapshotCancelledError(SnapshotFailedError):
+    """The snapshot was cancelled by its owner."""
+
+
+class OOMKilledError(SnapshotFailedError):
+    """The kernel's OOM killer ended the child."""
+
+
+class UnsupportedError(MemsafeError):
+    """This machine cannot do what was asked: says which feature, since which kernel, and what to do instead."""
+
+
+class KernelError(MemsafeError, OSError):
+    """A system call, or a file of the kernel, failed.
+
+    Attributes:
+        call: The call's name, with its object where there is one.
+        errno, strerror: As of OSError.
+    """
+
+    def __init__(self, errno: int, call: str, detail: str = "") -> None:
+        text = f"{call}: {os.strerror(errno)}"
+        super().__init__(errno, f"{text} ({detail})" if detail else text)
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_kernel_error, (self.args, self.call))
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def _kernel_error(args: tuple[int, str], call: str) -> KernelError:
+    error = KernelError(args[0], call)
+    error.args = args
+    return error
+
+
+__all__ = [
+    "BudgetAbortedError",
+    "BudgetClosedError",
+    "BudgetExceededError",
+    "KernelError",
+    "MemsafeError",
+    "OOMKilledError",
+    "ReservationClosedError",
+    "SnapshotCancelledError",
+    "SnapshotFailedError",
+    "SnapshotInProgressError",
+    "SnapshotOverrunError",
+    "SnapshotRefusedError",
+    "UnsupportedError",
+]

@@ -1,0 +1,1 @@
+"""The compiled half of memsafe. Nothing but memsafe._native imports it."""

@@ -1,0 +1,6 @@
+/* Knows CPython. Each function adds one concept's types to a dict; 0, or -1 with a Python error set. */
+#ifndef MS_PYTHON_TYPES_INTERNAL_H
+#define MS_PYTHON_TYPES_INTERNAL_H
+#include <Python.h>
+
+#endif
