@@ -1,0 +1,110 @@
+"""The machine as a whole: physical memory, swap, commit (proc(5), Documentation/mm/overcommit-accounting.rst)."""
+
+from __future__ import annotations
+
+import os
+
+from memsafe._kernel import files
+from memsafe._kernel.files import Labelled, Root
+
+PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+
+
+class MemInfo:
+    """The lines of /proc/meminfo that memsafe needs; None where the kernel does not say.
+
+    A line is looked at when it is asked for, so that garbage in one leaves the others readable.
+    """
+
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: Labelled) -> None:
+        self._lines = lines
+
+    @property
+    def total_bytes(self) -> int | None:
+        """RAM that the kernel manages."""
+        return self._lines.size_bytes(b"MemTotal")
+
+    @property
+    def free_bytes(self) -> int | None:
+        """RAM that nobody uses for anything."""
+        return self._lines.size_bytes(b"MemFree")
+
+    @property
+    def available_bytes(self) -> int | None:
+        """RAM that could be had without swapping: free, and the caches that can be dropped."""
+        return self._lines.size_bytes(b"MemAvailable")
+
+    @property
+    def swap_total_bytes(self) -> int | None:
+        """All swap."""
+        return self._lines.size_bytes(b"SwapTotal")
+
+    @property
+    def swap_free_bytes(self) -> int | None:
+        """Swap that is not used."""
+        return self._lines.size_bytes(b"SwapFree")
+
+    @property
+    def hugetlb_bytes(self) -> int | None:
+        """RAM held by the huge page pools of every size (since Linux 4.16)."""
+        return self._lines.size_bytes(b"Hugetlb")
+
+    @property
+    def commit_limit_bytes(self) -> int | None:
+        """What may be promised to all processes together, in mode 2."""
+        return self._lines.size_bytes(b"CommitLimit")
+
+    @property
+    def committed_bytes(self) -> int | None:
+        """What is promised to all processes together."""
+        return self._lines.size_bytes(b"Committed_AS")
+
+
+def meminfo(root: Root = "/") -> MemInfo:
+    """Return /proc/meminfo.
+
+    Raises:
+        KernelError: It cannot be read.
+    """
+    path = files.under(root, "/proc/meminfo")
+    return MemInfo(Labelled(files.read(path), path))
+
+
+def overcommit_mode(root: Root = "/") -> int | None:
+    """Return vm.overcommit_memory: 0 guess, 1 always, 2 never; None where it is not told.
+
+    Raises:
+        KernelError: The file cannot be read or holds another number.
+    """
+    path = files.under(root, "/proc/sys/vm/overcommit_memory")
+    mode = files.read_count(path)
+    if mode is not None and mode > 2:
+        raise files.garbage(path, f"{mode} is no mode")
+    return mode
+
+
+def sysctl(name: str, root: Root = "/") -> int | None:
+    """Return the number in /proc/sys/<name>, or None where there is no such file.
+
+    Raises:
+        KernelError: The file cannot be read or holds no number.
+    """
+    return files.read_count(files.under(root, f"/proc/sys/{name}"))
+
+
+def threads(root: Root = "/") -> int | None:
+    """Return how many threads all processes have together, or None where it is not told.
+
+    Raises:
+        KernelError: /proc/loadavg cannot be read or makes no sense.
+    """
+    path = files.under(root, "/proc/loadavg")
+    text = files.read_optional(path)
+    if text is None:
+        return None
+    words = text.split()
+    if len(words) < 4:
+        raise files.garbage(path, f"{text[:40]!r} is no load average")
+    return files.count(words[3].partition(b"/")[2], path)

@@ -1,0 +1,268 @@
+"""What /proc/<pid> says about a process's memory (Documentation/filesystems/proc.rst)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memsafe._kernel import files
+from memsafe._kernel.files import UNLIMITED, Labelled, Root
+from memsafe.errors import KernelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CAP_SYS_ADMIN = 21
+CAP_SYS_RESOURCE = 24
+
+# The inode that the kernel gives the first user namespace (include/uapi/linux/nsfs.h, USER_NS_INIT_INO).
+_INITIAL_USER_NAMESPACE = "user:[4026531837]"
+
+# 10,000 mappings take some 10 MB of smaps; max_map_count may be raised to any number.
+_SMAPS_BYTES_MAX = 2**31
+
+
+class ProcessStatus:
+    """The lines of /proc/<pid>/status that concern memory; None where the kernel does not say (a kernel thread).
+
+    A line is looked at when it is asked for, so that garbage in one leaves the others readable.
+    """
+
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: Labelled) -> None:
+        self._lines = lines
+
+    @property
+    def rss_bytes(self) -> int | None:
+        """What is in RAM."""
+        return self._lines.size_bytes(b"VmRSS")
+
+    @property
+    def anonymous_bytes(self) -> int | None:
+        """What is in RAM and in no file."""
+        return self._lines.size_bytes(b"RssAnon")
+
+    @property
+    def swap_bytes(self) -> int | None:
+        """What is swapped out."""
+        return self._lines.size_bytes(b"VmSwap")
+
+    @property
+    def total_vm_bytes(self) -> int | None:
+        """All mappings: what RLIMIT_AS limits."""
+        return self._lines.size_bytes(b"VmSize")
+
+    @property
+    def data_vm_bytes(self) -> int | None:
+        """Private writable mappings but the stack: what RLIMIT_DATA limits."""
+        return self._lines.size_bytes(b"VmData")
+
+    @property
+    def page_table_bytes(self) -> int | None:
+        """Its page tables, of all levels."""
+        return self._lines.size_bytes(b"VmPTE")
+
+    @property
+    def real_uid(self) -> int | None:
+        """Its real user."""
+        uids = self._lines.get(b"Uid")
+        return files.count(uids.split()[0], self._lines.path) if uids else None
+
+    @property
+    def effective_capabilities(self) -> int:
+        """Its capabilities as a set of bits; none where they are not told."""
+        text = self._lines.get(b"CapEff")
+        if text is None:
+            return 0
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
+            raise files.garbage(self._lines.path, f"CapEff is {text[:40]!r}")
+        return int(text, 16)
+
+
+class Limits:
+    """Soft limits in /proc/<pid>/limits; files.UNLIMITED where there is none, None where the file does not tell."""
+
+    __slots__ = ("_path", "_texts")
+
+    def __init__(self, text: bytes, path: str) -> None:
+        self._path = path
+        self._texts = dict(_LIMIT.findall(text))
+
+    @property
+    def data_bytes(self) -> int | None:
+        """RLIMIT_DATA."""
+        return self._soft(b"data size")
+
+    @property
+    def address_space_bytes(self) -> int | None:
+        """RLIMIT_AS."""
+        return self._soft(b"address space")
+
+    @property
+    def processes(self) -> int | None:
+        """RLIMIT_NPROC: threads that the real user may have."""
+        return self._soft(b"processes")
+
+    def _soft(self, name: bytes) -> int | None:
+        text = self._texts.get(name)
+        if text is None or text == b"unlimited":
+            return None if text is None else UNLIMITED
+        return files.limit(text, self._path)
+
+
+_LIMIT = re.compile(rb"^Max (data size|address space|processes) +(\S+) ", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class SmapsRollup:
+    """Sums over all mappings. Reading them walks the page tables: milliseconds per GiB."""
+
+    rss_bytes: int
+    pss_bytes: int
+    shared_dirty_bytes: int
+    private_dirty_bytes: int
+    anonymous_bytes: int
+    swap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One entry of smaps.
+
+    Attributes:
+        start, end: Addresses.
+        size_bytes: What it spans: Size, which is end - start.
+        private: Not MAP_SHARED.
+        resident_bytes, swap_bytes: In RAM; swapped out.
+        anonymous_bytes: Resident and of this process alone to keep: private pages, a file's written ones included.
+        flags: The two-letter VmFlags, such as ``ac`` (its commit is accounted) and ``dc`` (not copied by fork).
+    """
+
+    start: int
+    end: int
+    size_bytes: int
+    private: bool
+    resident_bytes: int
+    anonymous_bytes: int
+    swap_bytes: int
+    flags: frozenset[str]
+
+
+def status(root: Root = "/", pid: int | str = "self") -> ProcessStatus:
+    """Return /proc/<pid>/status.
+
+    Raises:
+        KernelError: It cannot be read.
+    """
+    path = files.under(root, f"/proc/{pid}/status")
+    return ProcessStatus(Labelled(files.read(path), path))
+
+
+def in_initial_user_namespace(root: Root = "/", pid: int | str = "self") -> bool:
+    """Whether *pid* lives in the first user namespace, where its capabilities are worth what they say.
+
+    A kernel without /proc/<pid>/ns/user has no user namespaces, hence only the first.
+
+    Raises:
+        KernelError: The link is there and cannot be read.
+    """
+    try:
+        return files.read_link(files.under(root, f"/proc/{pid}/ns/user")) == _INITIAL_USER_NAMESPACE
+    except KernelError as error:
+        if files.is_missing(error):
+            return True
+        raise
+
+
+def oom_score(root: Root = "/", pid: int | str = "self") -> int | None:
+    """Return how likely the OOM killer is to take *pid*, or None where it is not told."""
+    return files.read_count(files.under(root, f"/proc/{pid}/oom_score"))
+
+
+def oom_score_adj(root: Root = "/", pid: int | str = "self") -> int | None:
+    """Return the adjustment of *pid*, -1000 to 1000, or None where it is not told."""
+    path = files.under(root, f"/proc/{pid}/oom_score_adj")
+    text = files.read_optional(path)
+    if text is None:
+        return None
+    text = text.strip()
+    value = files.count(text.removeprefix(b"-"), path)
+    return -value if text.startswith(b"-") else value
+
+
+def limits(root: Root = "/", pid: int | str = "self") -> Limits:
+    """Return /proc/<pid>/limits.
+
+    Raises:
+        KernelError: It cannot be read.
+    """
+    path = files.under(root, f"/proc/{pid}/limits")
+    return Limits(files.read(path), path)
+
+
+def smaps_rollup(pid: int | str = "self", root: Root = "/") -> SmapsRollup:
+    """Return the sums over all mappings of *pid*.
+
+    Raises:
+        KernelError: It cannot be read (another user's process, no such process) or makes no sense.
+    """
+    path = files.under(root, f"/proc/{pid}/smaps_rollup")
+    lines = Labelled(files.read(path), path)
+    return SmapsRollup(
+        rss_bytes=lines.required_bytes(b"Rss"),
+        pss_bytes=lines.required_bytes(b"Pss"),
+        shared_dirty_bytes=lines.required_bytes(b"Shared_Dirty"),
+        private_dirty_bytes=lines.required_bytes(b"Private_Dirty"),
+        anonymous_bytes=lines.required_bytes(b"Anonymous"),
+        swap_bytes=lines.required_bytes(b"Swap"),
+    )
+
+
+def pss_bytes(pid: int | str = "self", root: Root = "/") -> int:
+    """Return the proportional set size of *pid*, by a walk over its page tables.
+
+    Raises:
+        KernelError: smaps_rollup cannot be read or makes no sense.
+    """
+    path = files.under(root, f"/proc/{pid}/smaps_rollup")
+    return Labelled(files.read(path), path).required_bytes(b"Pss")
+
+
+# "start-end perms …": the head of an entry; every other line begins with a capital's label.
+_HEAD = re.compile(rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][sp]) ", re.MULTILINE)
+
+
+def mappings(pid: int | str = "self", root: Root = "/") -> list[Mapping]:
+    """Return every mapping of *pid*, by a walk over its page tables.
+
+    Raises:
+        KernelError: smaps cannot be read or makes no sense.
+    """
+    path = files.under(root, f"/proc/{pid}/smaps")
+    text = files.read(path, max_bytes=_SMAPS_BYTES_MAX)
+    return list(_entries(text, path))
+
+
+def _entries(text: bytes, path: str) -> Iterator[Mapping]:
+    heads = list(_HEAD.finditer(text))
+    if not heads and text.strip():
+        raise files.garbage(path, "it has no mapping")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    for head, end in zip(heads, ends, strict=True):
+        lines = Labelled(text[head.end() : end], path)
+        flags = lines.get(b"VmFlags")
+        if flags is None:
+            # Without it nothing can be said about the charge (it is there since Linux 3.8).
+            raise files.lacking(path, "VmFlags")
+        yield Mapping(
+            start=int(head[1], 16),
+            end=int(head[2], 16),
+            size_bytes=lines.required_bytes(b"Size"),
+            private=head[3].endswith(b"p"),
+            resident_bytes=lines.size_bytes(b"Rss") or 0,
+            anonymous_bytes=lines.size_bytes(b"Anonymous") or 0,
+            swap_bytes=lines.size_bytes(b"Swap") or 0,
+            flags=frozenset(flags.decode("ascii", "replace").split()),
+        )
