@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memsafe.errors import MemsafeError as MemsafeError
 
 _MODULES = {
+    "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
