@@ -20,6 +20,8 @@ _MODULES = {
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
+    "memsafe.heap": ("trim",),
+    "memsafe.region": ("Region",),
     "memsafe.sizes": ("format_size", "parse_size"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from memsafe.region import Region
+
     Reclaimer = Callable[[int], int]
     SoftLimitCallback = Callable[["Budget"], object]
     ReclaimerT = TypeVar("ReclaimerT", bound=Reclaimer)
@@ -350,6 +352,22 @@ class Budget(BudgetCore):
                 f"cannot uncharge {size_bytes} bytes from budget {self.path!r}: "
                 f"{self.charged_bytes} are charged there outside of reservations"
             )
+
+    def map(self, size: Size, *, huge_pages: bool = False) -> Region:
+        """Return anonymous memory of its own mapping, charged to this budget until it is closed.
+
+        Args:
+            size: Rounded up to whole pages (4 KiB on most machines; 2 MiB with *huge_pages*).
+            huge_pages: Ask for transparent huge pages. Only advice: the kernel gives them when it has them.
+
+        Raises:
+            BudgetExceededError: As reserve().
+            KernelError: mmap(2) failed.
+            ValueError: *size* is not a size, or is 0.
+        """
+        from memsafe.region import Region
+
+        return Region(self, size, huge_pages=huge_pages)
 
     # What follows is called from C, by name, when an exact int was not taken at once.
 

@@ -4,5 +4,6 @@
 #include <Python.h>
 
 int ms_budget_py_add(PyObject *dict);
+int ms_region_py_add(PyObject *dict);
 
 #endif
