@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from memsafe.budget import Budget
     from memsafe.pressure.sources import SourceStatus
     from memsafe.pressure.stream import EventStream
+    from memsafe.pressure.waiter import Report
     from memsafe.status import MemoryStatus
 
     Callback = Callable[[PressureEvent], object]
@@ -311,16 +311,14 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self, hub: Hub) -> None:
-        poll = select.poll()
-        poll.register(hub.waiter.fileno(), select.POLLIN)
         requests: list[_Request] = []
         try:
             while not self._stopping:
-                poll.poll()
+                reports = hub.wait()
                 with self._lock:
                     requests, self._requests = self._requests, []
                 before = self.level
-                self._turn(hub, requests)
+                self._turn(hub, reports, requests)
                 if self.level is before and not requests:
                     time.sleep(_REST_S)
         finally:
@@ -340,7 +338,7 @@ class PressureMonitor:
         for request in requests:
             request.done.set()
 
-    def _turn(self, hub: Hub, requests: list[_Request]) -> None:
+    def _turn(self, hub: Hub, reports: list[Report], requests: list[_Request]) -> None:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         for request in requests:
             # Unless an announcement came in between, which the callback has heard.
@@ -348,7 +346,7 @@ class PressureMonitor:
                 self._call(request.callback, request.missed)
         wants_look = any(request.level is None and request.callback is None for request in requests)
         try:
-            heard, causes = hub.hear()
+            heard, causes = hub.hear(reports)
             if heard or wants_look:
                 self._look(hub, heard, causes)
             for request in requests:
@@ -369,12 +367,13 @@ class PressureMonitor:
         now_s = self._clock()
         previous = self._ladder.level
         level = self._ladder.move(judgement.raised, judgement.held, now_s)
-        self._set_timer(hub, status, now_s)
         if level != previous:
             woken_by = next((name for name in heard if name != "polling"), "polling")
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
         elif judgement.raised > PressureLevel.NORMAL and now_s - self._responded_at_s >= _RESPOND_AGAIN_S:
             self._respond_again(judgement)
+        # Last: whoever is to be warned should not wait for it.
+        self._set_timer(hub, status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
         previous, now_s = self._ladder.level, self._clock()
@@ -383,13 +382,13 @@ class PressureMonitor:
         status = memory_status(root=self._root)
         judgement = levels.judge(status, self._thresholds)
         self._ladder.force(level, now_s)
-        self._set_timer(hub, status, now_s)
         drill = replace(judgement, raised=level, held=level, detail=f"simulated; {judgement.detail}")
         self._announce(previous, drill, "simulate", now_s)
+        self._set_timer(hub, status)
 
-    def _set_timer(self, hub: Hub, status: MemoryStatus, now_s: float) -> None:
+    def _set_timer(self, hub: Hub, status: MemoryStatus) -> None:
         after_s = levels.poll_after_s(status, self._thresholds, hub.guarded)
-        falls_after_s = self._ladder.falls_after_s(now_s)
+        falls_after_s = self._ladder.falls_after_s(self._clock())
         hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s))
 
     # ------------------------------------------------------------------------------------------------ telling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -77,7 +78,16 @@ class Waiter:
 
     def take(self) -> list[Report]:
         """Return what happened since the last call, and make fileno() unreadable where that was all."""
-        count = check(lib.ms_waiter_take(self._open(), self._reports, _REPORTS), "take from the native waiter")
+        return self._reported(lib.ms_waiter_take(self._open(), self._reports, _REPORTS))
+
+    def wait(self) -> list[Report]:
+        """Wait until fileno() is readable, then take(); nothing, where somebody only wrote to it."""
+        return self._reported(lib.ms_waiter_wait(self._open(), self._reports, _REPORTS))
+
+    def _reported(self, count: int) -> list[Report]:
+        if count == -errno.EINTR:
+            return []
+        check(count, "take from the native waiter")
         return [
             Report(each.token, each.count, each.first_ns, each.last_ns, each.lost_errno)
             for each in self._reports[0:count]

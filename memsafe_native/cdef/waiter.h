@@ -43,6 +43,11 @@ int ms_waiter_fileno(const ms_waiter *waiter);
  * Returns how many were written, -EINVAL, -ECHILD. Thread-safe. Needs no GIL. */
 int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
 
+/* As ms_waiter_take, but first wait until ms_waiter_fileno is readable. One call where poll and take would be two:
+ * beside busy Python threads, each return from native code may wait a switch interval for the GIL. Returns as
+ * ms_waiter_take, perhaps 0; or -EINTR. Thread-safe. Needs no GIL. */
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
+
 /* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.
  * pre: no other call on this waiter is running or follows. Needs no GIL. */
 void ms_waiter_close(ms_waiter *waiter);

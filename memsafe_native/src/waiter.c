@@ -1,5 +1,6 @@
 /* The native waiter: see cdef/waiter.h for the contract. */
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -383,6 +384,16 @@ int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
         signal_reader(waiter);
     pthread_mutex_unlock(&waiter->lock);
     return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
+{
+    struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (poll(&news, 1, -1) < 0)
+        return -errno;
+    return ms_waiter_take(waiter, reports, capacity);
 }
 
 /* --- timers ------------------------------------------------------------------------------------------------------- */
