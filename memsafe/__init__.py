@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from memsafe.errors import MemsafeError as MemsafeError
 
 _MODULES = {
+    "memsafe.commit": ("ForkAssessment", "assess_fork"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.sizes": ("format_size", "parse_size"),
+    "memsafe.status": (
+        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
+    ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
