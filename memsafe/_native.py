@@ -12,6 +12,8 @@ _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
 
+fork = _types["fork"]
+
 
 def check(result: int, call: str, detail: str = "") -> int:
     """Return *result* of a native call, or raise what its -errno means.
@@ -24,4 +26,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["check", "ffi", "lib"]
+__all__ = ["check", "ffi", "fork", "lib"]

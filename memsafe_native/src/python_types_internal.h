@@ -3,4 +3,6 @@
 #define MS_PYTHON_TYPES_INTERNAL_H
 #include <Python.h>
 
+int ms_fork_attach(PyObject *dict);
+
 #endif
