@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memsafe.errors import MemsafeError as MemsafeError
+    from memsafe.snapshot import SnapshotJob as SnapshotJob
+    from memsafe.snapshot import SnapshotProgress as SnapshotProgress
+    from memsafe.snapshot import SnapshotResult as SnapshotResult
+    from memsafe.snapshot import fork_snapshot as fork_snapshot
 
 _MODULES = {
     "memsafe.errors": (
@@ -19,6 +23,7 @@ _MODULES = {
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
+    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
