@@ -140,7 +140,7 @@ class AtomicFile:
 
     def _remove_leftovers(self) -> None:
         prefix = self._prefix()
-        for name in os.listdir(self._folder_fd):
+        for name in os.listdir(self._folder_fd):  # noqa: PTH208 - pathlib knows no descriptors
             if name.startswith(prefix) and name.endswith(".tmp"):
                 with suppress(OSError):
                     self._remove_if_unused(name)

@@ -39,7 +39,7 @@ class SnapshotResult:
         size_bytes: The file's size.
         pause_s: For how long the process stood still when the snapshot began.
         duration_s: From that instant until file and folder were synced.
-        peak_copy_bytes: The most extra memory that private copies took at any measurement; None if it could not be read.
+        peak_copy_bytes: The most memory that private copies took at any measurement; None if it could not be read.
         method: The engine: ``"fork"``.
         warnings: What could not be done, though the image is complete.
     """

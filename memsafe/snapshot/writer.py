@@ -19,5 +19,6 @@ class SnapshotWriter(io.BufferedWriter):
 
     def progress(self, done: int, total: int) -> None:
         """Tell the job's owner that *done* of *total* is written, in any unit. Cheap: calls in quick succession are
-        thinned out, the last one arrives."""
+        thinned out, the last one arrives.
+        """
         self._report(index(done), index(total))
