@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
 from array import array
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
@@ -87,11 +86,11 @@ def fork_snapshot(
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
-    forecast = _slot.claim(path)
+    claim = _slot.claim(path)
     try:
         assessment = assess_fork(
-            dirty_bytes_per_s=forecast.dirty_bytes_per_s,
-            duration_s=forecast.duration_s,
+            dirty_bytes_per_s=_slot.forecast.dirty_bytes_per_s,
+            duration_s=_slot.forecast.duration_s,
             max_copy_bytes=max_copy_bytes,
             root=root,
         )
@@ -102,7 +101,7 @@ def fork_snapshot(
             )
         sys.audit("os.fork")
         supervisor = Supervisor(path, Bounds(max_copy_bytes, timeout_s, root), on_progress, _slot.release)
-        _slot.attach(supervisor.run)
+        claim.run = supervisor.run
     except BaseException:
         _slot.release()
         raise
@@ -110,51 +109,52 @@ def fork_snapshot(
     return supervisor.job
 
 
+class _Claim:
+    """The right to run the one snapshot."""
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = path
+        self.run: SnapshotRun | None = None
+
+
 class _Slot:
-    """One fork snapshot at a time in a process; what the last one measured stays for the next one's forecast."""
+    """One fork snapshot at a time in a process; what the last one measured stays for the next one's forecast.
+
+    No lock: a signal handler may take a snapshot while the thread that it interrupts is in here. setdefault decides.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the rest
-        self._path: StrPath | None = None
-        self._run: SnapshotRun | None = None
-        self._forecast = Forecast()
+        self.forecast = Forecast()
+        self._holder: dict[str, _Claim] = {}
         self._hooked = False
 
-    def claim(self, path: StrPath) -> Forecast:
-        with self._lock:
-            if self._path is not None:
-                running, asked = os.fsdecode(self._path), os.fsdecode(path)
-                raise SnapshotInProgressError(
-                    f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
-                    "cancel it; one fork snapshot at a time in a process"
-                )
-            self._path = path
-            if not self._hooked:
-                atexit.register(self.end_at_exit)
-                os.register_at_fork(after_in_child=self.forget)
-                self._hooked = True
-            return self._forecast
-
-    def attach(self, run: SnapshotRun) -> None:
-        self._run = run
+    def claim(self, path: StrPath) -> _Claim:
+        claim = _Claim(path)
+        holder = self._holder.setdefault("", claim)
+        if holder is not claim:
+            running, asked = os.fsdecode(holder.path), os.fsdecode(path)
+            raise SnapshotInProgressError(
+                f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
+                "cancel it; one fork snapshot at a time in a process"
+            )
+        if not self._hooked:
+            atexit.register(self.end_at_exit)
+            # In a forked child: the parent's snapshot is none of its business.
+            os.register_at_fork(after_in_child=self._holder.clear)
+            self._hooked = True
+        return claim
 
     def release(self, forecast: Forecast | None = None) -> None:
-        with self._lock:
-            self._path = self._run = None
-            self._forecast = forecast or self._forecast
-
-    def forget(self) -> None:
-        """In a forked child: the parent's snapshot is none of its business, and the lock's holder may not exist."""
-        self._lock = threading.Lock()
-        self._path = self._run = None
+        self.forecast = forecast or self.forecast
+        self._holder.clear()
 
     def end_at_exit(self) -> None:
         """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""
-        run = self._run
-        if run is not None and run.pid == os.getpid():
-            run.cancel()
+        claim = self._holder.get("")
+        if claim is not None and claim.run is not None:
+            claim.run.cancel()
             with suppress(Exception):
-                run.future.exception(_EXIT_WAIT_S)
+                claim.run.future.exception(_EXIT_WAIT_S)
 
 
 _slot = _Slot()
