@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memsafe.errors import MemsafeError as MemsafeError
-    from memsafe.snapshot import SnapshotJob as SnapshotJob
-    from memsafe.snapshot import SnapshotProgress as SnapshotProgress
-    from memsafe.snapshot import SnapshotResult as SnapshotResult
-    from memsafe.snapshot import fork_snapshot as fork_snapshot
 
 _MODULES = {
+    "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
+    "memsafe.heap": ("trim",),
+    "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
 }  # fmt: skip

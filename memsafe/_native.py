@@ -11,7 +11,9 @@ from memsafe.errors import KernelError
 _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
-
+BudgetCore = _types["BudgetCore"]
+Reservation = _types["Reservation"]
+RegionCore = _types["RegionCore"]
 fork = _types["fork"]
 
 
@@ -26,4 +28,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["check", "ffi", "fork", "lib"]
+__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "lib"]

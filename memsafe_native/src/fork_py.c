@@ -93,7 +93,7 @@ release:
     Py_RETURN_NONE;
 }
 
-int ms_fork_attach(PyObject *dict)
+int ms_fork_py_add(PyObject *dict)
 {
     static PyMethodDef method = {"fork", supervised_fork, METH_VARARGS, fork_doc};
     PyObject *function = PyCFunction_New(&method, NULL);
