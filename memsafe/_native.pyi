@@ -1,3 +1,5 @@
+from array import array
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from memsafe.commit import assess_fork
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.sizes import parse_size
-from memsafe.snapshot.supervisor import Bounds, Forecast, Supervisor
+from memsafe.snapshot.supervisor import Bounds, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,12 +88,7 @@ def fork_snapshot(
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
     claim = _slot.claim(path)
     try:
-        assessment = assess_fork(
-            dirty_bytes_per_s=_slot.forecast.dirty_bytes_per_s,
-            duration_s=_slot.forecast.duration_s,
-            max_copy_bytes=max_copy_bytes,
-            root=root,
-        )
+        assessment = assess_fork(max_copy_bytes=max_copy_bytes, last_copy_bytes=_slot.last_copy_bytes, root=root)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
             raise SnapshotRefusedError(
@@ -124,7 +119,7 @@ class _Slot:
     """
 
     def __init__(self) -> None:
-        self.forecast = Forecast()
+        self.last_copy_bytes: int | None = None
         self._holder: dict[str, _Claim] = {}
         self._hooked = False
 
@@ -144,8 +139,12 @@ class _Slot:
             self._hooked = True
         return claim
 
-    def release(self, forecast: Forecast | None = None) -> None:
-        self.forecast = forecast or self.forecast
+    def release(self, copy_bytes: int | None = None, complete: bool = False) -> None:
+        if copy_bytes is not None and complete:
+            self.last_copy_bytes = copy_bytes
+        elif copy_bytes is not None and self.last_copy_bytes is not None:
+            # It was cut short: what a whole one copies is at least as much.
+            self.last_copy_bytes = max(copy_bytes, self.last_copy_bytes)
         self._holder.clear()
 
     def end_at_exit(self) -> None:

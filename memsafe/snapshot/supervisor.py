@@ -56,14 +56,6 @@ _OOM_SCORE_ADJ_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """What the last snapshot says of the next; None where there was none."""
-
-    dirty_bytes_per_s: float | None = None
-    duration_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Bounds:
     """What ends a child that would otherwise go on."""
 
@@ -80,16 +72,18 @@ class Supervisor:
         path: StrPath,
         bounds: Bounds,
         on_progress: Callable[[int, int], object] | None,
-        on_end: Callable[[Forecast | None], None],
+        on_end: Callable[[int | None, bool], None],
     ) -> None:
-        """Get everything that can be refused. From here on *on_end* is called once, before the job's outcome is known.
+        """Get everything that can be refused.
+
+        From here on *on_end* is called once, before the job's outcome is known, as on_end(peak_copy_bytes, complete).
 
         Raises:
             OSError: No file can be made at *path*, or descriptors have run out; *on_end* is not called.
         """
         self._bounds = bounds
         self._on_end = on_end
-        self._reports_done: Done | None = None
+        self._done: Done | None = None
         self._raised: Raised | None = None
         self._verdict: SnapshotFailedError | None = None  # why we ended it
         self._warnings: list[str] = []
@@ -151,7 +145,7 @@ class Supervisor:
             self.run.cancel()
         elif self._thread.ident is None:
             self._resources.close()
-            self._on_end(None)
+            self._on_end(None, False)
         else:
             self._wake()
             self._thread.join()
@@ -177,7 +171,7 @@ class Supervisor:
                     self._kill()
                     self._reap()
                     self.run.seal()
-        self._on_end(self._measured())
+        self._on_end(self.run.peak_copy_bytes, self._done is not None)
         if result is not None:
             self.run.resolve(result)
         elif error is not None:
@@ -255,7 +249,7 @@ class Supervisor:
                 case Raised():
                     self._raised = report
                 case Done(copy_bytes, warnings):
-                    self._reports_done = report
+                    self._done = report
                     self._warnings += warnings
                     if copy_bytes is not None:
                         self._count_copies(copy_bytes)
@@ -269,7 +263,7 @@ class Supervisor:
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
             self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
-        elif now_s >= self._meter.next_at_s and self._reports_done is None:
+        elif now_s >= self._meter.next_at_s and self._done is None:
             self._measure()
 
     def _measure(self) -> None:
@@ -344,7 +338,7 @@ class Supervisor:
                 child_traceback=raised.traceback,
             )
         exited = status is None or status.si_code == os.CLD_EXITED
-        if self._reports_done is not None and exited and (status is None or status.si_status == 0):
+        if self._done is not None and exited and (status is None or status.si_status == 0):
             return None
         if status is None or (not exited and status.si_status == signal.SIGKILL):
             killers = risen(self._oom_kills_before, oom_kills(self._bounds.root))
@@ -354,15 +348,6 @@ class Supervisor:
                     f"measured: {format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
                 )
         return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
-
-    def _measured(self) -> Forecast | None:
-        """Return what the next forecast should know. Where it was cut short, the rate is known but not the duration."""
-        peak_bytes = self.run.peak_copy_bytes
-        duration_s = time.monotonic() - self._began_s
-        if peak_bytes is None or duration_s <= 0:
-            return None
-        complete = self._reports_done is not None
-        return Forecast(peak_bytes / duration_s, duration_s if complete else None)
 
 
 def _child_oom_score_adj() -> int:
