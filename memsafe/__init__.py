@@ -23,6 +23,7 @@ _MODULES = {
     ),
     "memsafe.heap": ("trim",),
     "memsafe.region": ("Region",),
+    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
