@@ -361,8 +361,6 @@ class PressureMonitor:
 
     def _look(self, hub: Hub, heard: list[str], causes: list[Cause]) -> None:
         status = memory_status(root=self._root)
-        if hub.choose(status):
-            self._source_statuses = hub.statuses
         judgement = levels.judge(status, self._thresholds, causes)
         now_s = self._clock()
         previous = self._ladder.level
@@ -372,7 +370,9 @@ class PressureMonitor:
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
         elif judgement.raised > PressureLevel.NORMAL and now_s - self._responded_at_s >= _RESPOND_AGAIN_S:
             self._respond_again(judgement)
-        # Last: whoever is to be warned should not wait for it.
+        # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
+        if hub.choose(status):
+            self._source_statuses = hub.statuses
         self._set_timer(hub, status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
