@@ -105,6 +105,12 @@ def test_a_mount_that_exists_goes_before_one_that_is_hidden(tree: ProcTree) -> N
     assert seen(tree)[0][2] == "/mnt/memory/m"
 
 
+def test_a_mount_covers_an_earlier_one_at_its_point(tree: ProcTree) -> None:
+    tree.v1("/m")
+    tree.mounts(V1_MOUNT, V1_MOUNT.replace(" / ", " /m "))
+    assert seen(tree) == [(1, "/m", "/sys/fs/cgroup/memory")]
+
+
 def test_a_mount_from_outside_of_the_namespace_is_passed_over(tree: ProcTree) -> None:
     tree.v2("/a")
     tree.mounts(V2_MOUNT.replace(" / /sys/fs/cgroup ", " /../.. /cgroup-in "), V2_MOUNT)
