@@ -14,31 +14,50 @@ import sys
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from memsafe._kernel.oom import check_score_adj, join_path, score_adj_path
+from memsafe._kernel.oom import JOIN_TEXT, check_score_adj, join_path, score_adj_path
 from memsafe._native import ffi, lib
 from memsafe.errors import KernelError
 from memsafe.sizes import Size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from types import FunctionType
 
     StrPath = str | os.PathLike[str]
 
-_EXECUTE_CHILD_PARAMETERS = subprocess.Popen._execute_child.__code__.co_varnames[  # type: ignore[attr-defined]  # noqa: SLF001
-    1 : subprocess.Popen._execute_child.__code__.co_argcount  # type: ignore[attr-defined]  # noqa: SLF001
-]
 _U64 = 2**64 - 1
+_CGROUP_NEEDS = (
+    "needs a cgroup's folder whose cgroup.procs, and that of the common ancestor, this process may write; in v2, one "
+    "without controllers in its cgroup.subtree_control"
+)
 _INT_MAX = 2**31 - 1
 _ID_MAX = 2**32 - 2  # the kernel keeps -1 for "no change"
-_KNOWN_PARAMETERS = frozenset(
-    "args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite c2pread "
-    "c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group".split()
-)
-if _KNOWN_PARAMETERS != set(_EXECUTE_CHILD_PARAMETERS):
-    raise ImportError(
-        "memsafe.Popen does not know this Python's subprocess: _execute_child differs in "
-        f"{sorted(_KNOWN_PARAMETERS ^ set(_EXECUTE_CHILD_PARAMETERS))}"
-    )
+
+# What is passed to _execute_child, which is no public name: known for 3.11 to 3.13, asked of any other.
+_KNOWN_PARAMETERS = """
+    args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite c2pread
+    c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group
+"""
+
+
+def _parameters_of(execute_child: FunctionType) -> tuple[str, ...]:
+    """Return the names of what subprocess.Popen passes to its _execute_child, in order.
+
+    Raises:
+        ImportError: There are others than those we know: to drop one in silence could start the wrong child.
+    """
+    code = execute_child.__code__
+    names = code.co_varnames[1 : code.co_argcount]
+    differing = set(names) ^ set(_KNOWN_PARAMETERS.split())
+    if differing or code.co_kwonlyargcount:
+        raise ImportError(
+            f"memsafe.Popen does not know the subprocess module of Python {sys.version.split()[0]}: _execute_child "
+            f"differs in {', '.join(sorted(differing)) or 'keyword-only parameters'}; a newer memsafe may"
+        )
+    return names
+
+
+_PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class Popen(subprocess.Popen[Any]):
@@ -78,7 +97,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _execute_child(self, *values: Any) -> None:
         """Start the child; subprocess.Popen.__init__ calls it with everything checked and the pipes made."""
-        given = dict(zip(_EXECUTE_CHILD_PARAMETERS, values, strict=True))
+        given = dict(zip(_PARAMETERS, values, strict=True))
         if given["preexec_fn"] is not None:
             raise ValueError(
                 "preexec_fn needs fork(), which copies this process, and memsafe never forks for a child: use cwd, "
@@ -107,7 +126,8 @@ def run(
     """subprocess.run on memsafe.Popen: run a command, wait, return a CompletedProcess.
 
     Args:
-        *args, **kwargs: Those of memsafe.Popen.
+        *args: Those of memsafe.Popen.
+        **kwargs: Those of memsafe.Popen.
         input: What the child reads from its stdin.
         capture_output: Return what it writes to stdout and stderr.
         timeout: Seconds; when they have passed the child is killed.
@@ -157,7 +177,8 @@ class _Limits:
         self.writes: list[tuple[bytes, bytes]] = []
         if cgroup is not None:
             folders = [cgroup] if isinstance(cgroup, (str, os.PathLike)) else cgroup
-            self.writes += [(os.fsencode(join_path(folder)), b"0") for folder in folders]
+            self.writes += [(os.fsencode(join_path(folder)), JOIN_TEXT) for folder in folders]
+        self.cgroups = len(self.writes)
         if oom_score_adj is not None:
             check_score_adj(oom_score_adj)
             self.writes.append((os.fsencode(score_adj_path()), b"%d" % oom_score_adj))
@@ -172,9 +193,8 @@ class _Limits:
         """Return what to raise when the kernel refused the *at*-th limit of *step*."""
         if step == lib.MS_SPAWN_WRITE:
             path, text = self.writes[at]
-            call, needs = f"write {text.decode()} to {os.fsdecode(path)}", "lowering oom_score_adj needs CAP_SYS_RESOURCE"
-            if text == b"0" and path.endswith(b"cgroup.procs"):
-                needs = "joining a cgroup needs leave to write its cgroup.procs"
+            call = f"write {text.decode()} to {os.fsdecode(path)}"
+            needs = _CGROUP_NEEDS if at < self.cgroups else "below what it inherits needs CAP_SYS_RESOURCE"
         elif step == lib.MS_SPAWN_RLIMIT:
             call, needs = f"setrlimit{self.rlimits[at]}", "raising a hard limit needs CAP_SYS_RESOURCE"
         else:
@@ -212,9 +232,10 @@ class _Program:
 
     def packed_paths(self) -> Any:
         executable = os.fsencode(self.executable)
-        if os.path.dirname(executable):
+        if b"/" in executable:
             return _pack([executable])
-        return _pack([os.path.join(os.fsencode(folder), executable) for folder in os.get_exec_path(self.env)])
+        folders = map(os.fsencode, os.get_exec_path(self.env))
+        return _pack([os.path.join(folder, executable) for folder in folders])  # noqa: PTH118 - bytes
 
     def packed_env(self) -> Any:
         if self.env is None:
@@ -291,9 +312,7 @@ def _spawn(program: _Program, given: Mapping[str, Any], limits: _Limits) -> int:
     return int(pid[0])
 
 
-def _error(
-    code: int, step: int, at: int, program: _Program, given: Mapping[str, Any], limits: _Limits
-) -> OSError:
+def _error(code: int, step: int, at: int, program: _Program, given: Mapping[str, Any], limits: _Limits) -> OSError:
     """Return what subprocess raises for a failure at *step*, or a KernelError for the steps it does not know."""
     if step in (lib.MS_SPAWN_WRITE, lib.MS_SPAWN_RLIMIT, lib.MS_SPAWN_NICE):
         return limits.error(code, step, at)

@@ -1,21 +1,26 @@
-"""The OOM killer's knobs and counters of a process and of a cgroup.
+"""What steers the OOM killer, and joining a cgroup: the files here are written, by this process or by its child.
 
-Source: Documentation/filesystems/proc.rst (oom_score, oom_score_adj), Documentation/admin-guide/cgroup-v2.rst and
-cgroup-v1/memory.rst.
+Sources: Documentation/filesystems/proc.rst, 3.1; Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memsafe._kernel import files
+
+if TYPE_CHECKING:
+    from memsafe._kernel.files import Root
 
 SCORE_ADJ_MIN = -1000
 """Never chosen."""
 SCORE_ADJ_MAX = 1000
 """Chosen first."""
 
-_EVENTS_V2 = "memory.events"
-_EVENTS_V1 = "memory.oom_control"
+JOIN_FILE = "cgroup.procs"
+JOIN_TEXT = b"0"
+"""Written to a cgroup's JOIN_FILE it moves the writer, whatever its pid, v1 and v2 alike."""
 
 
 def check_score_adj(score_adj: int) -> None:
@@ -24,53 +29,48 @@ def check_score_adj(score_adj: int) -> None:
         raise ValueError(f"oom_score_adj must be from {SCORE_ADJ_MIN} to {SCORE_ADJ_MAX}: {score_adj!r}")
 
 
-def score_adj_path(root: str = "/", pid: int | str = "self") -> Path:
-    """Return where a process reads and writes its oom_score_adj."""
-    return Path(root, "proc", str(pid), "oom_score_adj")
+def score_adj_path(root: Root = "/") -> str:
+    """Return the file by which a process sets its own oom_score_adj."""
+    return files.under(root, "/proc/self/oom_score_adj")
 
 
-def read_score_adj(root: str = "/", pid: int | str = "self") -> int:
-    """Return the oom_score_adj of a process, -1000 to 1000."""
-    return int(score_adj_path(root, pid).read_text())
-
-
-def write_score_adj(score_adj: int, root: str = "/", pid: int | str = "self") -> None:
-    """Set the oom_score_adj of a process; OSError when the kernel refuses."""
-    fd = os.open(score_adj_path(root, pid), os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, b"%d" % score_adj)
-    finally:
-        os.close(fd)
-
-
-def read_score(root: str = "/", pid: int | str = "self") -> int:
-    """Return the oom_score of a process: how likely the OOM killer chooses it, 0 to 2000."""
-    return int(Path(root, "proc", str(pid), "oom_score").read_text())
-
-
-def read_kills(cgroup: Path) -> int:
-    """Return how many processes the OOM killer ended in a memory cgroup.
-
-    v2 counts the whole subtree (``oom_kill`` of memory.events), v1 this cgroup alone (memory.oom_control, Linux 4.13).
-
-    Args:
-        cgroup: The cgroup's folder.
+def write_score_adj(score_adj: int, root: Root = "/") -> None:
+    """Set the oom_score_adj of this process.
 
     Raises:
-        FileNotFoundError: The folder has neither file: the root of v2, or no memory controller.
-        ValueError: The file has no ``oom_kill`` line.
+        KernelError: The kernel refused; EACCES when it is lower than the process may go.
     """
+    path = score_adj_path(root)
     try:
-        events = (cgroup / _EVENTS_V2).read_text()
-    except FileNotFoundError:
-        events = (cgroup / _EVENTS_V1).read_text()
-    for line in events.splitlines():
-        name, _, count = line.partition(" ")
-        if name == "oom_kill":
-            return int(count)
-    raise ValueError(f"no oom_kill line in the events of {cgroup}")
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"%d" % score_adj)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise files.failed(error, path, f"write {score_adj} to") from None
 
 
-def join_path(cgroup: str | os.PathLike[str]) -> Path:
-    """Return the file that moves the process which writes ``0`` to it into *cgroup*, v1 and v2 alike."""
-    return Path(cgroup, "cgroup.procs")
+def join_path(cgroup: str | os.PathLike[str]) -> str:
+    """Return the file that moves a process into the cgroup at *cgroup*."""
+    return os.path.join(os.fspath(cgroup), JOIN_FILE)  # noqa: PTH118 - as the child will open it
+
+
+def machine_kills(root: Root = "/") -> int | None:
+    """Return how many processes the OOM killer has ended on the whole machine (since Linux 4.13)."""
+    path = files.under(root, "/proc/vmstat")
+    text = files.read_optional(path)
+    return None if text is None else files.Flat(text, path).get(b"oom_kill")
+
+
+__all__ = [
+    "JOIN_FILE",
+    "JOIN_TEXT",
+    "SCORE_ADJ_MAX",
+    "SCORE_ADJ_MIN",
+    "check_score_adj",
+    "join_path",
+    "machine_kills",
+    "score_adj_path",
+    "write_score_adj",
+]

@@ -41,9 +41,9 @@ struct ms_spawn {
     struct ms_spawn_strings paths; /* at least one; tried in turn, as a shell tries PATH */
     struct ms_spawn_strings args;
     struct ms_spawn_strings env;
-    const char *cwd; /* NULL: the parent's */
-    int stdio[3];    /* what becomes 0, 1 and 2; -1: the parent's */
-    int close_fds;   /* close all above 2 but keep_fds */
+    const char *cwd;     /* NULL: the parent's */
+    int stdio[3];        /* what becomes 0, 1 and 2; -1: the parent's */
+    int close_fds;       /* close all above 2 but keep_fds */
     const int *keep_fds; /* ascending; made inheritable */
     size_t keep_fds_count;
     int restore_signals; /* SIGPIPE and SIGXFSZ, which Python ignores, back to their defaults */
