@@ -57,7 +57,7 @@ def _parameters_of(execute_child: FunctionType) -> tuple[str, ...]:
     return names
 
 
-_PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
+_PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
 
 class Popen(subprocess.Popen[Any]):
