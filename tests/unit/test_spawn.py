@@ -261,6 +261,7 @@ def test_signals_that_interrupt_us_all_the_time_harm_no_child():
         signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
         for i in range(100):
             assert memsafe.run(["/bin/true"], umask=0 if i % 2 else -1).returncode == 0
+        signal.setitimer(signal.ITIMER_REAL, 0)
     """
     run_in_a_child(code)
 
