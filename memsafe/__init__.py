@@ -20,6 +20,7 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.heap": ("trim",),
+    "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
