@@ -3,8 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from memsafe._kernel import cgroup
 from memsafe._kernel.cgroup import memory_cgroups, parse_membership, parse_mount, placement
