@@ -212,6 +212,13 @@ def test_without_smaps_the_forecast_is_the_anonymous_memory_and_the_answer_unkno
     assert any("smaps" in reason for reason in fork.reasons)
 
 
+def test_without_status_the_mappings_tell_what_fork_is_charged(tree: ProcTree) -> None:
+    tree.remove("/proc/self/status")
+    fork = assess_fork(root=tree.root)
+    assert (fork.kernel_would_allow, fork.commit_charge_bytes) == (True, HEAP_MIB * MIB)
+    assert fork.page_table_bytes == HEAP_MIB * MIB // 512
+
+
 def test_nothing_known_is_nothing_admitted(tmp_path: Path) -> None:
     fork = assess_fork(root=tmp_path)
     assert (fork.decision, fork.kernel_would_allow, fork.headroom_bytes) == ("refuse", None, None)
