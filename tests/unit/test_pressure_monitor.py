@@ -420,6 +420,12 @@ def test_the_descriptor_is_readable_from_a_change_until_it_is_read(monitor):
     assert not readable(fd)
 
 
+def test_changes_before_the_descriptor_was_asked_for_count(monitor):
+    monitor.simulate(LOW)
+    monitor.simulate(CRITICAL)
+    assert os.eventfd_read(monitor.fileno()) == 2
+
+
 def new_loops():
     import uvloop
 
