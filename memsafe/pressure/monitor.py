@@ -136,6 +136,8 @@ class PressureMonitor:
             self._last_event = None
             self._changes, self._changes_wanted = 0, False
             hub = self._open()
+            self._requests = [_Request()]  # the first look
+            hub.wake()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
             self._thread.start()

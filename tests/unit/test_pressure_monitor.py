@@ -47,6 +47,7 @@ def machine(tmp_path):
 @pytest.fixture
 def monitor(machine, clock):
     with PressureMonitor(root=machine.root, clock=clock, thresholds=QUIET) as running:
+        running.check()  # the look at the start is over: the test may write its files in peace
         yield running
 
 
@@ -207,6 +208,21 @@ def test_a_callback_that_comes_late_hears_what_it_missed_once(machine, monitor):
     monitor.check()
     assert [event.level for event in low] == [LOW]
     assert critical == normal == []
+
+
+def test_a_late_callback_that_heard_something_newer_is_not_told_the_old(machine, monitor):
+    heard = []
+
+    def register_and_escalate(event):
+        if event.level == LOW:
+            monitor.on(LOW, heard.append)
+            monitor.simulate(CRITICAL)
+
+    monitor.on(LOW, register_and_escalate)
+    use(machine, 15 * MIB)
+    monitor.check()
+    monitor.check()
+    assert [event.level for event in heard] == [CRITICAL]
 
 
 def test_a_callback_that_comes_after_a_drill_hears_the_next_change_only(monitor):
