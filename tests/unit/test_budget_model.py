@@ -4,8 +4,7 @@ import gc
 import warnings
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from memsafe import Budget, BudgetClosedError, BudgetExceededError, ReservationClosedError
