@@ -22,12 +22,13 @@ def sizes(options: Options) -> tuple[int, ...]:
     return (0, GIB // 4) if options.quick else (0, GIB, 4 * GIB)
 
 
-def refusal(what: str, size_bytes: int) -> Skipped | None:
-    """Return why *size_bytes* cannot be held here, or None."""
+def refusal(what: str, size_bytes: int, *, processes: int = 1) -> Skipped | None:
+    """Return why *processes* cannot hold *size_bytes* each here, or None."""
     available_bytes = memory_status().available_bytes
-    if available_bytes is None or size_bytes + size_bytes // 4 + SPARE_BYTES <= available_bytes:
+    needed_bytes = processes * (size_bytes + size_bytes // 4) + SPARE_BYTES
+    if available_bytes is None or needed_bytes <= available_bytes:
         return None
-    return Skipped(what, f"{format_size(size_bytes)} resident, of {format_size(available_bytes)} available")
+    return Skipped(what, f"needs {format_size(needed_bytes)}, and {format_size(available_bytes)} are available")
 
 
 def measure_in_worker(module: str, size_bytes: int, rounds: int) -> dict[str, list[float]]:
