@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 
@@ -13,7 +13,7 @@ from memsafe import memory_status
 
 
 def measure(options: Options) -> Iterator[Outcome]:
-    peers = {
+    peers: dict[str, Callable[[], object]] = {
         "psutil.virtual_memory()": psutil.virtual_memory,
         "psutil memory_full_info()": psutil.Process().memory_full_info,
     }
