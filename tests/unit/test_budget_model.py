@@ -1,6 +1,5 @@
 """The budget tree against a plain model: whatever is done in whatever order, the counters are the sums."""
 
-import gc
 import warnings
 
 import pytest
@@ -187,8 +186,8 @@ class BudgetTree(RuleBasedStateMachine):
     def teardown(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
-            self.all.clear()
-            gc.collect()
+            for model in self.all:
+                model.budget.close()
 
 
 TestBudgetTree = BudgetTree.TestCase
