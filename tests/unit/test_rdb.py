@@ -223,6 +223,7 @@ def test_data_after_the_end_is_an_error() -> None:
         (sealed(b"\xfe\xc0\x01"), 10, "length byte 0xc0"),
         (sealed(b"\0\x01k\xc3\x02\x03\x05abc"), 12, "broken LZF data for the value of b'k'"),
         (sealed(b"\0\x01k\xc3\x00\x03"), 12, "compressed to 0"),
+        (sealed(b"\0\x01k\xc3\x02\x80\x00\x01\x00\x00ab"), 12, "65536 bytes compressed to 2"),
         (sealed(b"\xf7\x01\x02\x00\x09"), 13, "module opcode 9"),
     ],
 )
