@@ -1,0 +1,314 @@
+"""Which cgroups hold a process, where their directories are, and what stands in them.
+
+Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst; proc(5) for mountinfo; cgroup_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memsafe._kernel import files
+from memsafe._kernel.files import Flat, Root
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """One line of /proc/<pid>/cgroup; the unified hierarchy has number 0 and no controllers."""
+
+    hierarchy: int
+    controllers: tuple[str, ...]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One cgroup line of /proc/<pid>/mountinfo: the cgroup *root* and what lies below it is seen at *point*."""
+
+    version: int
+    root: str
+    point: str
+    options: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """A cgroup that holds the process, itself or as an ancestor.
+
+    Attributes:
+        version: 1 or 2.
+        path: Its path in its hierarchy, as /proc/<pid>/cgroup tells it.
+        directory: The directory to open, already under the root.
+    """
+
+    version: int
+    path: str
+    directory: str
+
+    def file(self, name: str) -> str:
+        """Return the path of its file *name*."""
+        return f"{self.directory}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCgroup(Cgroup):
+    """A cgroup of the memory controller. Each reader answers None where the file does not exist (a root cgroup).
+
+    Every reader raises KernelError for a file that is there and cannot be read, or makes no sense.
+    """
+
+    def limit_bytes(self) -> int | None:
+        """Return the limit past which the OOM killer comes; files.UNLIMITED where there is none."""
+        return files.read_limit(self.file("memory.max" if self.version == 2 else "memory.limit_in_bytes"))
+
+    def high_bytes(self) -> int | None:
+        """Return the limit past which allocations are throttled; v1 has none."""
+        return files.read_limit(self.file("memory.high")) if self.version == 2 else None
+
+    def usage_bytes(self) -> int | None:
+        """Return what is charged to it and its descendants, page cache included."""
+        return files.read_count(self.file("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
+
+    def stat(self) -> Flat | None:
+        """Return memory.stat."""
+        return self._flat("memory.stat")
+
+    def file_cache_bytes(self) -> tuple[int, int]:
+        """Return the (inactive, active) file cache of it and its descendants: clean or dirty, never tmpfs."""
+        stat = self.stat()
+        if stat is None:
+            return 0, 0
+        # v1's plain keys leave the descendants out, whose pages are in the usage.
+        prefix = b"" if self.version == 2 else b"total_"
+        return stat.get(prefix + b"inactive_file") or 0, stat.get(prefix + b"active_file") or 0
+
+    def events(self, *, local: bool = False) -> Flat | None:
+        """Return memory.events (it and its descendants), or memory.events.local; v1 has neither."""
+        return self._flat("memory.events.local" if local else "memory.events") if self.version == 2 else None
+
+    def oom_kills(self) -> int | None:
+        """Return how many processes the OOM killer has taken: v2 with the descendants', v1 its own (since 4.13)."""
+        counters = self.events() if self.version == 2 else self._flat("memory.oom_control")
+        return counters.get(b"oom_kill") if counters else None
+
+    def swap_limit_bytes(self) -> int | None:
+        """Return the limit of its swap; v1 limits memory and swap together instead, see memsw_limit_bytes()."""
+        return files.read_limit(self.file("memory.swap.max")) if self.version == 2 else None
+
+    def swap_usage_bytes(self) -> int | None:
+        """Return the swap that it and its descendants use."""
+        if self.version == 2:
+            return files.read_count(self.file("memory.swap.current"))
+        stat = self.stat()
+        return stat.get(b"total_swap") if stat else None
+
+    def memsw_limit_bytes(self) -> int | None:
+        """Return v1's limit of memory and swap together."""
+        return files.read_limit(self.file("memory.memsw.limit_in_bytes")) if self.version == 1 else None
+
+    def _flat(self, name: str) -> Flat | None:
+        path = self.file(name)
+        text = files.read_optional(path)
+        return None if text is None else Flat(text, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a controller keeps the process: its own cgroup first, then each visible ancestor.
+
+    Attributes:
+        version: 1 or 2; None where the controller is not to be found.
+        cgroups: Own first, root-most last.
+        problem: Why there are none, or why they cannot be trusted; None when all is well.
+    """
+
+    version: int | None
+    cgroups: tuple[Cgroup, ...]
+    problem: str | None = None
+
+
+def memory_cgroups(root: Root = "/", pid: int | str = "self") -> tuple[MemoryCgroup, ...]:
+    """Return the memory cgroup of *pid* and every visible ancestor, own first; none where there is no controller.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    return as_memory(locate("memory", root, pid))
+
+
+def as_memory(located: Located) -> tuple[MemoryCgroup, ...]:
+    """Return the cgroups of locate("memory") with their readers."""
+    return tuple(MemoryCgroup(c.version, c.path, c.directory) for c in located.cgroups)
+
+
+def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
+    """Find the cgroups by which *controller* holds *pid*.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    memberships = _memberships(root, pid)
+    # A named hierarchy is "name=…", and hierarchy 0 is v2: neither can hold a v1 controller.
+    member = next((m for m in memberships if m.hierarchy and controller in m.controllers), None)
+    version = 1
+    if member is None:
+        version = 2
+        member = _unified(memberships)
+    if member is None:
+        return Located(None, (), f"/proc/{pid}/cgroup names no hierarchy with the {controller} controller")
+    mounts = [m for m in _mounts(root, pid) if m.version == version and (version == 2 or controller in m.options)]
+    mount = _best_mount(mounts, member.path, root)
+    if mount is None:
+        seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "no such mount"
+        return Located(
+            None, (), f"the v{version} cgroup {member.path} is not below any mount of its hierarchy ({seen})"
+        )
+    levels = tuple(_levels(version, member.path, mount, root))
+    if version == 1:
+        levels = tuple(_hierarchical(levels))
+    elif not _has_controller(levels[-1], controller):
+        return Located(None, (), f"the {controller} controller is not available to cgroup2 at {mount.point}")
+    else:
+        # The controller stops where subtree_control stops: below, the charge goes to the nearest cgroup that has it.
+        levels = tuple(level for level in levels if _has_controller(level, controller))
+    problem = None
+    if not files.is_directory(levels[0].directory):
+        problem = f"the cgroup {member.path} has no directory at {levels[0].directory}"
+    return Located(version, levels, problem)
+
+
+def unified_directory(root: Root = "/", pid: int | str = "self") -> str | None:
+    """Return the directory of the cgroup2 that holds *pid*, or None; it may have PSI files where memory is on v1.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    member = _unified(_memberships(root, pid))
+    if member is None:
+        return None
+    mount = _best_mount([m for m in _mounts(root, pid) if m.version == 2], member.path, root)
+    return None if mount is None else files.under(root, _seen_at(member.path, mount))
+
+
+def parse_membership(line: str, file: str) -> Membership:
+    """Return one line of /proc/<pid>/cgroup. The path may hold colons.
+
+    Raises:
+        KernelError: The line makes no sense.
+    """
+    number, _, rest = line.partition(":")
+    controllers, colon, path = rest.partition(":")
+    if not colon or not number.isascii() or not number.isdigit() or len(number) > 10 or not path.startswith("/"):
+        raise files.garbage(file, f"{line[:80]!r} is not hierarchy:controllers:/path")
+    return Membership(int(number), tuple(controllers.split(",")) if controllers else (), path)
+
+
+def parse_mount(line: str, file: str) -> Mount | None:
+    """Return one line of mountinfo, or None where it is no cgroup's.
+
+    Raises:
+        KernelError: The line makes no sense.
+    """
+    # Optional fields, none or several, end at the lone hyphen; super options may hold spaces.
+    left, hyphen, right = line.partition(" - ")
+    before, after = left.split(" "), right.split(" ", 2)
+    if not hyphen or len(before) < 6 or len(after) < 3:
+        raise files.garbage(file, f"{line[:120]!r} is not a line of mountinfo")
+    version = {"cgroup": 1, "cgroup2": 2}.get(after[0])
+    if version is None:
+        return None
+    return Mount(version, _unescape(before[3]), _unescape(before[4]), frozenset(after[2].split(",")))
+
+
+def _memberships(root: Root, pid: int | str) -> list[Membership]:
+    path = files.under(root, f"/proc/{pid}/cgroup")
+    text = os.fsdecode(files.read(path))
+    return [parse_membership(line, path) for line in text.split("\n") if line]
+
+
+def _unified(memberships: list[Membership]) -> Membership | None:
+    return next((m for m in memberships if m.hierarchy == 0 and not m.controllers), None)
+
+
+def _mounts(root: Root, pid: int | str) -> list[Mount]:
+    path = files.under(root, f"/proc/{pid}/mountinfo")
+    # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
+    lines = files.read(path, max_bytes=2**26).split(b"\n")
+    parsed = (parse_mount(os.fsdecode(line), path) for line in lines if b" - cgroup" in line)
+    return [mount for mount in parsed if mount is not None]
+
+
+_ESCAPES = {"040": " ", "011": "\t", "012": "\n", "134": "\\"}
+
+
+def _unescape(text: str) -> str:
+    r"""Decode ``\040`` and its three sisters once: a decoded backslash begins no new escape."""
+    first, *rest = text.split("\\")
+    decoded = [first]
+    for part in rest:
+        char = _ESCAPES.get(part[:3])
+        decoded += ("\\", part) if char is None else (char, part[3:])
+    return "".join(decoded)
+
+
+def _relative(path: str, mount: Mount) -> str | None:
+    """Return *path* below the root of *mount* ("" or "/…"), or None where this mount does not show it."""
+    base = mount.root.rstrip("/")
+    if path != base and not path.startswith(base + "/"):
+        return None
+    relative = path[len(base) :].rstrip("/")
+    # "/.." is a place outside of the cgroup namespace: the parent of a mount point would be another file system's.
+    return None if ".." in relative.split("/") else relative
+
+
+def _seen_at(path: str, mount: Mount) -> str:
+    return (mount.point.rstrip("/") + (_relative(path, mount) or "")) or "/"
+
+
+def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
+    """Of several mounts of a hierarchy, take one that shows *path*, and the most of its ancestors."""
+
+    def rank(mount: Mount) -> tuple[bool, int, bool]:
+        exists = files.is_directory(files.under(root, _seen_at(path, mount)))
+        at_home = mount.point == "/sys/fs/cgroup" or mount.point.startswith("/sys/fs/cgroup/")
+        return exists, len(_relative(path, mount) or ""), at_home
+
+    # Later mounts cover earlier ones at the same point, and max() takes the first of equals.
+    return max((m for m in reversed(mounts) if _relative(path, m) is not None), key=rank, default=None)
+
+
+def _levels(version: int, path: str, mount: Mount, root: Root) -> Iterator[Cgroup]:
+    """Yield the cgroup at *path* and each ancestor up to the root of *mount*."""
+    relative = _relative(path, mount) or ""
+    while True:
+        whole = mount.root.rstrip("/") + relative
+        yield Cgroup(version, whole or "/", files.under(root, mount.point.rstrip("/") + relative) or "/")
+        if not relative:
+            return
+        relative = relative.rpartition("/")[0]
+
+
+def _hierarchical(levels: tuple[Cgroup, ...]) -> Iterator[Cgroup]:
+    """Yield v1 levels up to the first that does not account for its children (possible before Linux 5.11)."""
+    for depth, level in enumerate(levels):
+        if depth and _text_or_none(level.file("memory.use_hierarchy")) == b"0":
+            return
+        yield level
+
+
+def _has_controller(level: Cgroup, controller: str) -> bool:
+    """Whether a v2 cgroup has the controller's files; where that cannot be read, assume so and let the reader say."""
+    controllers = _text_or_none(level.file("cgroup.controllers"))
+    return controllers is None or controller.encode() in controllers.split()
+
+
+def _text_or_none(path: str) -> bytes | None:
+    """Return what a file that only steers the search holds; not being able to read it is no reason to stop."""
+    try:
+        return files.read(path).strip()
+    except OSError:
+        return None
