@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
+    "memsafe.commit": ("ForkAssessment", "assess_fork"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
@@ -23,7 +24,11 @@ _MODULES = {
     "memsafe.heap": ("trim",),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
+    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
+    "memsafe.status": (
+        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
+    ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

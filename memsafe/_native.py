@@ -14,6 +14,7 @@ if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
 BudgetCore = _types["BudgetCore"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
+fork = _types["fork"]
 
 
 def check(result: int, call: str, detail: str = "") -> int:
@@ -27,4 +28,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "lib"]
+__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "lib"]

@@ -1,3 +1,5 @@
+from array import array
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -56,3 +58,15 @@ class RegionCore:
     def _detach(self) -> int: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def fork(
+    main: Callable[[int, int, int], object],
+    handover: bytearray,
+    wake_fd: int,
+    parent_pidfd: int,
+    report_fd: int,
+    report_read_fd: int,
+    oom_score_adj: int,
+    keep_fds: array[int],
+    /,
+) -> None: ...

@@ -74,7 +74,25 @@ class SnapshotInProgressError(MemsafeError):
 
 
 class SnapshotFailedError(MemsafeError):
-    """A snapshot ended without an image; the file at its path is the one that was there before."""
+    """A snapshot ended without an image; the file at its path is the one that was there before.
+
+    Attributes:
+        child_type, child_message, child_traceback: What the child raised, where that is what ended it: the class's
+            name, its text and its traceback; else None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        child_type: str | None = None,
+        child_message: str | None = None,
+        child_traceback: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.child_type = child_type
+        self.child_message = child_message
+        self.child_traceback = child_traceback
 
 
 class SnapshotOverrunError(SnapshotFailedError):

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from memsafe._kernel import machine, process
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from memsafe._kernel.files import Root
     from memsafe._kernel.machine import MemInfo
-    from memsafe._kernel.process import ProcessStatus
+    from memsafe._kernel.process import Mapping, ProcessStatus
 
 GUESS, ALWAYS, NEVER = 0, 1, 2
 
@@ -29,6 +31,60 @@ class Reserves:
     def total_bytes(self) -> int:
         """Both together."""
         return self.admin_bytes + self.user_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ForkCost:
+    """What fork() asks of the kernel for a set of mappings.
+
+    Attributes:
+        charge_bytes: The commit charge of all of them.
+        largest_charge_bytes: The largest charge of one of them: mode 0 looks at each alone.
+        page_table_bytes: Page tables that the child gets at once.
+        copyable_bytes: Private writable memory, resident or swapped, of which a write by either side makes a copy.
+    """
+
+    charge_bytes: int
+    largest_charge_bytes: int
+    page_table_bytes: int
+    copyable_bytes: int
+
+
+def fork_cost(mappings: Iterable[Mapping], page_table_bytes: int | None = None) -> ForkCost:
+    """Return what fork() would ask for.
+
+    Source: kernel/fork.c, dup_mmap(): MADV_DONTFORK (``dc``) skips a mapping whole; MADV_WIPEONFORK (``wf``) is
+    charged but starts empty; page tables are copied only where anonymous pages are (vma_needs_copy()).
+
+    Args:
+        mappings: All mappings of the process that would fork.
+        page_table_bytes: What its own page tables take, where known: the child's take no more.
+    """
+    charge_bytes = largest_bytes = tables = copyable_bytes = 0
+    for mapping in mappings:
+        if "dc" in mapping.flags:
+            continue
+        if "ac" in mapping.flags:
+            charge_bytes += mapping.size_bytes
+            largest_bytes = max(largest_bytes, mapping.size_bytes)
+        private_bytes = mapping.anonymous_bytes + mapping.swap_bytes
+        if not mapping.private or "wf" in mapping.flags or not private_bytes:
+            continue
+        tables += _tables(mapping)
+        if "wr" in mapping.flags:
+            copyable_bytes += private_bytes
+    tables_bytes = tables * machine.PAGE_BYTES
+    if page_table_bytes is not None:
+        tables_bytes = min(tables_bytes, page_table_bytes)
+    return ForkCost(charge_bytes, largest_bytes, tables_bytes, copyable_bytes)
+
+
+def _tables(mapping: Mapping) -> int:
+    """Return the most last-level page tables that the pages of *mapping* can need: one a page, one a slot."""
+    table_span_bytes = machine.PAGE_BYTES * (machine.PAGE_BYTES // 8)
+    slots = -(-mapping.end // table_span_bytes) - mapping.start // table_span_bytes
+    pages = (mapping.resident_bytes + mapping.swap_bytes) // machine.PAGE_BYTES
+    return min(pages, slots)
 
 
 def commit_limit_bytes(meminfo: MemInfo, root: Root = "/") -> int | None:

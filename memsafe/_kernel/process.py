@@ -247,7 +247,8 @@ def mappings(pid: int | str = "self", root: Root = "/") -> list[Mapping]:
 
 def _entries(text: bytes, path: str) -> Iterator[Mapping]:
     heads = list(_HEAD.finditer(text))
-    if not heads and text.strip():
+    if not heads:
+        # A live process has some: this is a zombie, a kernel thread, or no smaps.
         raise files.garbage(path, "it has no mapping")
     ends = [head.start() for head in heads[1:]] + [len(text)]
     for head, end in zip(heads, ends, strict=True):

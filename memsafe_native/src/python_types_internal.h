@@ -4,6 +4,7 @@
 #include <Python.h>
 
 int ms_budget_py_add(PyObject *dict);
+int ms_fork_py_add(PyObject *dict);
 int ms_region_py_add(PyObject *dict);
 
 #endif

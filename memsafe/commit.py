@@ -1,0 +1,323 @@
+"""What fork would be charged, whether the kernel would allow it, and whether its copies would fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from memsafe._kernel import cgroup, overcommit, process, tasks
+from memsafe.errors import KernelError
+from memsafe.sizes import format_size
+from memsafe.status import Constraint, MemoryStatus, memory_status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from memsafe._kernel.files import Root
+
+__all__ = ["ForkAssessment", "assess_fork"]
+
+Decision: TypeAlias = Literal["admit", "defer", "refuse"]
+ForecastSource: TypeAlias = Literal["caller", "last snapshot", "private memory"]
+
+FULL_STALL_PERCENT = 10.0
+"""Memory pressure (PSI full, avg10) from which on a fork is put off: everybody waits for memory a tenth of the time."""
+
+# Copies and page tables are memory, not address space: neither rlimits nor commit (asked apart) count them again.
+_MEMORY_KINDS = frozenset({"memory.max", "memory.high", "memory.limit_in_bytes", "physical"})
+
+
+@dataclass(frozen=True, slots=True)
+class ForkAssessment:
+    """Whether this process should fork now.
+
+    Attributes:
+        decision: ``admit``; ``defer`` when it would fit later; ``refuse`` when the kernel would, or it cannot fit.
+        kernel_would_allow: What fork() itself would answer; None where a fact for that is missing.
+        commit_charge_bytes: What fork() adds to Committed_AS.
+        commit_headroom_bytes: What may be added in mode 2; None where the sum is not limited.
+        page_table_bytes: Page tables that the child gets at once.
+        copy_forecast_bytes: Copies expected while both run, as both sides write.
+        headroom_bytes: What cgroups and physical memory leave for page tables and copies, half of the active file
+            cache counted as free.
+        binding: The constraint that decides; the one with the least headroom when the fork is admitted.
+        reasons: Sentences with figures, and what would help.
+        forecast_source: Where the forecast comes from.
+    """
+
+    decision: Decision
+    kernel_would_allow: bool | None
+    commit_charge_bytes: int | None
+    commit_headroom_bytes: int | None
+    page_table_bytes: int | None
+    copy_forecast_bytes: int | None
+    headroom_bytes: int | None
+    binding: Constraint | None
+    reasons: tuple[str, ...]
+    forecast_source: ForecastSource
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+def assess_fork(
+    dirty_bytes_per_s: float | None = None,
+    duration_s: float | None = None,
+    *,
+    root: Root = "/",
+    max_copy_bytes: int | None = None,
+    last_copy_bytes: int | None = None,
+) -> ForkAssessment:
+    """Return whether a fork of this process, and the copies that follow, would be safe now. Nothing is forked.
+
+    The forecast is *dirty_bytes_per_s* times *duration_s* where both are told (or one is 0), else
+    *last_copy_bytes*, else all private writable memory: a child that merely reads Python objects writes their
+    reference counts and so copies them. It is never more than all private writable memory, nor *max_copy_bytes*.
+
+    Reading smaps walks the page tables: milliseconds per GiB.
+
+    Args:
+        dirty_bytes_per_s: Bytes of distinct pages that both sides together write in a second.
+        duration_s: How long both run, in seconds.
+        root: The directory that stands for "/".
+        max_copy_bytes: A bound that the caller enforces by ending the child.
+        last_copy_bytes: Copies measured when this was last done.
+
+    Raises:
+        ValueError: A number is negative or NaN.
+    """
+    for name, number in (("dirty_bytes_per_s", dirty_bytes_per_s), ("duration_s", duration_s)):
+        if number is not None and (isnan(number) or number < 0):
+            raise ValueError(f"{name} must be a number from 0: {number!r}")
+    facts = _Facts(root)
+    told_bytes = _product(dirty_bytes_per_s, duration_s)
+    source: ForecastSource = "private memory"
+    forecast_bytes = facts.copyable_bytes
+    if told_bytes is not None or last_copy_bytes is not None:
+        source = "last snapshot" if told_bytes is None else "caller"
+        expected_bytes = told_bytes if told_bytes is not None else last_copy_bytes
+        forecast_bytes = _least(forecast_bytes, expected_bytes)
+    forecast_bytes = _least(forecast_bytes, max_copy_bytes)
+    return _Judgement(facts, forecast_bytes, source, bounded=max_copy_bytes is not None).assessment()
+
+
+def _product(dirty_bytes_per_s: float | None, duration_s: float | None) -> int | None:
+    if dirty_bytes_per_s == 0 or duration_s == 0:
+        return 0
+    if dirty_bytes_per_s is None or duration_s is None:
+        return None
+    return int(min(dirty_bytes_per_s * duration_s, 2.0**63))
+
+
+def _least(*sizes_bytes: int | None) -> int | None:
+    return min((size_bytes for size_bytes in sizes_bytes if size_bytes is not None), default=None)
+
+
+class _Facts:
+    """What the kernel says about this process's fork; None for what it does not."""
+
+    def __init__(self, root: Root) -> None:
+        self.status: MemoryStatus = memory_status(root=root)
+        self.problems = list(self.status.warnings)
+        self.charge_bytes: int | None = None
+        self.largest_charge_bytes: int | None = None
+        self.page_table_bytes: int | None = None
+        own = self.status.process
+        self.copyable_bytes = _sum(own.anonymous_bytes, own.swap_bytes)
+        self.tasks_exhausted: str | None = None
+        self._read_mappings(root)
+        self._read_tasks(root)
+
+    def _read_mappings(self, root: Root) -> None:
+        try:
+            self.page_table_bytes = process.status(root).page_table_bytes
+            cost = overcommit.fork_cost(process.mappings(root=root), self.page_table_bytes)
+        except KernelError as error:
+            self.problems.append(str(error))
+            return
+        self.charge_bytes = cost.charge_bytes
+        self.largest_charge_bytes = cost.largest_charge_bytes
+        self.page_table_bytes = cost.page_table_bytes
+        self.copyable_bytes = cost.copyable_bytes
+
+    def _read_tasks(self, root: Root) -> None:
+        try:
+            self.tasks_exhausted = tasks.exhausted(cgroup.placement(root), root)
+        except KernelError as error:
+            self.problems.append(str(error))
+
+
+def _sum(*sizes_bytes: int | None) -> int | None:
+    known = [size_bytes for size_bytes in sizes_bytes if size_bytes is not None]
+    return sum(known) if known else None
+
+
+class _Judgement:
+    """The decision about one fork, with its reasons; the first grave finding decides, all are told."""
+
+    def __init__(self, facts: _Facts, forecast_bytes: int | None, source: ForecastSource, *, bounded: bool) -> None:
+        self._facts = facts
+        self._forecast_bytes = forecast_bytes
+        self._source = source
+        self._bounded = bounded
+        self._need_bytes = _sum(facts.page_table_bytes, forecast_bytes)
+        self._decision: Decision = "admit"
+        self._binding: Constraint | None = None
+        self._reasons: list[str] = []
+
+    def assessment(self) -> ForkAssessment:
+        facts = self._facts
+        memory = [c for c in facts.status.constraints if c.kind in _MEMORY_KINDS and c.headroom_bytes is not None]
+        allowed = self._ask_kernel()
+        self._ask_memory(memory)
+        self._ask_pressure()
+        tightest = min(memory, key=fork_headroom_bytes, default=None)
+        if self._decision == "admit":
+            self._say_admitted(tightest)
+        return ForkAssessment(
+            decision=self._decision,
+            kernel_would_allow=allowed,
+            commit_charge_bytes=facts.charge_bytes,
+            commit_headroom_bytes=facts.status.commit.headroom_bytes,
+            page_table_bytes=facts.page_table_bytes,
+            copy_forecast_bytes=self._forecast_bytes,
+            headroom_bytes=fork_headroom_bytes(tightest) if tightest else None,
+            binding=self._binding or tightest,
+            reasons=tuple(self._reasons),
+            forecast_source=self._source,
+        )
+
+    def _find(self, decision: Decision, binding: Constraint | None, reason: str) -> None:
+        """Note a finding; the graver decision stands, with the constraint of the first that made it."""
+        if self._decision == "admit" or (self._decision == "defer" and decision == "refuse"):
+            self._decision, self._binding = decision, binding
+        self._reasons.append(reason)
+
+    def _ask_kernel(self) -> bool | None:
+        """Answer as fork() would, by mm/util.c's __vm_enough_memory() and the limits on tasks."""
+        facts, commit = self._facts, self._facts.status.commit
+        allowed: bool | None = None
+        if commit.mode == overcommit.ALWAYS or facts.charge_bytes == 0:
+            allowed = True
+        elif commit.mode == overcommit.GUESS and commit.request_limit_bytes is not None:
+            if facts.largest_charge_bytes is not None:
+                allowed = self._ask_guess(facts.largest_charge_bytes, commit.request_limit_bytes)
+        elif commit.headroom_bytes is not None and facts.charge_bytes is not None:
+            allowed = self._ask_never(facts.charge_bytes, commit.headroom_bytes)
+        if facts.tasks_exhausted:
+            allowed = False
+            self._find("refuse", None, f"fork() would fail with EAGAIN: there are {facts.tasks_exhausted}.")
+        if allowed is None:
+            missing = "; ".join(facts.problems) or "vm.overcommit_memory is not told"
+            self._reasons.append(f"Whether fork() would be granted is not known: {missing}.")
+        return allowed
+
+    def _ask_guess(self, largest_bytes: int, limit_bytes: int) -> bool:
+        """Mode 0 looks at every mapping alone."""
+        if largest_bytes <= limit_bytes:
+            return True
+        self._find(
+            "refuse",
+            Constraint("commit", None, limit_bytes, 0, 0, limit_bytes, "refuse"),
+            f"fork() would fail with ENOMEM: one mapping of {format_size(largest_bytes)} is larger than RAM and swap "
+            f"together ({format_size(limit_bytes)}), which vm.overcommit_memory=0 refuses. "
+            "Mark what the child does not need with MADV_DONTFORK, or divide the mapping.",
+        )
+        return False
+
+    def _ask_never(self, charge_bytes: int, headroom_bytes: int) -> bool:
+        """Mode 2 looks at the sum, and wants it below what is left."""
+        if charge_bytes < headroom_bytes:
+            return True
+        self._find(
+            "refuse",
+            next((c for c in self._facts.status.constraints if c.kind == "commit"), None),
+            f"fork() would fail with ENOMEM: it is charged {format_size(charge_bytes)} of commit and "
+            f"{format_size(headroom_bytes)} are left of CommitLimit less the reserves (vm.overcommit_memory=2). "
+            "Mark what the child does not need with MADV_DONTFORK, add swap, or raise vm.overcommit_ratio.",
+        )
+        return False
+
+    def _ask_memory(self, memory: Iterable[Constraint]) -> None:
+        """Find out whether page tables and copies fit under every limit: now, or ever."""
+        need_bytes, known = self._need_bytes, False
+        if need_bytes is None:
+            self._find("refuse", None, f"How much fork needs is not known: {'; '.join(self._facts.problems)}.")
+            return
+        for constraint in sorted(memory, key=fork_headroom_bytes):
+            known = True
+            headroom_bytes = fork_headroom_bytes(constraint)
+            if need_bytes <= headroom_bytes:
+                break
+            most_bytes = max(headroom_bytes, self._most_bytes(constraint))
+            where = f"{constraint.kind} of {constraint.path}" if constraint.path else "physical memory and swap"
+            if need_bytes > most_bytes:
+                self._find(
+                    "refuse",
+                    constraint,
+                    f"{self._needs()}, and {where} ({format_size(constraint.limit_bytes)}) could never leave more than "
+                    f"{format_size(most_bytes)} beside what this process holds. {self._helps()}",
+                )
+            else:
+                self._find(
+                    "defer",
+                    constraint,
+                    f"{self._needs()}, and {where} leaves {format_size(headroom_bytes)} of "
+                    f"{format_size(constraint.limit_bytes)} now. Try again when others have freed memory, or: "
+                    f"{self._helps()}",
+                )
+        if not known:
+            problems = "; ".join(self._facts.problems) or "no limit could be read"
+            self._find("refuse", None, f"How much memory is left is not known: {problems}.")
+
+    def _most_bytes(self, constraint: Constraint) -> int:
+        """Return what *constraint* would leave if nobody but this process used anything of it."""
+        own = self._facts.status.process
+        own_bytes = own.anonymous_bytes or 0
+        if constraint.kind == "physical":
+            own_bytes += own.swap_bytes or 0
+        return max(0, constraint.limit_bytes - own_bytes)
+
+    def _ask_pressure(self) -> None:
+        pressure = self._facts.status.pressure
+        if pressure is not None and pressure.full.avg10 >= FULL_STALL_PERCENT:
+            self._find(
+                "defer",
+                None,
+                f"Memory is short now: for {pressure.full.avg10:.0f} % of the last 10 s every task waited for it "
+                f"({pressure.source}). Try again when that is below {FULL_STALL_PERCENT:.0f} %.",
+            )
+
+    def _say_admitted(self, tightest: Constraint | None) -> None:
+        if tightest is None:
+            return
+        where = f"{tightest.kind} of {tightest.path}" if tightest.path else "physical memory and swap"
+        left_bytes = fork_headroom_bytes(tightest)
+        self._reasons.append(f"{self._needs()}, and {where}, the tightest, leaves {format_size(left_bytes)}.")
+
+    def _needs(self) -> str:
+        whence = {
+            "caller": "by the rate and time given",
+            "last snapshot": "as the last snapshot copied",
+            "private memory": "if all private memory is written or its objects read",
+        }[self._source]
+        bound = ", bounded by max_copy" if self._bounded else ""
+        return (
+            f"Fork needs {format_size(self._facts.page_table_bytes)} of page tables and "
+            f"{format_size(self._forecast_bytes)} of copies ({whence}{bound})"
+        )
+
+    def _helps(self) -> str:
+        if self._bounded:
+            return "A smaller max_copy, a smaller heap or a larger limit would help."
+        return "Pass max_copy=... to bound the copies; a smaller heap or a larger limit would help."
+
+
+def fork_headroom_bytes(constraint: Constraint) -> int:
+    """Return what *constraint* leaves for copies: its headroom and half of the file cache in use.
+
+    The kernel counts its own MemAvailable alike (mm/show_mem.c, si_mem_available(): at least half of the page cache).
+    """
+    return (constraint.headroom_bytes or 0) + constraint.active_file_bytes // 2

@@ -1,0 +1,17 @@
+"""Point-in-time images: the job that every engine shares, atomic replacement of files, and the engine that forks."""
+
+from __future__ import annotations
+
+from memsafe.snapshot.atomic import AtomicFile
+from memsafe.snapshot.fork import fork_snapshot
+from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult
+from memsafe.snapshot.writer import SnapshotWriter
+
+__all__ = [
+    "AtomicFile",
+    "SnapshotJob",
+    "SnapshotProgress",
+    "SnapshotResult",
+    "SnapshotWriter",
+    "fork_snapshot",
+]

@@ -1,0 +1,154 @@
+"""Atomic replacement: at a path there is the old file or the complete new one, whoever dies when."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import stat
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias
+
+from memsafe._kernel.descriptors import descriptor_path
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+# What open says on a file system without O_TMPFILE (open(2)); ENOSYS comes from some FUSE daemons.
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+# What fsync says of a folder on a file system that cannot do it.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP})
+# Room in a name of at most 255 bytes for what stands around the target's own.
+_NAME_BYTES_MAX = 180
+
+_numbers = itertools.count()
+
+
+class AtomicFile:
+    """A file that appears at its path whole, or not at all.
+
+    It is written under no name where the file system has O_TMPFILE, so that nothing is left if everybody dies;
+    elsewhere as ``.{name}.memsafe-{pid}-{n}.tmp`` in the same folder. Left-overs of processes that died are removed by
+    the next AtomicFile for the same path: a lock on the file tells them from files in use, also in another container.
+
+    A symbolic link at the path stays, and what it points to is replaced. The old file's permissions are kept; a new
+    file gets 0666 less the umask. The folder is held open: renaming it, or os.chdir(), changes nothing.
+
+    Use it as a context manager: leaving it without commit() leaves the old file alone. One thread at a time.
+
+    Attributes:
+        path: The path as given.
+        fd: The descriptor to write to, open for reading and writing.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        """Open a new file for *path*.
+
+        Raises:
+            OSError: The folder is missing or not writable, or at *path* is something else than a regular file.
+        """
+        self.path = path
+        self._real_path = os.path.realpath(os.fsdecode(path))
+        folder, self._name = os.path.split(self._real_path)
+        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._temporary: str | None = None
+        self.fd = -1
+        try:
+            mode = self._mode_of_old()
+            self._remove_leftovers()
+            self._open()
+            if mode is not None:
+                os.fchmod(self.fd, mode)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def commit(self) -> int:
+        """Put the file at its path for good, and return its size in bytes. The descriptor stays open until close().
+
+        Raises:
+            OSError: Something on the way failed. The old file is still there, unless the last step, the folder's own
+                fsync, is what failed: then the new one is, but may not survive a power cut.
+        """
+        if self._temporary is None:
+            temporary = self._temporary_name()
+            os.link(descriptor_path(self.fd), temporary, dst_dir_fd=self._folder_fd, follow_symlinks=True)
+            self._temporary = temporary
+        # Once more even where the writer has done so: a journal may have kept back an inode that had no name.
+        os.fsync(self.fd)
+        size_bytes = os.fstat(self.fd).st_size
+        os.rename(self._temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+        self._temporary = None
+        try:
+            os.fsync(self._folder_fd)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+        return size_bytes
+
+    def close(self) -> None:
+        """Close the descriptors, and drop the file if it was not committed. A second call does nothing."""
+        if self._temporary is not None:
+            with suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._folder_fd)
+            self._temporary = None
+        for fd in (self.fd, self._folder_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._folder_fd = -1
+
+    def _mode_of_old(self) -> int | None:
+        try:
+            status = os.stat(self._name or ".", dir_fd=self._folder_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self._real_path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file, so it is not replaced", self._real_path)
+        return stat.S_IMODE(status.st_mode)
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            self.fd = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=self._folder_fd)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise OSError(error.errno, error.strerror, self._real_path) from None
+            name = self._temporary_name()
+            self.fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._folder_fd)
+            self._temporary = name
+        with suppress(OSError):  # a file system without locks: its left-overs stay
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _prefix(self) -> str:
+        return f".{os.fsdecode(os.fsencode(self._name)[:_NAME_BYTES_MAX])}.memsafe-"
+
+    def _temporary_name(self) -> str:
+        return f"{self._prefix()}{os.getpid()}-{next(_numbers)}.tmp"
+
+    def _remove_leftovers(self) -> None:
+        prefix = self._prefix()
+        for name in os.listdir(self._folder_fd):  # noqa: PTH208 - pathlib knows no descriptors
+            if name.startswith(prefix) and name.endswith(".tmp"):
+                with suppress(OSError):
+                    self._remove_if_unused(name)
+
+    def _remove_if_unused(self, name: str) -> None:
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder_fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(name, dir_fd=self._folder_fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,159 @@
+"""Snapshots by fork, as Redis's BGSAVE takes them: assessed before, bounded while they run, and never at the price of
+the parent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from array import array
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
+
+from memsafe.commit import assess_fork
+from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
+from memsafe.sizes import parse_size
+from memsafe.snapshot.supervisor import Bounds, Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from memsafe._kernel.files import Root
+    from memsafe.sizes import Size
+    from memsafe.snapshot.atomic import StrPath
+    from memsafe.snapshot.job import SnapshotJob, SnapshotRun
+    from memsafe.snapshot.writer import SnapshotWriter
+
+    class HasFileno(Protocol):
+        """A file, a socket."""
+
+        def fileno(self) -> int:
+            """Return the descriptor."""
+
+
+_EXIT_WAIT_S = 10.0
+
+
+def fork_snapshot(
+    path: StrPath,
+    write: Callable[[SnapshotWriter], object],
+    *,
+    max_copy: Size | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
+    timeout_s: float | None = None,
+    keep_fds: Iterable[int | HasFileno] = (),
+    root: Root = "/",
+) -> SnapshotJob:
+    """Begin a point-in-time image of this process, written by a forked child, and return while it is written.
+
+    The child calls ``write(out)`` with the memory as it is now. When it has returned and the file is synced, the
+    file replaces the one at *path*, in one step; until then, and whenever anything fails, the old one stays.
+
+    What is safe in *write*: reading what this thread may read now, and writing to *out*. Only this thread exists in
+    the child, so a lock that another thread holds now is held for ever: take the locks that guard the state *before*
+    the call (an RLock may be taken again in *write*), and use no queue.Queue, no file object and no library with locks
+    of its own that other threads use. logging itself is safe (CPython renews its locks), its handlers' streams are not.
+    Inherited sockets are closed but for *keep_fds* and 0 to 2; pipes and files are shared with the parent, offsets
+    included. print() goes to a copy of the parent's buffer and is lost; flushing it would write the parent's pending
+    output twice. No atexit function runs and nothing is finalized. Reading Python objects writes their reference
+    counts, and so copies their pages; memory outside of the heap (mmap, arrays) is not copied by reading.
+
+    SIGINT is ignored in the child, other handlers are reset, the OOM killer prefers it to this process, and it ends
+    with this process. An interpreter that exits ends a running snapshot; wait for it first if you want it.
+
+    Args:
+        path: The file to replace. A symbolic link is followed.
+        write: Called in the child. It must return, not exit.
+        max_copy: Bound on the bytes of memory that both processes copy by writing; passing it ends the child. Without
+            it, the child is ended when the memory left to this process is nearly gone.
+        on_progress: Called as ``on_progress(done, total)`` in this process, on the job's thread, for what *write*
+            reports by ``out.progress``. While it runs nothing is measured: be quick.
+        timeout_s: Seconds after which the child is ended.
+        keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
+        root: The directory that stands for "/" in the assessment and the reading of limits.
+
+    Raises:
+        SnapshotRefusedError: It would not be safe; the assessment says why. Nothing was done.
+        SnapshotInProgressError: This process has one running already.
+        KernelError: fork failed.
+        OSError: No file can be made at *path*, or descriptors have run out.
+        ValueError: *max_copy* or *timeout_s* makes no sense.
+    """
+    if not callable(write):
+        raise TypeError(f"write must be callable, not {type(write).__name__}")
+    max_copy_bytes = None if max_copy is None else parse_size(max_copy, what="max_copy")
+    if timeout_s is not None and not timeout_s > 0:
+        raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
+    kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
+    claim = _slot.claim(path)
+    try:
+        assessment = assess_fork(max_copy_bytes=max_copy_bytes, last_copy_bytes=_slot.last_copy_bytes, root=root)
+        if assessment.decision != "admit":
+            reasons = "; ".join(assessment.reasons)
+            raise SnapshotRefusedError(
+                f"the snapshot of {os.fsdecode(path)} was not begun ({assessment.decision}): {reasons}", assessment
+            )
+        sys.audit("os.fork")
+        supervisor = Supervisor(path, Bounds(max_copy_bytes, timeout_s, root), on_progress, _slot.release)
+        claim.run = supervisor.run
+    except BaseException:
+        _slot.release()
+        raise
+    supervisor.fork(write, kept)
+    return supervisor.job
+
+
+class _Claim:
+    """The right to run the one snapshot."""
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = path
+        self.run: SnapshotRun | None = None
+
+
+class _Slot:
+    """One fork snapshot at a time in a process; what the last one measured stays for the next one's forecast.
+
+    No lock: a signal handler may take a snapshot while the thread that it interrupts is in here. setdefault decides.
+    """
+
+    def __init__(self) -> None:
+        self.last_copy_bytes: int | None = None
+        self._holder: dict[str, _Claim] = {}
+        self._hooked = False
+
+    def claim(self, path: StrPath) -> _Claim:
+        claim = _Claim(path)
+        holder = self._holder.setdefault("", claim)
+        if holder is not claim:
+            running, asked = os.fsdecode(holder.path), os.fsdecode(path)
+            raise SnapshotInProgressError(
+                f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
+                "cancel it; one fork snapshot at a time in a process"
+            )
+        if not self._hooked:
+            atexit.register(self.end_at_exit)
+            # In a forked child: the parent's snapshot is none of its business.
+            os.register_at_fork(after_in_child=self._holder.clear)
+            self._hooked = True
+        return claim
+
+    def release(self, copy_bytes: int | None = None, complete: bool = False) -> None:
+        if copy_bytes is not None and complete:
+            self.last_copy_bytes = copy_bytes
+        elif copy_bytes is not None and self.last_copy_bytes is not None:
+            # It was cut short: what a whole one copies is at least as much.
+            self.last_copy_bytes = max(copy_bytes, self.last_copy_bytes)
+        self._holder.clear()
+
+    def end_at_exit(self) -> None:
+        """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""
+        claim = self._holder.get("")
+        if claim is not None and claim.run is not None:
+            claim.run.cancel()
+            with suppress(Exception):
+                claim.run.future.exception(_EXIT_WAIT_S)
+
+
+_slot = _Slot()

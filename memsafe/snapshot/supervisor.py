@@ -1,0 +1,377 @@
+"""The life of a snapshot's child, seen from its parent.
+
+The caller's thread forks. A thread of the job's own, started before, watches the child by its pidfd, hears its reports,
+measures its private copies, and puts the finished file in place: a child that outlives its parent can never replace
+newer data.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import select
+import signal
+import struct
+import threading
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memsafe import _native
+from memsafe._kernel import process
+from memsafe._kernel.files import is_missing
+from memsafe.errors import (
+    KernelError,
+    OOMKilledError,
+    SnapshotCancelledError,
+    SnapshotFailedError,
+    SnapshotOverrunError,
+)
+from memsafe.sizes import format_size
+from memsafe.snapshot.atomic import AtomicFile
+from memsafe.snapshot.child import SnapshotChild
+from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
+from memsafe.snapshot.meter import Meter, oom_kills, risen
+from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable
+
+    from memsafe._kernel.files import Root
+    from memsafe.snapshot.atomic import StrPath
+    from memsafe.snapshot.writer import SnapshotWriter
+
+METHOD = "fork"
+
+_HANDOVER = struct.Struct("=qqq")  # pid, pidfd, pause_ns: struct handover of fork_py.c
+
+# The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
+# Right after the fork both count the same pages, then the parent may grow: by less than all there is. So a difference
+# of 1000 decides for the child whatever happens, and it is asked for relative to the parent.
+_OOM_SCORE_ADJ_ABOVE = 1000
+_OOM_SCORE_ADJ_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What ends a child that would otherwise go on."""
+
+    max_copy_bytes: int | None
+    timeout_s: float | None
+    root: Root
+
+
+class Supervisor:
+    """The life of one child, from before its fork until its file is in place. Runs on a thread of its own."""
+
+    def __init__(
+        self,
+        path: StrPath,
+        bounds: Bounds,
+        on_progress: Callable[[int, int], object] | None,
+        on_end: Callable[[int | None, bool], None],
+    ) -> None:
+        """Get everything that can be refused.
+
+        From here on *on_end* is called once, before the job's outcome is known, as on_end(peak_copy_bytes, complete).
+
+        Raises:
+            OSError: No file can be made at *path*, or descriptors have run out; *on_end* is not called.
+        """
+        self._bounds = bounds
+        self._on_end = on_end
+        self._done: Done | None = None
+        self._raised: Raised | None = None
+        self._verdict: SnapshotFailedError | None = None  # why we ended it
+        self._warnings: list[str] = []
+        self._handover = bytearray(_HANDOVER.size)
+        self._began_s = time.monotonic()
+        self._pid = 0
+        self._pidfd = -1
+        with ExitStack() as stack:
+            self._file = stack.enter_context(AtomicFile(path))
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self._wake_fd)
+            self._own_pidfd = _pidfd_of_self()
+            stack.callback(os.close, self._own_pidfd)
+            self._report_fd, self._report_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, self._report_fd)
+            self._close_write_end = stack.enter_context(ExitStack())
+            self._close_write_end.callback(os.close, self._report_write_fd)
+            self._reader = ReportReader(self._report_fd)
+            self._meter = Meter(bounds.root)
+            self._oom_kills_before = oom_kills(bounds.root)
+            self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
+            self.job = SnapshotJob(self.run)
+            self._thread = threading.Thread(target=self._main, name="memsafe-snapshot", daemon=True)
+            self._resources = stack.pop_all()
+
+    # The caller's thread.
+
+    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int]) -> None:
+        """Start the thread, then fork: after the fork nothing that can fail is left to do.
+
+        Raises:
+            KernelError: fork failed.
+            RuntimeError: No thread could be started.
+        """
+        child = SnapshotChild(write, self._file.fd, self._report_write_fd)
+        oom_score_adj = _child_oom_score_adj()
+        try:
+            self._thread.start()
+            self._began_s = time.monotonic()
+            _native.fork(
+                child,
+                self._handover,
+                self._wake_fd,
+                self._own_pidfd,
+                self._report_write_fd,
+                self._report_fd,
+                oom_score_adj,
+                keep_fds,
+            )
+        except BaseException as error:
+            self._abandon()
+            if isinstance(error, OSError) and error.errno is not None:
+                raise KernelError(error.errno, "fork", "no child was made, nothing was changed") from None
+            raise
+
+    def _abandon(self) -> None:
+        """After an exception: end the child if there is one, as nobody will hold the job, and release everything."""
+        if self._was_forked():
+            self.run.cancel()
+        elif self._thread.ident is None:
+            self._resources.close()
+            self._on_end(None, False)
+        else:
+            self._wake()
+            self._thread.join()
+
+    def _was_forked(self) -> bool:
+        return any(self._handover)
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    # The job's thread.
+
+    def _main(self) -> None:
+        result: SnapshotResult | None = None
+        error: BaseException | None = None
+        self._wait_for_fork()
+        with self._resources:
+            if self._was_forked():
+                try:
+                    result = self._supervise()
+                except BaseException as failure:
+                    error = failure
+                    self._kill()
+                    self._reap()
+                    self.run.seal()
+        self._on_end(self.run.peak_copy_bytes, self._done is not None)
+        if result is not None:
+            self.run.resolve(result)
+        elif error is not None:
+            self.run.reject(error)
+
+    def _wait_for_fork(self) -> None:
+        poller = select.poll()
+        poller.register(self._wake_fd, select.POLLIN)
+        poller.poll()
+
+    def _supervise(self) -> SnapshotResult:
+        self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
+        if self._pidfd >= 0:
+            self._resources.callback(os.close, self._pidfd)
+        self._close_write_end.close()  # so that the pipe ends with the child
+        self._watch()
+        status = self._reap()
+        cancelled = self.run.seal()
+        path = os.fsdecode(self.run.path)
+        if cancelled:
+            raise SnapshotCancelledError(f"the snapshot of {path} was cancelled; the file there is as it was")
+        error = self._verdict or self._failure(status)
+        if error is not None:
+            raise error
+        try:
+            size_bytes = self._file.commit()
+        except OSError as cause:
+            raise SnapshotFailedError(f"the image is complete, but could not be put at {path}: {cause}") from cause
+        return SnapshotResult(
+            path=self.run.path,
+            size_bytes=size_bytes,
+            pause_s=pause_ns / 1e9,
+            duration_s=time.monotonic() - self._began_s,
+            peak_copy_bytes=self.run.peak_copy_bytes,
+            method=METHOD,
+            warnings=tuple(self._warnings),
+        )
+
+    def _watch(self) -> None:
+        """Return when the child has ended and all that it said is heard."""
+        poller = select.poll()
+        poller.register(self._wake_fd, select.POLLIN)
+        poller.register(self._report_fd, select.POLLIN)
+        if self._pidfd >= 0:
+            poller.register(self._pidfd, select.POLLIN)
+        ended = self._pidfd < 0
+        while not ended:
+            ready = {fd for fd, _ in poller.poll(self._patience_ms())}
+            ended = self._pidfd in ready
+            if self._wake_fd in ready:
+                os.eventfd_read(self._wake_fd)
+            if self._report_fd in ready:
+                self._hear()
+                if self._reader.at_end:
+                    poller.unregister(self._report_fd)
+            if not ended and self._verdict is None:
+                self._enforce()
+        self._hear()
+
+    def _patience_ms(self) -> int | None:
+        if self._verdict is not None or self.run.cancelling:
+            return None
+        wake_at_s = self._meter.next_at_s
+        if self._bounds.timeout_s is not None:
+            wake_at_s = min(wake_at_s, self._began_s + self._bounds.timeout_s)
+        if wake_at_s == math.inf:
+            return None
+        return min(max(0, math.ceil((wake_at_s - time.monotonic()) * 1000)), 2**31 - 1)
+
+    def _hear(self) -> None:
+        for report in self._reader.read():
+            match report:
+                case Progress(done, total):
+                    self.run.report_progress(done, total)
+                case Raised():
+                    self._raised = report
+                case Done(copy_bytes, warnings):
+                    self._done = report
+                    self._warnings += warnings
+                    if copy_bytes is not None:
+                        self._count_copies(copy_bytes)
+
+    def _enforce(self) -> None:
+        """End a child that was cancelled, takes too long, or copies too much."""
+        if self.run.cancelling:
+            self._kill()
+            return
+        now_s = time.monotonic()
+        timeout_s = self._bounds.timeout_s
+        if timeout_s is not None and now_s >= self._began_s + timeout_s:
+            self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
+        elif now_s >= self._meter.next_at_s and self._done is None:
+            self._measure()
+
+    def _measure(self) -> None:
+        try:
+            copy_bytes = self._meter.copy_bytes(self._pid)
+        except KernelError as error:
+            if self._has_ended() or is_missing(error):
+                return
+            self._meter.stop()
+            self._warnings.append(f"copies could not be measured: {error}")
+            if self._bounds.max_copy_bytes is not None:
+                self._end(SnapshotFailedError(self._ended(f"max_copy cannot be kept: {error}")))
+            return
+        if self._has_ended():
+            return  # where somebody else reaps, the number may be another process's by now
+        self._count_copies(copy_bytes)
+        short = None if self._verdict else self._meter.headroom_short()
+        if short is not None:
+            self._overrun(f"{short}, after {format_size(copy_bytes)} of copies", copy_bytes)
+
+    def _count_copies(self, copy_bytes: int) -> None:
+        self.run.report_copies(copy_bytes)
+        max_copy_bytes = self._bounds.max_copy_bytes
+        # Also when the image is complete: otherwise chance would decide, by the instant of the last measurement.
+        if max_copy_bytes is not None and copy_bytes > max_copy_bytes:
+            copied, bound = format_size(copy_bytes), format_size(max_copy_bytes)
+            self._overrun(f"{copied} were copied, more than max_copy allows ({bound})", copy_bytes)
+
+    def _overrun(self, what: str, copy_bytes: int) -> None:
+        error = SnapshotOverrunError(
+            self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._bounds.max_copy_bytes
+        )
+        self._end(error)
+
+    def _ended(self, what: str) -> str:
+        return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
+
+    def _end(self, verdict: SnapshotFailedError) -> None:
+        if self._verdict is None:
+            self._verdict = verdict
+        self._kill()
+
+    def _kill(self) -> None:
+        if self._pidfd >= 0:
+            with suppress(OSError):  # it ended by itself
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def _reap(self) -> os.waitid_result | None:
+        """Return how the child ended, or None where SIGCHLD is ignored or somebody else has waited for it."""
+        if self._pidfd < 0:
+            return None
+        try:
+            return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:
+            return None
+
+    def _failure(self, status: os.waitid_result | None) -> SnapshotFailedError | None:
+        """Return why there is no image; None when there is one: the child said so, and nothing speaks against it."""
+        path = os.fsdecode(self.run.path)
+        failed = f"the snapshot of {path} failed, the file there is as it was:"
+        if self._raised is not None:
+            raised = self._raised
+            return SnapshotFailedError(
+                f"{failed} write raised {raised.type}: {raised.message}\n\nIn the child:\n{raised.traceback}",
+                child_type=raised.type,
+                child_message=raised.message,
+                child_traceback=raised.traceback,
+            )
+        exited = status is None or status.si_code == os.CLD_EXITED
+        if self._done is not None and exited and (status is None or status.si_status == 0):
+            return None
+        if status is None or (not exited and status.si_status == signal.SIGKILL):
+            killers = risen(self._oom_kills_before, oom_kills(self._bounds.root))
+            if killers:
+                return OOMKilledError(
+                    f"{failed} the kernel's OOM killer ended the child (oom_kill of {killers} rose); copies when last "
+                    f"measured: {format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
+                )
+        return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
+
+
+def _child_oom_score_adj() -> int:
+    try:
+        own = process.oom_score_adj()
+    except KernelError:
+        own = None
+    return min((own or 0) + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
+
+
+def _pidfd_of_self() -> int:
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError as error:
+        raise KernelError(
+            error.errno or errno.ENOSYS, "pidfd_open", "fork_snapshot needs it to tie the child to its parent"
+        ) from None
+
+
+def _how_it_ended(status: os.waitid_result | None) -> str:
+    if status is None:
+        return "the child ended without a word, and something else in this process took its exit status"
+    if status.si_code == os.CLD_EXITED:
+        return f"the child exited with status {status.si_status} before the image was complete (os._exit in write?)"
+    with suppress(ValueError):
+        return f"the child was ended by {signal.Signals(status.si_status).name}"
+    return f"the child was ended by signal {status.si_status}"

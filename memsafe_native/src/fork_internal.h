@@ -1,0 +1,36 @@
+/* The halves of a supervised fork that need no Python; fork_py.c joins them. */
+#ifndef MS_FORK_INTERNAL_H
+#define MS_FORK_INTERNAL_H
+
+#include "ms.h"
+
+/* Exit status of a child that ended itself because its parent was gone. Nobody is left to read it. */
+#define MS_FORK_ORPHANED 121
+
+struct ms_fork_child {
+    int parent_pidfd;   /* the parent's own, opened by the parent before the fork */
+    int report_fd;      /* write end of the pipe to the parent */
+    int report_read_fd; /* its read end: the child's copy is closed, or the pipe would never break */
+    int oom_score_adj;
+    const int *keep_fds; /* sockets that stay open */
+    size_t keep_count;
+};
+
+/* errno of each step that can fail, 0 where it went well. */
+struct ms_fork_steps {
+    int oom_score_adj;
+    int guard;
+    int sockets;
+};
+
+/* The first acts of a forked child, before any Python.
+ * pre:  just forked, every signal blocked, one thread. On return no signal is blocked and the guard's thread runs.
+ * Async-signal-safe but for pthread_create, which glibc and musl allow after fork(). Touches no Python state. */
+void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps *steps);
+
+/* Open a pidfd for the child that was just forked.
+ * *pidfd is -1 when the child has ended and somebody else has reaped it: its number may be another process's by now.
+ * Returns 0, or -errno: then the child was killed and reaped, and *pidfd is untouched. Any thread. */
+int ms_fork_adopt(pid_t pid, int *pidfd);
+
+#endif

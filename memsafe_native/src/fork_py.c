@@ -1,0 +1,105 @@
+/* Knows CPython (limited API 3.11). A fork that keeps the GIL and never returns in the child. */
+#include <Python.h>
+
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "fork_internal.h"
+#include "python_types_internal.h"
+
+/* What the supervising thread needs to know, written before any Python can run again in the parent: a KeyboardInterrupt
+ * raised as the call returns must not lose a child. Read in Python by struct.unpack("=qqq"). */
+struct handover {
+    int64_t pid;
+    int64_t pidfd; /* -1: the child has ended and was reaped by somebody else */
+    int64_t pause_ns;
+};
+
+static int64_t monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* The caller's frames must never go on in the child, whatever is raised: so the child's main is called from here. */
+static _Noreturn void run_child(PyObject *main, const struct ms_fork_child *child)
+{
+    struct ms_fork_steps steps;
+    ms_fork_child_begin(child, &steps);
+    PyGC_Disable(); /* a collection writes to every object's header, and so copies its page */
+    PyOS_AfterFork_Child();
+    PyObject *result = PyObject_CallFunction(main, "iii", steps.oom_score_adj, steps.guard, steps.sockets);
+    _exit(result ? 0 : 1);
+}
+
+static const char fork_doc[] =
+    "fork(main, handover, wake_fd, parent_pidfd, report_fd, report_read_fd, oom_score_adj, keep_fds) -> None\n\n"
+    "Fork, keeping the GIL. In the child main(oom_score_adj_errno, guard_errno, sockets_errno) is called, then _exit.\n"
+    "In the parent (pid, pidfd, pause_ns) is put into *handover* and the eventfd *wake_fd* is set, then it returns.\n"
+    "keep_fds: bytes of C ints. Raises OSError when no child was made; *handover* is then as it was.";
+
+static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *main;
+    Py_buffer handover, keep;
+    int wake_fd;
+    struct ms_fork_child child;
+    if (!PyArg_ParseTuple(args, "Ow*iiiiiy*:fork", &main, &handover, &wake_fd, &child.parent_pidfd, &child.report_fd,
+                          &child.report_read_fd, &child.oom_score_adj, &keep))
+        return NULL;
+    int error = 0;
+    if (handover.len != (Py_ssize_t)sizeof(struct handover) || keep.len % (Py_ssize_t)sizeof(int)) {
+        PyErr_SetString(PyExc_ValueError, "handover must be 24 bytes, keep_fds whole C ints");
+        goto release;
+    }
+    child.keep_fds = keep.buf;
+    child.keep_count = (size_t)keep.len / sizeof(int);
+
+    PyOS_BeforeFork();
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* no handler of the parent's may run in the child */
+    int64_t begin_ns = monotonic_ns();
+    pid_t pid = fork();
+    if (pid == 0)
+        run_child(main, &child);
+    struct handover out = {.pid = pid, .pause_ns = monotonic_ns() - begin_ns};
+    int pidfd = -1;
+    error = pid < 0 ? errno : -ms_fork_adopt(pid, &pidfd);
+    if (!error) {
+        const uint64_t one = 1;
+        out.pidfd = pidfd;
+        memcpy(handover.buf, &out, sizeof out);
+        ssize_t ignored = write(wake_fd, &one, sizeof one); /* an eventfd refuses only when it is set already */
+        (void)ignored;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    PyOS_AfterFork_Parent();
+
+release:
+    PyBuffer_Release(&handover);
+    PyBuffer_Release(&keep);
+    if (error) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+int ms_fork_py_add(PyObject *dict)
+{
+    static PyMethodDef method = {"fork", supervised_fork, METH_VARARGS, fork_doc};
+    PyObject *function = PyCFunction_New(&method, NULL);
+    if (!function)
+        return -1;
+    int failed = PyDict_SetItemString(dict, method.ml_name, function);
+    Py_DECREF(function);
+    return failed;
+}
