@@ -37,7 +37,7 @@ test: build ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: dev ## measure, each figure beside a peer in the same run
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 format: dev ## format Python and C
 	$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from memsafe.errors import MemsafeError as MemsafeError
 
 _MODULES = {
+    "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
+    "memsafe.heap": ("trim",),
+    "memsafe.region": ("Region",),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),
 }  # fmt: skip

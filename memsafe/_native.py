@@ -11,6 +11,9 @@ from memsafe.errors import KernelError
 _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
+BudgetCore = _types["BudgetCore"]
+Reservation = _types["Reservation"]
+RegionCore = _types["RegionCore"]
 
 
 def check(result: int, call: str, detail: str = "") -> int:
@@ -24,4 +27,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["check", "ffi", "lib"]
+__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "lib"]

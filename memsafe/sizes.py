@@ -40,7 +40,7 @@ def parse_size(size: Size, *, what: str = "a size") -> int:
         raise ValueError(f"{what} must be a whole number of bytes or a string such as '64 MiB', not {size!r}")
     else:
         try:
-            size_bytes = index(size)
+            size_bytes = int(index(size))
         except TypeError:
             kind = type(size).__name__
             raise TypeError(f"{what} must be an int of bytes or a string such as '64 MiB', not {kind}") from None
@@ -57,6 +57,7 @@ def _parse(text: str, what: str) -> int:
     if match is None or unit is None or len(text) > 64:
         raise ValueError(f"{what} must look like '64 MiB', '64M' or '65536': {text!r}")
     fraction = match[2] or ""
+    size_bytes: int
     size_bytes, rest = divmod(int(match[1] + fraction) * unit, 10 ** len(fraction))
     if rest:
         raise ValueError(f"{what} must be a whole number of bytes: {text!r}")

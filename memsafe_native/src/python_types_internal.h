@@ -3,4 +3,7 @@
 #define MS_PYTHON_TYPES_INTERNAL_H
 #include <Python.h>
 
+int ms_budget_py_add(PyObject *dict);
+int ms_region_py_add(PyObject *dict);
+
 #endif

@@ -1,0 +1,65 @@
+/* Counters of a tree of budgets. They know no Python, so that allocator hooks and native threads can charge them.
+ *
+ * A charge goes root-first and is undone where it got to when a level refuses; an uncharge goes leaf-first. All
+ * functions are lock-free, may run on any thread, need no GIL, and never allocate but in ms_budget_new. A parent is
+ * found by its distance, not its address, so a tree may live in memory that is mapped elsewhere in each process. */
+
+typedef struct ms_budget ms_budget;
+
+enum {
+    MS_BUDGET_DEPTH_MAX = 64,  /* levels, the root counted */
+    MS_BUDGET_SOFT_PASSED = 1, /* the charge stands, and some level passed its soft limit by it */
+};
+
+typedef struct {
+    int64_t used_bytes;
+    int64_t peak_bytes;
+    int64_t limit_bytes;      /* INT64_MAX where unlimited */
+    int64_t soft_limit_bytes; /* INT64_MAX where there is none */
+    int64_t charged_bytes;    /* the part of used_bytes that no reservation holds, this level only */
+    int closed;
+} ms_budget_stats;
+
+/* Make a budget below parent (NULL: a root), with one reference. limit in bytes, INT64_MAX for none, a negative one
+ * refuses everything. Returns NULL with errno: ENOMEM, EINVAL (deeper than MS_BUDGET_DEPTH_MAX). */
+ms_budget *ms_budget_new(ms_budget *parent, int64_t limit);
+
+/* Take or drop a reference; a child holds one on its parent. The last one frees. */
+void ms_budget_ref(ms_budget *budget);
+void ms_budget_unref(ms_budget *budget);
+
+/* Charge n bytes (n >= 0) to budget and every ancestor below stop (NULL: all), or change nothing.
+ * Returns 0, MS_BUDGET_SOFT_PASSED, or -ENOMEM (refused) or -ESHUTDOWN (closed); on failure *level, where level is
+ * not NULL, says who refused: 0 is budget, 1 its parent, and so on. Exactly at a limit is allowed. */
+int ms_budget_charge(ms_budget *budget, int64_t n, const ms_budget *stop, int *level);
+
+/* Charge n bytes that exist already: limits are not asked. Returns 0, MS_BUDGET_SOFT_PASSED, -ESHUTDOWN, or
+ * -EOVERFLOW where a counter would pass INT64_MAX; then nothing was changed. */
+int ms_budget_charge_existing(ms_budget *budget, int64_t n, int *level);
+
+/* Give back n bytes that were charged, up to but without stop. A level that was closed is where it ends: its closing
+ * gave back everything above. pre: the caller holds n charged bytes. */
+void ms_budget_uncharge(ms_budget *budget, int64_t n, const ms_budget *stop);
+
+/* Give back n bytes that ms_budget_charge_existing charged. Returns 0, or -ERANGE where so many are not charged. */
+int ms_budget_uncharge_existing(ms_budget *budget, int64_t n);
+
+/* Move n charged bytes from one budget to another; common ancestors are not asked again, nor counted twice.
+ * Returns as ms_budget_charge; level counts from to. */
+int ms_budget_move(ms_budget *from, ms_budget *to, int64_t n, int *level);
+
+/* Close: later charges fail with -ESHUTDOWN. Returns the bytes that were still charged, which the ancestors have got
+ * back; 0 when it was closed before. Close children first. */
+int64_t ms_budget_close(ms_budget *budget);
+
+/* Set a limit: takes effect for the next charge, whatever is used. soft: hysteresis, armed again at 9/10 of it. */
+void ms_budget_set_limit(ms_budget *budget, int64_t limit);
+void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit);
+
+/* 1 once after this level passed its soft limit, else 0: the caller who gets the 1 does the telling. */
+int ms_budget_take_soft_passed(ms_budget *budget);
+
+/* Bytes until this level or an ancestor refuses: INT64_MAX where unlimited, 0 where over. */
+int64_t ms_budget_headroom(const ms_budget *budget);
+
+void ms_budget_read(const ms_budget *budget, ms_budget_stats *stats);

@@ -1,0 +1,795 @@
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+
+import memsafe
+from memsafe import Budget, BudgetExceededError
+
+
+def tree(*limits):
+    """A chain of budgets, root first, each with its limit."""
+    budgets = [Budget(limits[0], name="root")]
+    for depth, limit in enumerate(limits[1:], 1):
+        budgets.append(budgets[-1].child(f"level{depth}", limit))
+    return budgets
+
+
+def used(budgets):
+    return [budget.used_bytes for budget in budgets]
+
+
+# ---------------------------------------------------------------------------------------------------- reserving
+
+
+def test_a_reservation_is_charged_to_every_ancestor_and_given_back():
+    budgets = tree(100, None, 50)
+    with budgets[-1].reserve(40) as reservation:
+        assert reservation.size_bytes == 40
+        assert reservation.budget is budgets[-1]
+        assert used(budgets) == [40, 40, 40]
+    assert used(budgets) == [0, 0, 0]
+    assert [budget.peak_bytes for budget in budgets] == [40, 40, 40]
+
+
+def test_exactly_at_the_limit_is_allowed_and_one_more_byte_is_not():
+    budget = Budget(100)
+    with budget.reserve(100):
+        assert budget.headroom_bytes == 0
+        assert budget.try_reserve(1) is None
+        with budget.reserve(0) as nothing:
+            assert nothing.size_bytes == 0
+
+
+@pytest.mark.parametrize("refuser", [0, 1, 2])
+def test_a_refusal_changes_nothing_anywhere(refuser):
+    limits = [1000, 1000, 1000]
+    limits[refuser] = 10
+    budgets = tree(*limits)
+    with budgets[-1].reserve(5):
+        with pytest.raises(BudgetExceededError) as caught:
+            budgets[-1].reserve(6)
+        assert used(budgets) == [5, 5, 5]
+        assert [budget.peak_bytes for budget in budgets] == [5, 5, 5]
+    assert caught.value.refused_by is budgets[refuser]
+    assert caught.value.budget is budgets[-1]
+    assert caught.value.requested_bytes == 6
+    assert caught.value.available_bytes == 5
+
+
+def test_the_refusal_says_what_was_asked_what_there_was_who_holds_it_and_what_helps():
+    db = Budget("1 MiB", name="db")
+    index, cache = db.child("index"), db.child("cache")
+    with index.reserve("600 KiB"), cache.reserve("300 KiB"), pytest.raises(MemoryError) as caught:
+        cache.reserve("200 KiB")
+    text = str(caught.value)
+    for part in (
+        "db/cache",
+        "200 KiB",
+        "'db' has 124 KiB of 1 MiB left",
+        "db/index 600 KiB",
+        "db/cache 300 KiB",
+        "To help",
+    ):
+        assert part in text
+    assert caught.value.top_consumers == (("db/index", 600 * 1024), ("db/cache", 300 * 1024))
+
+
+def test_sizes_may_be_strings_or_index_ints_everywhere():
+    class Index:
+        def __index__(self):
+            return 1024
+
+    budget = Budget("1 MiB", soft_limit="512 KiB")
+    with budget.reserve("64 KiB") as reservation:
+        reservation.grow("64 KiB")
+        assert reservation.try_grow("64 KiB") is True
+        reservation.shrink("64 KiB")
+        reservation.resize("1 KiB")
+        reservation.resize("3 KiB")
+        with reservation.split(Index()) as part:
+            assert part.size_bytes == reservation.size_bytes // 2 == 1024
+        budget.charge("1 KiB")
+        budget.uncharge("1 KiB")
+
+
+@pytest.mark.parametrize("junk", [-1, 1.5, float("nan"), "junk", True])
+def test_junk_sizes_are_value_errors_and_change_nothing(junk):
+    budget = Budget(100)
+    with budget.reserve(10) as reservation:
+        calls = [
+            lambda: Budget(junk),
+            lambda: Budget(100, soft_limit=junk),
+            lambda: budget.child("c", junk),
+            lambda: budget.reserve(junk),
+            lambda: budget.try_reserve(junk),
+            lambda: budget.charge(junk),
+            lambda: budget.uncharge(junk),
+            lambda: setattr(budget, "limit_bytes", junk),
+            lambda: reservation.grow(junk),
+            lambda: reservation.try_grow(junk),
+            lambda: reservation.shrink(junk),
+            lambda: reservation.resize(junk),
+            lambda: reservation.split(junk),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="must"):
+                call()
+        assert (budget.used_bytes, reservation.size_bytes, budget.children) == (10, 10, ())
+
+
+def test_huge_sizes_do_not_overflow():
+    largest = 2**63 - 1
+    unlimited = Budget()
+    with unlimited.reserve(largest):
+        assert unlimited.used_bytes == largest
+        assert unlimited.try_reserve(1) is None
+        with pytest.raises(OverflowError):
+            unlimited.charge(1)
+    limited = Budget(100)
+    with limited.reserve(50):
+        assert limited.try_reserve(largest) is None
+        assert limited.try_reserve(largest - 49) is None
+    assert limited.used_bytes == 0
+    with pytest.raises(ValueError, match="8 EiB"):
+        limited.reserve(2**63)
+
+
+def test_grow_and_shrink_move_the_bytes_of_every_level():
+    budgets = tree(100, 80)
+    with budgets[-1].reserve(10) as reservation:
+        reservation.grow(20)
+        assert used(budgets) == [30, 30]
+        reservation.shrink(25)
+        assert used(budgets) == [5, 5]
+        reservation.resize(80)
+        assert used(budgets) == [80, 80]
+        assert reservation.try_grow(1) is False
+        with pytest.raises(BudgetExceededError):
+            reservation.grow(1)
+        with pytest.raises(BudgetExceededError):
+            reservation.resize(81)
+        assert reservation.size_bytes == 80
+        reservation.resize(0)
+        assert used(budgets) == [0, 0]
+
+
+def test_shrinking_too_far_is_a_value_error_and_changes_nothing():
+    budget = Budget(100)
+    with budget.reserve(10) as reservation:
+        with pytest.raises(ValueError, match="cannot shrink a reservation of 10 bytes by 11"):
+            reservation.shrink(11)
+        with pytest.raises(ValueError, match="cannot split 11 bytes"):
+            reservation.split(11)
+        assert budget.used_bytes == reservation.size_bytes == 10
+
+
+def test_releasing_twice_is_a_noop():
+    budget = Budget(100)
+    with budget.reserve(60), budget.reserve(10) as reservation:
+        reservation.release()
+        reservation.release()
+        assert budget.used_bytes == 60
+        assert reservation.size_bytes == 0
+        assert reservation.released
+
+
+@pytest.mark.parametrize("call", ["grow", "try_grow", "shrink", "resize", "split"])
+@pytest.mark.parametrize("size", [1, "1 KiB"])
+def test_a_released_reservation_refuses_every_change(call, size):
+    reservation = Budget(100).reserve(10)
+    reservation.release()
+    with pytest.raises(memsafe.ReservationClosedError):
+        getattr(reservation, call)(size)
+    with pytest.raises(memsafe.ReservationClosedError), reservation:
+        pass
+    with pytest.raises(memsafe.ReservationClosedError):
+        reservation.move_to(Budget(10))
+
+
+def test_split_takes_part_of_a_reservation_unseen_by_the_budget():
+    budget = Budget(10)
+    first = budget.reserve(10)
+    second = first.split(4)
+    assert (first.size_bytes, second.size_bytes, budget.used_bytes) == (6, 4, 10)
+    first.release()
+    assert budget.used_bytes == 4
+    second.release()
+
+
+def test_move_to_asks_only_budgets_that_did_not_hold_the_bytes():
+    root = Budget(100, name="root")
+    left, right = root.child("left", 100), root.child("right", 90)
+    reservation = left.reserve(90)
+    reservation.move_to(right)  # the root is at 90 of 100 all the time: counting twice would refuse
+    assert (root.used_bytes, left.used_bytes, right.used_bytes) == (90, 0, 90)
+    assert root.peak_bytes == 90
+    assert reservation.budget is right
+    other = Budget(10, name="other")
+    with pytest.raises(BudgetExceededError):
+        reservation.move_to(other)
+    assert (root.used_bytes, right.used_bytes, other.used_bytes) == (90, 90, 0)
+    reservation.shrink(80)
+    reservation.move_to(other)
+    assert (root.used_bytes, other.used_bytes) == (0, 10)
+    reservation.release()
+
+
+def test_move_to_an_ancestor_and_back():
+    budgets = tree(100, 50, 20)
+    reservation = budgets[2].reserve(20)
+    reservation.move_to(budgets[0])
+    assert used(budgets) == [20, 0, 0]
+    reservation.move_to(budgets[2])
+    reservation.move_to(budgets[2])
+    assert used(budgets) == [20, 20, 20]
+    reservation.release()
+    assert used(budgets) == [0, 0, 0]
+
+
+def test_moving_out_of_a_closed_budget_charges_the_whole_new_path():
+    root = Budget(100, name="root")
+    query = root.child("query")
+    reservation = query.reserve(30)
+    with pytest.warns(ResourceWarning):
+        query.close()
+    assert root.used_bytes == 0
+    reservation.move_to(root)
+    assert root.used_bytes == 30
+    reservation.release()
+    assert root.used_bytes == 0
+
+
+def test_charge_may_pass_the_limit_and_then_everything_is_refused():
+    budgets = tree(100, 50)
+    budgets[1].charge(150)
+    assert used(budgets) == [150, 150]
+    assert budgets[1].headroom_bytes == 0
+    assert budgets[1].try_reserve(0) is None
+    with pytest.raises(ValueError, match="cannot uncharge 151 bytes"):
+        budgets[1].uncharge(151)
+    budgets[1].uncharge(150)
+    assert used(budgets) == [0, 0]
+
+
+def test_uncharge_cannot_take_what_a_reservation_holds():
+    budget = Budget(100)
+    with budget.reserve(50):
+        budget.charge(10)
+        with pytest.raises(ValueError, match="10 are charged"):
+            budget.uncharge(11)
+        budget.uncharge(10)
+        assert budget.used_bytes == 50
+
+
+# ---------------------------------------------------------------------------------------------------- the tree
+
+
+def test_headroom_is_the_smallest_over_self_and_ancestors():
+    budgets = tree(100, None, 50)
+    with budgets[0].reserve(80):
+        assert [budget.headroom_bytes for budget in budgets] == [20, 20, 20]
+    assert [budget.headroom_bytes for budget in budgets] == [100, 100, 50]
+    assert Budget().headroom_bytes is None
+
+
+def test_names_are_unique_among_open_siblings_and_free_again_after_close():
+    db = Budget(name="db")
+    cache = db.child("cache")
+    with pytest.raises(ValueError, match="'db' already has a child named 'cache'"):
+        db.child("cache")
+    cache.close()
+    again = db.child("cache")
+    cache.close()
+    assert db.children == (again,)
+    assert again.path == "db/cache"
+    del again
+    gc.collect()
+    assert db.child("cache").parent is db
+
+
+@pytest.mark.parametrize("name", ["", "a/b", None, 3])
+def test_a_name_that_cannot_be_part_of_a_path_is_a_value_error(name):
+    with pytest.raises(ValueError, match="name"):
+        Budget(name=name)
+
+
+def test_depth_is_bounded():
+    budget = Budget()
+    for _ in range(63):
+        budget = budget.child("child")
+    assert budget.path.count("/") == 63
+    with pytest.raises(ValueError, match="64 levels"):
+        budget.child("child")
+
+
+def test_limits_can_be_changed_while_in_use():
+    budget = Budget(100)
+    with budget.reserve(80):
+        budget.limit_bytes = 50
+        assert budget.try_reserve(1) is None
+        budget.limit_bytes = "1 KiB"
+        assert budget.limit_bytes == 1024
+        with budget.reserve(900):
+            pass
+        budget.limit_bytes = None
+        assert budget.limit_bytes is None
+        with budget.reserve(10**12):
+            pass
+
+
+def test_an_unlimited_budget_is_bounded_by_its_ancestors_only():
+    budgets = tree(10, None)
+    assert budgets[1].limit_bytes is None
+    with pytest.raises(BudgetExceededError) as caught:
+        budgets[1].reserve(11)
+    assert caught.value.refused_by is budgets[0]
+
+
+def test_report_and_stats_show_the_tree_largest_first():
+    db = Budget("1 MiB", name="db")
+    small, large = db.child("small"), db.child("large", "600 KiB", soft_limit="500 KiB")
+    with small.reserve("1 KiB"), large.reserve("512 KiB"), db.reserve("2 KiB"):
+        large.try_reserve("100 KiB")
+        report = db.report()
+        assert [child.name for child in report.children] == ["large", "small"]
+        lines = str(report).splitlines()
+        assert [line.split()[0] for line in lines] == ["db", "large", "small"]
+        assert "refused 1" in lines[1]
+        plain = report.as_dict()
+        assert plain["own_bytes"] == 2048
+        assert plain["children"][0]["soft_limit_bytes"] == 500 * 1024
+        assert db.stats().used_bytes == 515 * 1024
+        assert "db/large" in repr(large)
+
+
+# ---------------------------------------------------------------------------------------------------- reclaiming
+
+
+class Cache:
+    """A cache that holds a reservation and gives back on request."""
+
+    def __init__(self, budget, size, *, priority=0, log=None, step=None):
+        self.reservation = budget.reserve(size)
+        self.name = budget.name
+        self.log = [] if log is None else log
+        self.step = step
+        budget.reclaimer(self.shed, priority=priority)
+
+    def shed(self, need_bytes):
+        freed = min(need_bytes, self.reservation.size_bytes, self.step or need_bytes)
+        self.log.append((self.name, need_bytes))
+        self.reservation.shrink(freed)
+        return freed
+
+
+def test_reclaimers_make_room_before_a_refusal():
+    budget = Budget(100, name="db")
+    cache = Cache(budget.child("cache"), 90)
+    with budget.reserve(50) as reservation:
+        assert reservation.size_bytes == 50
+        assert cache.log == [("cache", 40)]
+    assert budget.stats().refusals == 0
+    assert budget.children[0].stats().reclaims == 1
+    cache.reservation.release()
+
+
+def test_reclaimers_are_asked_by_priority_then_size_then_the_requesters_own():
+    db, log = Budget(100, name="db"), []
+    own = db.child("own")
+    caches = [
+        Cache(own, 10, priority=-1, log=log),
+        Cache(db.child("late"), 20, priority=10, log=log),
+        Cache(db.child("small"), 10, log=log),
+        Cache(db.child("large"), 20, log=log),
+    ]
+    with own.reserve(95):
+        assert log == [("large", 55), ("small", 35), ("late", 25), ("own", 5)]
+    for cache in caches:
+        cache.reservation.release()
+
+
+def test_reclaimers_that_free_in_steps_are_asked_again_but_not_those_that_free_nothing():
+    db, log = Budget(100, name="db"), []
+    steps = Cache(db.child("steps"), 90, log=log, step=20)
+    useless = []
+
+    @db.child("useless").reclaimer
+    def nothing(need_bytes):
+        useless.append(need_bytes)
+        return 0
+
+    with db.reserve(60):
+        assert len(log) == 3
+        assert len(useless) == 0  # its budget was collected: nobody holds it
+    steps.reservation.release()
+
+
+def test_a_reclaimer_of_nothing_is_asked_once_a_request():
+    db, asked = Budget(100, name="db"), []
+
+    @db.reclaimer(priority=-5)
+    def nothing(need_bytes):
+        asked.append(need_bytes)
+        return 0
+
+    cache = Cache(db.child("cache"), 90, step=30)
+    with db.reserve(70):
+        assert asked == [30]  # the requester's own comes last, whatever its priority
+    cache.reservation.release()
+
+
+def test_a_failing_or_lying_reclaimer_is_survived_and_the_next_is_asked(caplog):
+    db = Budget(100, name="db")
+    first, second, third = db.child("a"), db.child("b"), db.child("c")
+
+    @first.reclaimer(priority=-2)
+    def fail(need_bytes):
+        raise RuntimeError("broken")
+
+    @second.reclaimer(priority=-1)
+    def lie(need_bytes):
+        return need_bytes * 10
+
+    cache = Cache(third, 90)
+    with db.reserve(50):
+        pass
+    assert "broken" in caplog.text
+    second.limit_bytes = 0
+    with pytest.raises(BudgetExceededError):
+        second.reserve(1)  # it lies for ever; the rounds are bounded
+    cache.reservation.release()
+
+
+def test_reclaimers_outside_of_the_refusing_subtree_are_not_asked():
+    db, log = Budget(100, name="db"), []
+    other = Cache(db.child("other"), 50, log=log)
+    tight = db.child("tight", 10)
+    assert tight.try_reserve(11) is None
+    with tight.reserve(10):
+        assert tight.try_reserve(1) is None
+    assert log == []
+    other.reservation.release()
+
+
+def test_no_reclaimer_is_asked_for_what_can_never_fit():
+    budget, log = Budget(100), []
+    cache = Cache(budget, 50, log=log)
+    assert budget.try_reserve(101) is None
+    assert log == []
+    cache.reservation.release()
+
+
+def test_a_reclaimer_may_reserve_but_not_recurse():
+    db, depth = Budget(100, name="db"), []
+    hoard = db.reserve(90)
+
+    @db.reclaimer
+    def spill(need_bytes):
+        depth.append(need_bytes)
+        assert db.try_reserve(50) is None  # would ask this very function
+        with db.reserve(10):
+            pass
+        hoard.shrink(need_bytes)
+        return need_bytes
+
+    with db.reserve(40):
+        assert depth == [30]
+    hoard.release()
+
+
+def test_no_lock_is_held_while_a_reclaimer_runs():
+    db = Budget(100, name="db")
+    hoard = db.reserve(100)
+
+    @db.reclaimer
+    def spill(need_bytes):
+        def elsewhere():
+            db.child("made-meanwhile").close()
+            hoard.shrink(need_bytes)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return need_bytes
+
+    with db.reserve(10):
+        pass
+    hoard.release()
+
+
+def test_lowering_the_limit_asks_reclaimers_for_the_difference():
+    budget = Budget(100)
+    cache = Cache(budget, 80)
+    budget.limit_bytes = 30
+    assert cache.log == [("budget", 50)]
+    assert budget.used_bytes == 30
+    cache.reservation.release()
+
+
+def test_reclaim_returns_what_was_really_freed():
+    budget = Budget(100)
+    cache = Cache(budget, 80)
+    assert budget.reclaim(30) == 30
+    assert budget.reclaim("1 KiB") == 50
+    budget.remove_reclaimer(cache.shed)
+    with pytest.raises(ValueError, match="not a reclaimer"):
+        budget.remove_reclaimer(cache.shed)
+    cache.reservation.release()
+
+
+def test_try_reserve_and_grow_ask_reclaimers_too():
+    budget = Budget(100)
+    cache = Cache(budget.child("cache"), 100)
+    with budget.try_reserve(10) as reservation:
+        reservation.grow(10)
+        assert reservation.try_grow(10) is True
+        assert cache.reservation.size_bytes == 70
+    cache.reservation.release()
+
+
+# ---------------------------------------------------------------------------------------------------- soft limits
+
+
+def test_the_soft_limit_is_told_once_a_crossing_with_hysteresis():
+    budget, told = Budget(1000, name="db", soft_limit=100), []
+    budget.on_soft_limit(told.append)
+    with budget.child("a").reserve(100) as reservation:
+        assert told == []
+        reservation.grow(1)
+        assert told == [budget]
+        reservation.shrink(5)
+        reservation.grow(5)
+        assert len(told) == 1  # did not fall to 90
+        reservation.shrink(11)
+        reservation.grow(20)
+        assert len(told) == 2
+        budget.soft_limit_bytes = "1 KiB"
+        reservation.grow(100)
+        assert len(told) == 2
+
+
+def test_a_failing_soft_limit_callback_is_logged_and_the_reservation_stands(caplog):
+    budget, told = Budget(1000, soft_limit=10), []
+
+    @budget.on_soft_limit
+    def fail(budget):
+        raise RuntimeError("broken")
+
+    budget.on_soft_limit(told.append)
+    with budget.reserve(11):
+        assert told == [budget]
+    assert "broken" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- the end
+
+
+def test_a_with_block_makes_its_budget_current_and_closes_it():
+    assert memsafe.current_budget() is None
+    with Budget(100, name="query") as query:
+        assert memsafe.current_budget() is query
+        with query.child("scan") as scan:
+            assert memsafe.current_budget() is scan
+        assert memsafe.current_budget() is query
+        assert scan.closed
+    assert memsafe.current_budget() is None
+    with pytest.raises(memsafe.BudgetClosedError, match="query"):
+        query.reserve(1)
+    with pytest.raises(memsafe.BudgetClosedError), query:
+        pass
+
+
+def test_what_is_left_at_close_is_reported_returned_and_released_without_harm():
+    root = Budget(100, name="root")
+    query = root.child("query")
+    reservation = query.child("scan").reserve(30)
+    query.charge(5)
+    with pytest.warns(ResourceWarning, match=r"'root/query' was closed with 35 B still charged: root/query/scan 30 B"):
+        assert query.close() == 35
+    assert root.used_bytes == 0
+    assert query.close() == 0
+    reservation.release()
+    assert root.used_bytes == 0
+
+
+def test_closing_children_first_or_last_ends_at_zero():
+    for order in (1, -1):
+        budgets = tree(100, 100, 100)
+        reservation = budgets[-1].reserve(10)
+        with pytest.warns(ResourceWarning):
+            assert [budget.close() for budget in budgets[::order]].count(10) == 1
+        reservation.release()
+        assert used(budgets[:1]) == [0]
+
+
+def test_a_closed_child_refuses_by_name_and_its_siblings_go_on():
+    root = Budget(100, name="root")
+    closed, open_ = root.child("closed"), root.child("open")
+    closed.close()
+    for call in (closed.reserve, closed.try_reserve, closed.charge):
+        with pytest.raises(memsafe.BudgetClosedError, match="root/closed"):
+            call(1)
+    with pytest.raises(memsafe.BudgetClosedError):
+        closed.child("late")
+    with open_.reserve(100):
+        pass
+
+
+def test_abort_refuses_the_subtree_with_its_reason_and_releases_still_work():
+    root = Budget(100, name="root")
+    query = root.child("query", 50)
+    scan = query.child("scan")
+    reservation = scan.reserve(10)
+    query.abort("cancelled by the user")
+    for call in (scan.reserve, scan.try_reserve, query.reserve, reservation.grow, reservation.try_grow):
+        with pytest.raises(memsafe.BudgetAbortedError, match="'root/query' was aborted: cancelled by the user"):
+            call(1)
+    with pytest.raises(memsafe.BudgetAbortedError):
+        scan.reserve(0)
+    query.limit_bytes = 1000
+    with pytest.raises(memsafe.BudgetAbortedError):
+        query.reserve(1)
+    reservation.release()
+    assert root.used_bytes == 0
+    with root.reserve(100):
+        pass
+
+
+def test_a_reservation_that_is_garbage_collected_warns_and_gives_back():
+    budget = Budget(100, name="db")
+    with pytest.warns(ResourceWarning, match="10 bytes from budget 'db' was never released"):
+        budget.reserve(10)
+    assert budget.used_bytes == 0
+
+
+def test_a_cycle_through_reclaimer_and_reservation_is_collected():
+    def build():
+        budget = Budget(100, name="db")
+        cache = Cache(budget.child("cache"), 10)
+        cache.reservation.shrink(10)
+        return weakref.ref(cache), weakref.ref(budget), budget
+
+    cache, budget, root = build()
+    gc.collect()
+    assert cache() is None  # although the root of the tree is alive
+    del root
+    gc.collect()
+    assert budget() is None
+
+
+def test_a_lost_cycle_with_bytes_warns_once_and_gives_back():
+    root = Budget(100, name="root")
+    holder = []
+    holder.append(holder)
+    holder.append(root.reserve(10))
+    del holder
+    with pytest.warns(ResourceWarning, match="never released") as told:
+        gc.collect()
+    assert len(told) == 1
+    assert root.used_bytes == 0
+
+
+def test_a_budget_lives_as_long_as_its_reservations_and_children():
+    root = Budget(100, name="root")
+    reservation = root.child("child").reserve(10)
+    gc.collect()
+    assert root.used_bytes == 10
+    assert root.children[0].name == "child"
+    reservation.release()
+    del reservation
+    assert root.children == ()
+
+
+def test_a_budget_that_is_collected_gives_its_charges_back():
+    root = Budget(100, name="root")
+    child = root.child("child")
+    child.charge(10)
+    with pytest.warns(ResourceWarning, match="'root/child' was closed with 10 B"):
+        del child
+    assert root.used_bytes == 0
+
+
+def test_budgets_cannot_be_pickled_or_subverted():
+    budget = Budget(100)
+    with pytest.raises(TypeError, match="one process"):
+        pickle.dumps(budget)
+    with budget.reserve(1) as reservation, pytest.raises(TypeError):
+        pickle.dumps(reservation)
+    with pytest.raises(TypeError):
+        type(reservation)()
+    with pytest.raises(RuntimeError, match="__init__"):
+        Budget.__new__(Budget).reserve(1)
+
+
+def test_the_interpreter_ends_quietly_with_budgets_in_use():
+    script = """
+import memsafe, threading
+db = memsafe.Budget("1 MiB", name="db")
+kept = db.child("cache").reserve(10)
+db.reclaimer(lambda need: 0)
+threading.Thread(target=lambda: db.reserve(5).release()).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_a_forked_child_has_a_copy_that_the_parent_never_sees():
+    script = """
+import memsafe, os, threading
+from memsafe import budget
+db = memsafe.Budget(100, name="db")
+kept = db.reserve(40)
+budget._shape_lock.acquire()  # as another thread might hold it at the fork
+pid = os.fork()
+if pid == 0:
+    def use():
+        with db.child("in-child").reserve(60):
+            assert db.used_bytes == 100
+    other = threading.Thread(target=use)
+    other.start(); other.join()
+    kept.release()
+    os._exit(7 if db.used_bytes == 0 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+assert (db.used_bytes, db.peak_bytes) == (40, 40)
+kept.release()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+def test_threads_that_race_for_the_last_byte_never_pass_the_limit():
+    budgets = tree(100, 100, 100)
+    leaves = [budgets[-1].child(f"leaf{i}") for i in range(4)]
+    failures = []
+
+    def work(leaf, seed):
+        for i in range(3000):
+            reservation = leaf.try_reserve((i * seed) % 60)
+            if reservation is not None:
+                if budgets[0].used_bytes > 100:
+                    failures.append(budgets[0].used_bytes)
+                reservation.try_grow(seed)
+                reservation.release()
+
+    threads = [
+        threading.Thread(target=work, args=(leaf, seed)) for leaf, seed in zip(leaves, (7, 11, 13, 17), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert used(budgets) == [0, 0, 0]
+    assert budgets[0].peak_bytes <= 100
+
+
+def test_one_reservation_released_by_many_threads_gives_back_once():
+    budget = Budget(1000)
+    for _ in range(200):
+        with budget.reserve(10):
+            reservation = budget.reserve(100)
+            start = threading.Barrier(4)
+
+            def release(reservation=reservation, start=start):
+                start.wait()
+                reservation.release()
+
+            threads = [threading.Thread(target=release) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert budget.used_bytes == 10
+
+
+def test_this_process_did_not_leave_children():
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

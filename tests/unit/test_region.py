@@ -1,0 +1,125 @@
+import mmap
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import memsafe
+from memsafe import Budget
+
+PAGE = mmap.PAGESIZE
+HUGE = 2 << 20
+
+
+def test_a_region_is_zeroed_writable_memory_charged_in_whole_pages():
+    budget = Budget("1 MiB")
+    with budget.map(PAGE + 1) as region:
+        assert len(region) == region.size_bytes == budget.used_bytes == 2 * PAGE
+        with memoryview(region) as view:
+            assert bytes(view) == bytes(2 * PAGE)
+            view[:5] = b"hello"
+            view[-1] = 7
+        assert bytes(memoryview(region)[:5]) == b"hello"
+    assert budget.used_bytes == 0
+    assert region.closed
+    region.close()
+
+
+def test_a_refused_map_leaves_nothing_behind():
+    budget = Budget(PAGE)
+    with pytest.raises(memsafe.BudgetExceededError):
+        budget.map(PAGE + 1)
+    assert budget.used_bytes == 0
+    for junk in (0, -1, "junk", 1.5):
+        with pytest.raises(ValueError, match=r"must"):
+            budget.map(junk)
+
+
+def test_what_the_kernel_refuses_gives_the_reservation_back():
+    budget = Budget()
+    with pytest.raises(memsafe.KernelError, match="mmap: Cannot allocate memory") as caught:
+        budget.map(2**62)
+    assert caught.value.call == "mmap"
+    assert budget.used_bytes == 0
+
+
+def test_a_region_with_views_cannot_be_closed_and_stays_as_it_was():
+    budget = Budget("1 MiB")
+    region = budget.map(PAGE)
+    view = memoryview(region)
+    with pytest.raises(BufferError, match="1 views"):
+        region.close()
+    assert budget.used_bytes == PAGE
+    view[0] = 1
+    view.release()
+    region.close()
+    with pytest.raises(ValueError, match="closed"):
+        memoryview(region)
+    with pytest.raises(ValueError, match="closed"):
+        region.decommit()
+    with pytest.raises(ValueError, match="closed"), region:
+        pass
+
+
+def test_decommit_gives_pages_back_and_they_read_as_zeros():
+    with Budget("1 MiB").map(4 * PAGE) as region, memoryview(region) as view:
+        view[:] = b"x" * len(view)
+        region.decommit(PAGE, 2 * PAGE)
+        assert bytes(view) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
+        region.decommit()
+        assert bytes(view) == bytes(4 * PAGE)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(1, PAGE), (0, 1), (-PAGE, PAGE), (0, 5 * PAGE), (4 * PAGE, PAGE)])
+def test_ranges_outside_or_of_part_pages_are_value_errors(offset, size):
+    with Budget("1 MiB").map(4 * PAGE) as region, pytest.raises(ValueError, match="whole pages"):
+        region.decommit(offset, size)
+
+
+def test_huge_pages_are_aligned_and_charged_in_whole_huge_pages():
+    budget = Budget("8 MiB")
+    with budget.map("3 MiB", huge_pages=True) as region:
+        assert region.size_bytes == budget.used_bytes == 4 << 20
+        assert int(memsafe._native.ffi.cast("uintptr_t", region._address)) % HUGE == 0
+
+
+def test_advice_by_name():
+    with Budget("1 MiB").map(PAGE) as region:
+        region.advise("dontfork")
+        region.advise("sequential", 0, PAGE)
+        with pytest.raises(ValueError, match=r"'junk' is no advice.*willneed"):
+            region.advise("junk")
+
+
+def test_a_lost_region_warns_and_is_unmapped():
+    budget = Budget("1 MiB", name="db")
+    with pytest.warns(ResourceWarning, match="region of 4 KiB from budget 'db' was never closed"):
+        budget.map(1)
+    assert budget.used_bytes == 0
+
+
+def test_numpy_sees_a_region_without_a_copy():
+    numpy = pytest.importorskip("numpy")
+    with Budget("1 MiB").map(PAGE) as region:
+        array = numpy.frombuffer(region, dtype=numpy.uint64)
+        array[3] = 42
+        assert memoryview(region)[24] == 42
+        del array
+
+
+def test_regions_cannot_be_pickled():
+    with Budget("1 MiB").map(PAGE) as region, pytest.raises(TypeError, match="one process"):
+        pickle.dumps(region)
+
+
+def test_trim_gives_freed_blobs_back():
+    script = """
+import memsafe
+kept = [bytes(3000) for _ in range(30000)]
+del kept[::2], kept[:-1]
+assert memsafe.trim() > 10 << 20, "90 MB were freed"
+assert memsafe.trim() >= 0
+"""
+    env = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # else free() itself gives back what is on top
+    subprocess.run([sys.executable, "-c", script], check=True, env=env, timeout=60)
