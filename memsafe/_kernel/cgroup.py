@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import files
@@ -77,14 +78,15 @@ class MemoryCgroup(Cgroup):
         """Return memory.stat."""
         return self._flat("memory.stat")
 
-    def file_cache_bytes(self) -> tuple[int, int]:
+    def file_cache_bytes(self) -> tuple[int, int] | None:
         """Return the (inactive, active) file cache of it and its descendants: clean or dirty, never tmpfs."""
         stat = self.stat()
-        if stat is None:
-            return 0, 0
         # v1's plain keys leave the descendants out, whose pages are in the usage.
         prefix = b"" if self.version == 2 else b"total_"
-        return stat.get(prefix + b"inactive_file") or 0, stat.get(prefix + b"active_file") or 0
+        inactive_bytes = stat.get(prefix + b"inactive_file") if stat else None
+        if stat is None or inactive_bytes is None:
+            return None
+        return inactive_bytes, stat.get(prefix + b"active_file") or 0
 
     def events(self, *, local: bool = False) -> Flat | None:
         """Return memory.events (it and its descendants), or memory.events.local; v1 has neither."""
@@ -118,11 +120,11 @@ class MemoryCgroup(Cgroup):
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a controller keeps the process: its own cgroup first, then each visible ancestor.
+    """Where a controller keeps the process.
 
     Attributes:
         version: 1 or 2; None where the controller is not to be found.
-        cgroups: Own first, root-most last.
+        cgroups: Own first, then each visible ancestor.
         problem: Why there are none, or why they cannot be trusted; None when all is well.
     """
 
@@ -131,13 +133,72 @@ class Located:
     problem: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a process stands in every hierarchy, and where the hierarchies are mounted: the kernel's word, unjudged."""
+
+    root: Root
+    memberships: tuple[Membership, ...]
+    mounts: tuple[Mount, ...]
+
+    def locate(self, controller: str) -> Located:
+        """Return the cgroups by which *controller* holds the process."""
+        # A named hierarchy is "name=…", and hierarchy 0 is v2: neither can hold a v1 controller.
+        member = next((m for m in self.memberships if m.hierarchy and controller in m.controllers), None)
+        version = 2 if member is None else 1
+        if member is None:
+            member = self._unified()
+        if member is None:
+            return Located(None, (), f"the process is in no hierarchy with the {controller} controller")
+        mounts = [m for m in self.mounts if m.version == version and (version == 2 or controller in m.options)]
+        mount = _best_mount(mounts, member.path, self.root)
+        if mount is None:
+            seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "not mounted"
+            return Located(None, (), f"no mount shows the v{version} {controller} cgroup {member.path} ({seen})")
+        levels = _levels(version, member.path, mount, self.root)
+        if version == 1:
+            levels = _accounting_upwards(levels)
+        elif not _has_controller(levels[-1], controller):
+            return Located(None, (), f"cgroup2 at {mount.point} has no {controller} controller")
+        else:
+            # Below where subtree_control stops, the charge goes to the nearest cgroup that has the controller.
+            levels = tuple(level for level in levels if _has_controller(level, controller))
+        problem = None
+        if not files.is_directory(levels[0].directory):
+            problem = f"the {controller} cgroup {levels[0].path} has no directory at {levels[0].directory}"
+        return Located(version, levels, problem)
+
+    def unified_directory(self) -> str | None:
+        """Return the directory of the cgroup2 that holds the process, or None; it may have PSI files but no memory."""
+        member = self._unified()
+        if member is None:
+            return None
+        mount = _best_mount([m for m in self.mounts if m.version == 2], member.path, self.root)
+        return None if mount is None else files.under(self.root, _seen_at(member.path, mount))
+
+    def _unified(self) -> Membership | None:
+        return next((m for m in self.memberships if m.hierarchy == 0 and not m.controllers), None)
+
+
+def placement(root: Root = "/", pid: int | str = "self") -> Placement:
+    """Return where *pid* stands.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    path = files.under(root, f"/proc/{pid}/cgroup")
+    lines = os.fsdecode(files.read(path)).split("\n")
+    memberships = tuple(parse_membership(line, path) for line in lines if line)
+    return Placement(root, memberships, tuple(_mounts(root, pid)))
+
+
 def memory_cgroups(root: Root = "/", pid: int | str = "self") -> tuple[MemoryCgroup, ...]:
     """Return the memory cgroup of *pid* and every visible ancestor, own first; none where there is no controller.
 
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    return as_memory(locate("memory", root, pid))
+    return as_memory(placement(root, pid).locate("memory"))
 
 
 def as_memory(located: Located) -> tuple[MemoryCgroup, ...]:
@@ -145,53 +206,13 @@ def as_memory(located: Located) -> tuple[MemoryCgroup, ...]:
     return tuple(MemoryCgroup(c.version, c.path, c.directory) for c in located.cgroups)
 
 
-def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
-    """Find the cgroups by which *controller* holds *pid*.
-
-    Raises:
-        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
-    """
-    memberships = _memberships(root, pid)
-    # A named hierarchy is "name=…", and hierarchy 0 is v2: neither can hold a v1 controller.
-    member = next((m for m in memberships if m.hierarchy and controller in m.controllers), None)
-    version = 1
-    if member is None:
-        version = 2
-        member = _unified(memberships)
-    if member is None:
-        return Located(None, (), f"/proc/{pid}/cgroup names no hierarchy with the {controller} controller")
-    mounts = [m for m in _mounts(root, pid) if m.version == version and (version == 2 or controller in m.options)]
-    mount = _best_mount(mounts, member.path, root)
-    if mount is None:
-        seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "no such mount"
-        return Located(
-            None, (), f"the v{version} cgroup {member.path} is not below any mount of its hierarchy ({seen})"
-        )
-    levels = tuple(_levels(version, member.path, mount, root))
-    if version == 1:
-        levels = tuple(_hierarchical(levels))
-    elif not _has_controller(levels[-1], controller):
-        return Located(None, (), f"the {controller} controller is not available to cgroup2 at {mount.point}")
-    else:
-        # The controller stops where subtree_control stops: below, the charge goes to the nearest cgroup that has it.
-        levels = tuple(level for level in levels if _has_controller(level, controller))
-    problem = None
-    if not files.is_directory(levels[0].directory):
-        problem = f"the cgroup {member.path} has no directory at {levels[0].directory}"
-    return Located(version, levels, problem)
-
-
 def unified_directory(root: Root = "/", pid: int | str = "self") -> str | None:
-    """Return the directory of the cgroup2 that holds *pid*, or None; it may have PSI files where memory is on v1.
+    """Return the directory of the cgroup2 that holds *pid*, or None.
 
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    member = _unified(_memberships(root, pid))
-    if member is None:
-        return None
-    mount = _best_mount([m for m in _mounts(root, pid) if m.version == 2], member.path, root)
-    return None if mount is None else files.under(root, _seen_at(member.path, mount))
+    return placement(root, pid).unified_directory()
 
 
 def parse_membership(line: str, file: str) -> Membership:
@@ -224,22 +245,13 @@ def parse_mount(line: str, file: str) -> Mount | None:
     return Mount(version, _unescape(before[3]), _unescape(before[4]), frozenset(after[2].split(",")))
 
 
-def _memberships(root: Root, pid: int | str) -> list[Membership]:
-    path = files.under(root, f"/proc/{pid}/cgroup")
-    text = os.fsdecode(files.read(path))
-    return [parse_membership(line, path) for line in text.split("\n") if line]
-
-
-def _unified(memberships: list[Membership]) -> Membership | None:
-    return next((m for m in memberships if m.hierarchy == 0 and not m.controllers), None)
-
-
-def _mounts(root: Root, pid: int | str) -> list[Mount]:
+def _mounts(root: Root, pid: int | str) -> Iterator[Mount]:
     path = files.under(root, f"/proc/{pid}/mountinfo")
     # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
     lines = files.read(path, max_bytes=2**26).split(b"\n")
-    parsed = (parse_mount(os.fsdecode(line), path) for line in lines if b" - cgroup" in line)
-    return [mount for mount in parsed if mount is not None]
+    for line in lines:
+        if b" - cgroup" in line and (mount := parse_mount(os.fsdecode(line), path)) is not None:
+            yield mount
 
 
 _ESCAPES = {"040": " ", "011": "\t", "012": "\n", "134": "\\"}
@@ -281,23 +293,21 @@ def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
     return max((m for m in reversed(mounts) if _relative(path, m) is not None), key=rank, default=None)
 
 
-def _levels(version: int, path: str, mount: Mount, root: Root) -> Iterator[Cgroup]:
-    """Yield the cgroup at *path* and each ancestor up to the root of *mount*."""
+def _levels(version: int, path: str, mount: Mount, root: Root) -> tuple[Cgroup, ...]:
+    """Return the cgroup at *path* and each ancestor up to the root of *mount*."""
+    base, point = mount.root.rstrip("/"), files.under(root, mount.point).rstrip("/")
     relative = _relative(path, mount) or ""
-    while True:
-        whole = mount.root.rstrip("/") + relative
-        yield Cgroup(version, whole or "/", files.under(root, mount.point.rstrip("/") + relative) or "/")
-        if not relative:
-            return
+    levels = []
+    while relative:
+        levels.append(Cgroup(version, base + relative, point + relative))
         relative = relative.rpartition("/")[0]
+    return (*levels, Cgroup(version, base or "/", point or "/"))
 
 
-def _hierarchical(levels: tuple[Cgroup, ...]) -> Iterator[Cgroup]:
-    """Yield v1 levels up to the first that does not account for its children (possible before Linux 5.11)."""
-    for depth, level in enumerate(levels):
-        if depth and _text_or_none(level.file("memory.use_hierarchy")) == b"0":
-            return
-        yield level
+def _accounting_upwards(levels: tuple[Cgroup, ...]) -> tuple[Cgroup, ...]:
+    """Return v1 levels up to the first ancestor that does not count its children (possible before Linux 5.11)."""
+    ancestors = takewhile(lambda level: _text_or_none(level.file("memory.use_hierarchy")) != b"0", levels[1:])
+    return (levels[0], *ancestors)
 
 
 def _has_controller(level: Cgroup, controller: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from memsafe._kernel import files
 from memsafe._kernel.files import Labelled, Root
@@ -11,45 +10,66 @@ from memsafe._kernel.files import Labelled, Root
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
-@dataclass(frozen=True, slots=True)
 class MemInfo:
     """The lines of /proc/meminfo that memsafe needs; None where the kernel does not say.
 
-    Attributes:
-        total_bytes, free_bytes, available_bytes: MemTotal, MemFree, MemAvailable.
-        swap_total_bytes, swap_free_bytes: Swap.
-        hugetlb_bytes: Held by huge page pools of every size.
-        commit_limit_bytes, committed_bytes: CommitLimit and Committed_AS.
+    A line is looked at when it is asked for, so that garbage in one leaves the others readable.
     """
 
-    total_bytes: int | None
-    free_bytes: int | None
-    available_bytes: int | None
-    swap_total_bytes: int | None
-    swap_free_bytes: int | None
-    hugetlb_bytes: int | None
-    commit_limit_bytes: int | None
-    committed_bytes: int | None
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: Labelled) -> None:
+        self._lines = lines
+
+    @property
+    def total_bytes(self) -> int | None:
+        """RAM that the kernel manages."""
+        return self._lines.size_bytes(b"MemTotal")
+
+    @property
+    def free_bytes(self) -> int | None:
+        """RAM that nobody uses for anything."""
+        return self._lines.size_bytes(b"MemFree")
+
+    @property
+    def available_bytes(self) -> int | None:
+        """RAM that could be had without swapping: free, and the caches that can be dropped."""
+        return self._lines.size_bytes(b"MemAvailable")
+
+    @property
+    def swap_total_bytes(self) -> int | None:
+        """All swap."""
+        return self._lines.size_bytes(b"SwapTotal")
+
+    @property
+    def swap_free_bytes(self) -> int | None:
+        """Swap that is not used."""
+        return self._lines.size_bytes(b"SwapFree")
+
+    @property
+    def hugetlb_bytes(self) -> int | None:
+        """RAM held by the huge page pools of every size (since Linux 4.16)."""
+        return self._lines.size_bytes(b"Hugetlb")
+
+    @property
+    def commit_limit_bytes(self) -> int | None:
+        """What may be promised to all processes together, in mode 2."""
+        return self._lines.size_bytes(b"CommitLimit")
+
+    @property
+    def committed_bytes(self) -> int | None:
+        """What is promised to all processes together."""
+        return self._lines.size_bytes(b"Committed_AS")
 
 
 def meminfo(root: Root = "/") -> MemInfo:
-    """Return what /proc/meminfo says.
+    """Return /proc/meminfo.
 
     Raises:
-        KernelError: It cannot be read or makes no sense.
+        KernelError: It cannot be read.
     """
     path = files.under(root, "/proc/meminfo")
-    lines = Labelled(files.read(path), path)
-    return MemInfo(
-        total_bytes=lines.size_bytes(b"MemTotal"),
-        free_bytes=lines.size_bytes(b"MemFree"),
-        available_bytes=lines.size_bytes(b"MemAvailable"),
-        swap_total_bytes=lines.size_bytes(b"SwapTotal"),
-        swap_free_bytes=lines.size_bytes(b"SwapFree"),
-        hugetlb_bytes=lines.size_bytes(b"Hugetlb"),
-        commit_limit_bytes=lines.size_bytes(b"CommitLimit"),
-        committed_bytes=lines.size_bytes(b"Committed_AS"),
-    )
+    return MemInfo(Labelled(files.read(path), path))
 
 
 def overcommit_mode(root: Root = "/") -> int | None:

@@ -23,38 +23,96 @@ _INITIAL_USER_NAMESPACE = "user:[4026531837]"
 _SMAPS_BYTES_MAX = 2**31
 
 
-@dataclass(frozen=True, slots=True)
 class ProcessStatus:
     """The lines of /proc/<pid>/status that concern memory; None where the kernel does not say (a kernel thread).
 
-    Attributes:
-        rss_bytes, anonymous_bytes, swap_bytes: Resident, resident and anonymous, swapped out.
-        total_vm_bytes: All mappings: what RLIMIT_AS limits.
-        data_vm_bytes: Private writable mappings: what RLIMIT_DATA limits.
-        page_table_bytes: Its page tables, all levels.
-        threads: How many it has.
-        real_uid: Its real user.
-        effective_capabilities: As a set of bits; 0 where not told.
+    A line is looked at when it is asked for, so that garbage in one leaves the others readable.
     """
 
-    rss_bytes: int | None
-    anonymous_bytes: int | None
-    swap_bytes: int | None
-    total_vm_bytes: int | None
-    data_vm_bytes: int | None
-    page_table_bytes: int | None
-    threads: int | None
-    real_uid: int | None
-    effective_capabilities: int
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: Labelled) -> None:
+        self._lines = lines
+
+    @property
+    def rss_bytes(self) -> int | None:
+        """What is in RAM."""
+        return self._lines.size_bytes(b"VmRSS")
+
+    @property
+    def anonymous_bytes(self) -> int | None:
+        """What is in RAM and in no file."""
+        return self._lines.size_bytes(b"RssAnon")
+
+    @property
+    def swap_bytes(self) -> int | None:
+        """What is swapped out."""
+        return self._lines.size_bytes(b"VmSwap")
+
+    @property
+    def total_vm_bytes(self) -> int | None:
+        """All mappings: what RLIMIT_AS limits."""
+        return self._lines.size_bytes(b"VmSize")
+
+    @property
+    def data_vm_bytes(self) -> int | None:
+        """Private writable mappings but the stack: what RLIMIT_DATA limits."""
+        return self._lines.size_bytes(b"VmData")
+
+    @property
+    def page_table_bytes(self) -> int | None:
+        """Its page tables, of all levels."""
+        return self._lines.size_bytes(b"VmPTE")
+
+    @property
+    def real_uid(self) -> int | None:
+        """Its real user."""
+        uids = self._lines.get(b"Uid")
+        return files.count(uids.split()[0], self._lines.path) if uids else None
+
+    @property
+    def effective_capabilities(self) -> int:
+        """Its capabilities as a set of bits; none where they are not told."""
+        text = self._lines.get(b"CapEff")
+        if text is None:
+            return 0
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
+            raise files.garbage(self._lines.path, f"CapEff is {text[:40]!r}")
+        return int(text, 16)
 
 
-@dataclass(frozen=True, slots=True)
 class Limits:
-    """Soft limits of a process; files.UNLIMITED where there is none."""
+    """Soft limits in /proc/<pid>/limits; files.UNLIMITED where there is none, None where the file does not tell."""
 
-    data_bytes: int
-    address_space_bytes: int
-    processes: int
+    __slots__ = ("_path", "_texts")
+
+    def __init__(self, text: bytes, path: str) -> None:
+        self._path = path
+        self._texts = dict(_LIMIT.findall(text))
+
+    @property
+    def data_bytes(self) -> int | None:
+        """RLIMIT_DATA."""
+        return self._soft(b"data size")
+
+    @property
+    def address_space_bytes(self) -> int | None:
+        """RLIMIT_AS."""
+        return self._soft(b"address space")
+
+    @property
+    def processes(self) -> int | None:
+        """RLIMIT_NPROC: threads that the real user may have."""
+        return self._soft(b"processes")
+
+    def _soft(self, name: bytes) -> int | None:
+        text = self._texts.get(name)
+        if text is None or text == b"unlimited":
+            return None if text is None else UNLIMITED
+        return files.limit(text, self._path)
+
+
+_LIMIT = re.compile(rb"^Max (data size|address space|processes) +(\S+) ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +151,13 @@ class Mapping:
 
 
 def status(root: Root = "/", pid: int | str = "self") -> ProcessStatus:
-    """Return what /proc/<pid>/status says.
+    """Return /proc/<pid>/status.
 
     Raises:
-        KernelError: It cannot be read or makes no sense.
+        KernelError: It cannot be read.
     """
     path = files.under(root, f"/proc/{pid}/status")
-    lines = Labelled(files.read(path), path)
-    uids = lines.get(b"Uid")
-    return ProcessStatus(
-        rss_bytes=lines.size_bytes(b"VmRSS"),
-        anonymous_bytes=lines.size_bytes(b"RssAnon"),
-        swap_bytes=lines.size_bytes(b"VmSwap"),
-        total_vm_bytes=lines.size_bytes(b"VmSize"),
-        data_vm_bytes=lines.size_bytes(b"VmData"),
-        page_table_bytes=lines.size_bytes(b"VmPTE"),
-        threads=lines.count(b"Threads"),
-        real_uid=files.count(uids.split()[0], path) if uids else None,
-        effective_capabilities=_capabilities(lines),
-    )
-
-
-def _capabilities(lines: Labelled) -> int:
-    text = lines.get(b"CapEff")
-    if text is None:
-        return 0
-    if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
-        raise files.garbage(lines.path, f"CapEff is {text[:40]!r}")
-    return int(text, 16)
+    return ProcessStatus(Labelled(files.read(path), path))
 
 
 def in_initial_user_namespace(root: Root = "/", pid: int | str = "self") -> bool:
@@ -155,23 +192,14 @@ def oom_score_adj(root: Root = "/", pid: int | str = "self") -> int | None:
     return -value if text.startswith(b"-") else value
 
 
-_LIMIT = re.compile(rb"^Max (data size|address space|processes) +(\S+) ", re.MULTILINE)
-
-
 def limits(root: Root = "/", pid: int | str = "self") -> Limits:
-    """Return the soft limits of *pid*.
+    """Return /proc/<pid>/limits.
 
     Raises:
-        KernelError: /proc/<pid>/limits cannot be read, lacks one, or makes no sense.
+        KernelError: It cannot be read.
     """
     path = files.under(root, f"/proc/{pid}/limits")
-    found = dict(_LIMIT.findall(files.read(path)))
-    values = []
-    for name in (b"data size", b"address space", b"processes"):
-        if name not in found:
-            raise files.lacking(path, f"Max {name.decode()}")
-        values.append(UNLIMITED if found[name] == b"unlimited" else files.limit(found[name], path))
-    return Limits(*values)
+    return Limits(files.read(path), path)
 
 
 def smaps_rollup(pid: int | str = "self", root: Root = "/") -> SmapsRollup:

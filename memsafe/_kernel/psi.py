@@ -105,8 +105,12 @@ def _stall(text: bytes, path: str) -> Stall:
             raise files.garbage(path, f"{text[:80]!r} is not a line of pressure")
         fields[key] = value
     try:
-        averages = [_percent(fields[key], path) for key in (b"avg10", b"avg60", b"avg300")]
-        return Stall(*averages, files.count(fields[b"total"], path))
+        return Stall(
+            avg10=_percent(fields[b"avg10"], path),
+            avg60=_percent(fields[b"avg60"], path),
+            avg300=_percent(fields[b"avg300"], path),
+            total_us=files.count(fields[b"total"], path),
+        )
     except KeyError as error:
         raise files.lacking(path, error.args[0].decode()) from None
 

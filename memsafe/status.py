@@ -1,0 +1,345 @@
+"""What binds this process: every limit that can refuse it memory, throttle it or have it killed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+
+from memsafe._kernel import cgroup, machine, overcommit, process, psi
+from memsafe._kernel.files import UNLIMITED
+from memsafe._kernel.psi import Pressure, Stall
+from memsafe.errors import KernelError
+
+__all__ = ["CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status"]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from memsafe._kernel.cgroup import MemoryCgroup, Placement
+    from memsafe._kernel.files import Root
+    from memsafe._kernel.machine import MemInfo
+    from memsafe._kernel.process import ProcessStatus
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Kind: TypeAlias = Literal[
+    "memory.max", "memory.high", "memory.limit_in_bytes", "rlimit_data", "rlimit_as", "physical", "commit"
+]
+Consequence: TypeAlias = Literal["kill", "throttle", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One limit on the memory of this process. Unlimited ones are not listed.
+
+    Attributes:
+        kind: The file or the rule that limits.
+        path: The cgroup whose limit it is, None for the others.
+        limit_bytes: The limit. Swap counts in ``physical``; the kernel's reserves are taken off ``commit``.
+        used_bytes: What counts against it, of every process under it; None where that could not be read.
+        reclaimable_bytes: The part of it that the kernel takes back without disturbing anybody: the inactive file
+            cache of a cgroup; for ``physical`` what MemAvailable adds to MemFree. Never more than *used_bytes*.
+        headroom_bytes: limit - used + reclaimable, at least 0; None where unknown.
+        consequence: What happens beyond it: ``kill`` (the OOM killer), ``throttle`` or ``refuse`` (ENOMEM).
+        active_file_bytes: File cache of a cgroup that is in use. The kernel takes it too before it kills, but then
+            somebody reads it again: it is not part of the headroom.
+    """
+
+    kind: Kind
+    path: str | None
+    limit_bytes: int
+    used_bytes: int | None
+    reclaimable_bytes: int | None
+    headroom_bytes: int | None
+    consequence: Consequence
+    active_file_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitStatus:
+    """How the kernel accounts for what it has promised.
+
+    Attributes:
+        mode: vm.overcommit_memory: 0 guess, 1 always, 2 never.
+        limit_bytes: CommitLimit. It binds in mode 2 only.
+        committed_bytes: Committed_AS: what is promised to all processes.
+        headroom_bytes: In mode 2, what this process may still ask for, the reserves taken off; None in the others,
+            where the sum is not compared with anything.
+        request_limit_bytes: In mode 0, the largest single request that is granted: RAM and swap; None in the others.
+    """
+
+    mode: int | None
+    limit_bytes: int | None
+    committed_bytes: int | None
+    headroom_bytes: int | None
+    request_limit_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """This process's own memory; None stands for what could not be read.
+
+    Attributes:
+        rss_bytes: In RAM.
+        anonymous_bytes: In RAM and not backed by a file: what only swap could hold.
+        swap_bytes: Swapped out.
+        oom_score: How likely the OOM killer is to take it, 0 to 2000.
+        oom_score_adj: Its adjustment, -1000 to 1000.
+    """
+
+    rss_bytes: int | None
+    anonymous_bytes: int | None
+    swap_bytes: int | None
+    oom_score: int | None
+    oom_score_adj: int | None
+    _root: Root = "/"
+
+    @property
+    def pss_bytes(self) -> int | None:
+        """The proportional set size, None where it cannot be read.
+
+        It is read when it is asked for, each time: the kernel walks the page tables for it, milliseconds per GiB.
+        """
+        try:
+            return process.pss_bytes(root=self._root)
+        except KernelError:
+            return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, pss_bytes included."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "_root"}
+        return {**plain, "pss_bytes": self.pss_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStatus:
+    """What binds this process at one moment.
+
+    Attributes:
+        limit_bytes: The tightest limit; None where none could be read.
+        available_bytes: How much more until something refuses, throttles or kills; None where nothing is known.
+        binding: The constraint that is met first: the one with the least headroom.
+        constraints: All of them: own cgroup first, then its ancestors, then rlimits, physical memory, commit.
+        commit: How commit is accounted.
+        pressure: Of the process's own cgroup where it has PSI, else of the system; None where PSI is off.
+        process: This process's own memory.
+        warnings: A sentence for each fact that could not be read.
+    """
+
+    limit_bytes: int | None
+    available_bytes: int | None
+    binding: Constraint | None
+    constraints: tuple[Constraint, ...]
+    commit: CommitStatus
+    pressure: Pressure | None
+    process: ProcessMemory
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data: what json.dumps() takes."""
+        return {
+            "limit_bytes": self.limit_bytes,
+            "available_bytes": self.available_bytes,
+            "binding": self.binding.as_dict() if self.binding else None,
+            "constraints": [constraint.as_dict() for constraint in self.constraints],
+            "commit": self.commit.as_dict(),
+            "pressure": self.pressure.as_dict() if self.pressure else None,
+            "process": self.process.as_dict(),
+            "warnings": list(self.warnings),
+        }
+
+
+def memory_status(*, root: Root = "/") -> MemoryStatus:
+    """Return what binds this process now.
+
+    Every ancestor of its cgroup counts with its own headroom, with the inactive file cache counted as free. What
+    cannot be read becomes None with a sentence in ``warnings``; the other facts stand.
+
+    Args:
+        root: The directory that stands for "/": any tree of proc and sys files.
+    """
+    reader = _Reader(root)
+    return reader.status()
+
+
+def tightest(constraints: Iterable[Constraint]) -> Constraint | None:
+    """Return the constraint with the least headroom, or None where no headroom is known."""
+    known = ((constraint.headroom_bytes, constraint) for constraint in constraints)
+    pairs = [(headroom_bytes, constraint) for headroom_bytes, constraint in known if headroom_bytes is not None]
+    return min(pairs, key=itemgetter(0), default=(0, None))[1]
+
+
+class _Reader:
+    """One reading of the machine: collects facts, and a warning for each that cannot be had."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._warnings: list[str] = []
+
+    def status(self) -> MemoryStatus:
+        meminfo = self._fact(machine.meminfo, self._root)
+        own = self._fact(process.status, self._root)
+        placement = self._fact(cgroup.placement, self._root)
+        commit, reserve_bytes = self._commit(meminfo, own)
+        constraints = (
+            *self._cgroup_constraints(placement),
+            *self._rlimit_constraints(own),
+            *self._physical_constraint(meminfo),
+            *_commit_constraint(commit, reserve_bytes),
+        )
+        binding = tightest(constraints)
+        return MemoryStatus(
+            limit_bytes=min((constraint.limit_bytes for constraint in constraints), default=None),
+            available_bytes=binding.headroom_bytes if binding else None,
+            binding=binding,
+            constraints=constraints,
+            commit=commit,
+            pressure=self._pressure(placement),
+            process=self._process(own),
+            warnings=tuple(self._warnings),
+        )
+
+    def _fact(self, read: Callable[P, T | None], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return what *read* returns; None, with a warning, where it cannot."""
+        try:
+            return read(*args, **kwargs)
+        except KernelError as error:
+            self._warnings.append(str(error))
+            return None
+
+    def _field(self, source: object, name: str) -> int | None:
+        """Return a field of a file that parses itself when asked; None where there is no file."""
+        if source is None:
+            return None
+        value: int | None = self._fact(getattr, source, name)
+        return value
+
+    def _cgroup_constraints(self, placement: Placement | None) -> Iterator[Constraint]:
+        if placement is None:
+            return
+        located = placement.locate("memory")
+        if located.problem:
+            self._warnings.append(located.problem)
+        for group in cgroup.as_memory(located):
+            yield from self._limits_of(group)
+
+    def _limits_of(self, group: MemoryCgroup) -> Iterator[Constraint]:
+        limits: list[tuple[Kind, int, Consequence]] = []
+        kind: Kind = "memory.max" if group.version == 2 else "memory.limit_in_bytes"
+        warned = len(self._warnings)
+        limit_bytes, high_bytes = self._fact(group.limit_bytes), self._fact(group.high_bytes)
+        if limit_bytes is None and len(self._warnings) == warned and group.path != "/":
+            self._warnings.append(f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?")
+        if limit_bytes is not None and limit_bytes < UNLIMITED:
+            limits.append((kind, limit_bytes, "kill"))
+        if high_bytes is not None and high_bytes < UNLIMITED:
+            limits.append(("memory.high", high_bytes, "throttle"))
+        if not limits:
+            return
+        used_bytes, (inactive_bytes, active_bytes) = self._usage_of(group)
+        for kind, limit, consequence in limits:
+            yield _constraint(kind, group.path, limit, used_bytes, inactive_bytes, consequence, active_bytes)
+
+    def _usage_of(self, group: MemoryCgroup) -> tuple[int | None, tuple[int | None, int]]:
+        warned = len(self._warnings)
+        used_bytes, cache_bytes = self._fact(group.usage_bytes), self._fact(group.file_cache_bytes)
+        if (used_bytes is None or cache_bytes is None) and len(self._warnings) == warned:
+            what = "usage" if used_bytes is None else "file cache in memory.stat"
+            self._warnings.append(f"the cgroup at {group.directory} does not tell its {what}")
+        return used_bytes, cache_bytes or (None, 0)
+
+    def _rlimit_constraints(self, own: ProcessStatus | None) -> Iterator[Constraint]:
+        limits = self._fact(process.limits, self._root)
+        wanted: tuple[tuple[Kind, str, str], ...] = (
+            ("rlimit_data", "data_bytes", "data_vm_bytes"),
+            ("rlimit_as", "address_space_bytes", "total_vm_bytes"),
+        )
+        for kind, limit_name, used_name in wanted:
+            limit_bytes = self._field(limits, limit_name)
+            if limit_bytes is not None and limit_bytes < UNLIMITED:
+                yield _constraint(kind, None, limit_bytes, self._field(own, used_name), 0, "refuse")
+
+    def _physical_constraint(self, meminfo: MemInfo | None) -> Iterator[Constraint]:
+        total_bytes = self._field(meminfo, "total_bytes")
+        if total_bytes is None:
+            return
+        swap_bytes = self._field(meminfo, "swap_total_bytes") or 0
+        swap_free_bytes = min(self._field(meminfo, "swap_free_bytes") or 0, swap_bytes)
+        free_bytes, available_bytes = self._field(meminfo, "free_bytes"), self._field(meminfo, "available_bytes")
+        limit_bytes = total_bytes + swap_bytes
+        if available_bytes is None:
+            self._warnings.append("/proc/meminfo has no MemAvailable")
+            yield Constraint("physical", None, limit_bytes, None, None, None, "kill")
+            return
+        headroom_bytes = min(available_bytes, total_bytes) + swap_free_bytes
+        # MemAvailable leaves out what the kernel keeps for itself, and so may be below MemFree.
+        reclaimable_bytes = max(0, available_bytes - free_bytes) if free_bytes is not None else 0
+        used_bytes = limit_bytes - headroom_bytes + reclaimable_bytes
+        yield Constraint("physical", None, limit_bytes, used_bytes, reclaimable_bytes, headroom_bytes, "kill")
+
+    def _commit(self, meminfo: MemInfo | None, own: ProcessStatus | None) -> tuple[CommitStatus, int]:
+        """Return the commit status, and what the kernel keeps back from this process in mode 2."""
+        mode = self._fact(machine.overcommit_mode, self._root)
+        committed_bytes = self._field(meminfo, "committed_bytes")
+        limit_bytes = self._fact(overcommit.commit_limit_bytes, meminfo, self._root) if meminfo else None
+        headroom_bytes = request_limit_bytes = None
+        reserve_bytes = 0
+        if mode == overcommit.NEVER and own and limit_bytes is not None and committed_bytes is not None:
+            reserves = self._fact(overcommit.reserves, own, self._root)
+            if reserves is not None:
+                reserve_bytes = reserves.total_bytes
+                headroom_bytes = max(0, limit_bytes - reserve_bytes - committed_bytes)
+        total_bytes = self._field(meminfo, "total_bytes")
+        if mode == overcommit.GUESS and total_bytes is not None:
+            request_limit_bytes = total_bytes + (self._field(meminfo, "swap_total_bytes") or 0)
+        return CommitStatus(mode, limit_bytes, committed_bytes, headroom_bytes, request_limit_bytes), reserve_bytes
+
+    def _pressure(self, placement: Placement | None) -> Pressure | None:
+        directory = placement.unified_directory() if placement else None
+        own = self._fact(psi.read_pressure, f"{directory}/memory.pressure") if directory else None
+        return own or self._fact(psi.read_pressure, psi.system_path(self._root))
+
+    def _process(self, own: ProcessStatus | None) -> ProcessMemory:
+        return ProcessMemory(
+            rss_bytes=self._field(own, "rss_bytes"),
+            anonymous_bytes=self._field(own, "anonymous_bytes"),
+            swap_bytes=self._field(own, "swap_bytes"),
+            oom_score=self._fact(process.oom_score, self._root),
+            oom_score_adj=self._fact(process.oom_score_adj, self._root),
+            _root=self._root,
+        )
+
+
+def _constraint(
+    kind: Kind,
+    path: str | None,
+    limit_bytes: int,
+    used_bytes: int | None,
+    inactive_bytes: int | None,
+    consequence: Consequence,
+    active_bytes: int = 0,
+) -> Constraint:
+    """Return the constraint with its headroom; the counters were read one after the other and may disagree."""
+    if used_bytes is None:
+        return Constraint(kind, path, limit_bytes, None, inactive_bytes, None, consequence, active_bytes)
+    reclaimable_bytes = None if inactive_bytes is None else min(inactive_bytes, used_bytes)
+    active_bytes = min(active_bytes, used_bytes - (reclaimable_bytes or 0))
+    headroom_bytes = max(0, limit_bytes - used_bytes + (reclaimable_bytes or 0))
+    return Constraint(kind, path, limit_bytes, used_bytes, reclaimable_bytes, headroom_bytes, consequence, active_bytes)
+
+
+def _commit_constraint(commit: CommitStatus, reserve_bytes: int) -> Iterator[Constraint]:
+    if commit.mode != overcommit.NEVER or commit.limit_bytes is None:
+        return
+    limit_bytes = max(0, commit.limit_bytes - reserve_bytes)
+    yield Constraint("commit", None, limit_bytes, commit.committed_bytes, 0, commit.headroom_bytes, "refuse")
