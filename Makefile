@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch]) memsafe_native/build.py
+C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/native/*.c)
 SOURCES := memsafe memsafe_native tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
@@ -42,12 +43,12 @@ bench: dev ## measure, each figure beside a peer in the same run
 format: dev ## format Python and C
 	$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
-	$(VENV)/bin/clang-format -i memsafe_native/cdef/*.h memsafe_native/src/*.[ch]
+	$(VENV)/bin/clang-format -i $(C_FILES)
 
 lint: dev ## check formatting and style
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/ruff check $(SOURCES)
-	$(VENV)/bin/clang-format --dry-run -Werror memsafe_native/cdef/*.h memsafe_native/src/*.[ch]
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
 
 types: dev ## check types
 	$(VENV)/bin/mypy
