@@ -94,9 +94,8 @@ def _run(report: Report, left: Leftovers, stack: ExitStack, *, quick: bool, cgro
     cgroup_bytes = 4 * size_bytes + 256 * MIB
     available_bytes = memory_status().available_bytes
     if available_bytes is not None and available_bytes < cgroup_bytes + 2 * size_bytes:
-        raise DemoError(
-            f"needs {format_size(cgroup_bytes + 2 * size_bytes)}, {format_size(available_bytes)} are available; try --quick"
-        )
+        needed = format_size(cgroup_bytes + 2 * size_bytes)
+        raise DemoError(f"needs {needed} of memory, and {format_size(available_bytes)} is available; try --quick")
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memsafe-demo-")))
     left.directories.append(str(directory))
     own = stack.enter_context(own_cgroup(cgroup_bytes)) if cgroup else "not wanted"
@@ -106,7 +105,7 @@ def _run(report: Report, left: Leftovers, stack: ExitStack, *, quick: bool, cgro
         left.directories.append(own.directory)
         report.say(f"a cgroup v{own.version} of its own, {format_size(cgroup_bytes)}: {own.directory}")
     within = None if isinstance(own, str) else own
-    store = memkv(directory, limit_bytes, cgroup=within and within.directory)
+    store = memkv(directory, limit_bytes, cgroup=within.directory if within else None)
     stack.callback(store.close)
     left.ports.append(store.port)
     report.say(f"memkv, process {store.process.pid}, port {store.port}, budget {format_size(limit_bytes)}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import redis
 
 from examples.demo import clients, corpus
 from examples.demo.clients import CONNECTIONS, Writers
-from examples.demo.processes import Ballast, DemoError, Store, memkv, redis_server, version_of
+from examples.demo.processes import DemoError, Store, memkv, redis_server, version_of
 from examples.demo.show import Report
 from examples.memkv import rdb
 from memsafe import format_size
@@ -148,7 +149,7 @@ def evict(stage: Stage) -> None:
             client.mget(hot)
             limit = before["used_memory"] * (2 * _EVICTION_STEPS - step) // (2 * _EVICTION_STEPS)
             _set(stage, "maxmemory", limit)
-            within += _wait_for(lambda limit=limit: store.info()["used_memory"] <= limit)
+            within += _wait_for(partial(_uses_at_most, store, limit))
         after = store.info()
         kept = sum(value is not None for value in client.mget(hot))
         client.set("newcomer", b"x" * 65536)
@@ -173,7 +174,8 @@ def evict(stage: Stage) -> None:
     compared = clients.compare(store.connect, stage.files, evicted=True)
     report.promise("what stayed is right", compared.equal, str(compared))
     report.numbers(
-        f"limit {format_size(before['used_memory'])} → {format_size(limit)}: {evicted:,} keys evicted, {kept} of {len(hot)} in use stayed"
+        f"limit {format_size(before['used_memory'])} → {format_size(limit)}: {evicted:,} keys evicted, "
+        f"{kept} of {len(hot)} in use stayed"
     )
 
 
@@ -184,7 +186,7 @@ def press(stage: Stage) -> None:
 def snapshots(stage: Stage) -> None:
     """Images taken while every connection writes are each one moment of the store."""
     report, store = stage.report, stage.store
-    report.phase("snapshot", f"{SNAPSHOTS} × BGSAVE while {CONNECTIONS} connections write")
+    report.phase("snapshot", f"{SNAPSHOTS} times BGSAVE while {CONNECTIONS} connections write")
     _refill(stage)
     writers = Writers(store.connect, stage.files)
     pauses: list[float] = []
@@ -203,10 +205,11 @@ def snapshots(stage: Stage) -> None:
             info = store.info()
             pauses.append(info["latest_fork_usec"] / 1000)
             copies.append(info["rdb_last_cow_size"])
+            cost = f"{took_s:.1f} s, pause {pauses[-1]:.1f} ms, {format_size(copies[-1])} copied"
             report.promise(
                 f"snapshot {number} succeeds",
                 finished and info["rdb_last_bgsave_status"] == "ok",
-                f"{took_s:.1f} s, pause {pauses[-1]:.1f} ms, {format_size(copies[-1])} copied, {written:,} writes meanwhile",
+                f"{cost}, {written:,} writes meanwhile",
             )
             _judge_image(stage, number, before, sent)
     rate = writers.total / (time.monotonic() - began)
@@ -214,8 +217,8 @@ def snapshots(stage: Stage) -> None:
     compared = clients.compare(store.connect, {**stage.files, **stage.state})
     report.promise("no acknowledged write is lost", compared.equal, str(compared))
     report.numbers(
-        f"{SNAPSHOTS} under {rate:,.0f} writes/s: pause {max(pauses):.1f} ms, at most {format_size(max(copies))} copied, "
-        f"a client waited {writers.longest_wait_s * 1000:.0f} ms at the longest"
+        f"{SNAPSHOTS} under {rate:,.0f} writes/s: pause {max(pauses):.1f} ms, {format_size(max(copies))} copied, "
+        f"no client waited over {writers.longest_wait_s * 1000:.0f} ms"
     )
 
 
@@ -352,14 +355,18 @@ def restore(stage: Stage) -> None:
 # ---- what the acts have in common
 
 
-def _set(stage: Stage, name: str, value: object) -> None:
+def _uses_at_most(store: Store, limit_bytes: int) -> bool:
+    return int(store.info()["used_memory"]) <= limit_bytes
+
+
+def _set(stage: Stage, name: str, value: str | int) -> None:
     with stage.client() as client:
         client.config_set(name, value)
 
 
 def _bgsave(stage: Stage) -> None:
     with stage.client() as client:
-        client.execute_command("BGSAVE")
+        client.bgsave(schedule=False)
 
 
 def _wait_until_saved(stage: Stage) -> bool:

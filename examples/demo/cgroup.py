@@ -20,8 +20,8 @@ _REMOVE_WITHIN_S = 10.0
 def own_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup | str]:
     """Make a memory cgroup limited to *limit_bytes*, and remove it with all that is left in it.
 
-    With cgroup v1 it is a child of this process's own. With v2, where a cgroup that holds processes cannot have children
-    with a memory controller, it may have to be a sibling. Nothing about any other cgroup is changed.
+    With v1 it is a child of this process's own cgroup. With v2, where a cgroup that holds processes has no
+    children with a memory controller, it may have to be a sibling. Nothing about any other cgroup is changed.
 
     Yields:
         The cgroup, or why there is none.

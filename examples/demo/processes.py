@@ -13,11 +13,14 @@ from typing import Any
 
 import psutil
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import memsafe
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 60.0
+_PORTS_TRIED = 5  # a free port may be gone by the time it is used
 _END_WITHIN_S = 10.0
 
 
@@ -38,28 +41,36 @@ class Store:
         self.name = name
         self.directory = directory
         self.log = directory / f"{name}.log"
-        for attempt in range(5):
-            self.port = _free_port()
-            with self.log.open("wb") as log:
-                # A session of its own: Ctrl-C is for the demo, which then ends its children in order.
-                self.process = memsafe.Popen(
-                    [argument.format(port=self.port) for argument in command],
-                    cwd=ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    cgroup=cgroup,
-                )
-            if self._is_ready():
-                return
-            if "in use" not in self.log.read_text().lower() or attempt == 4:
+        for _ in range(_PORTS_TRIED):
+            self._start(command, cgroup)
+            try:
+                if self._is_ready():
+                    return
+            except BaseException:
+                self.close()
+                raise
+            if "in use" not in self.log.read_text(errors="replace").lower():
                 break
         raise DemoError(f"{name} did not start (status {self.process.returncode}):\n{self.tail()}")
 
+    def _start(self, command: list[str], cgroup: str | None) -> None:
+        self.port = _free_port()
+        with self.log.open("wb") as log:
+            # A session of its own: Ctrl-C is for the demo, which then ends its children in order.
+            self.process = memsafe.Popen(
+                [argument.format(port=self.port) for argument in command],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cgroup=cgroup,
+            )
+
     def connect(self) -> redis.Redis:
-        """Return a new connection."""
-        return redis.Redis(port=self.port, single_connection_client=True, protocol=2, socket_timeout=60)
+        """Return a new connection, which hides no failure by trying again."""
+        never = Retry(NoBackoff(), 0)
+        return redis.Redis(port=self.port, single_connection_client=True, protocol=2, socket_timeout=60, retry=never)
 
     def info(self) -> dict[str, Any]:
         """Return INFO, every section."""
@@ -82,7 +93,7 @@ class Store:
         """Ask it to end without saving; return its status."""
         with self.connect() as client, contextlib.suppress(redis.ConnectionError):
             client.execute_command("SHUTDOWN", "NOSAVE")
-        return self.process.wait(_END_WITHIN_S)
+        return int(self.process.wait(_END_WITHIN_S))
 
     def close(self) -> None:
         """End it, whatever it takes."""

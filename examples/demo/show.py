@@ -31,7 +31,7 @@ class Report:
     _seconds: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
     _began: float = field(default_factory=time.monotonic)
-    _console: Console | None = field(default_factory=lambda: Console(highlight=False) if Console else None)
+    _console: Console | None = field(default_factory=lambda: None if Console is None else Console(highlight=False))
 
     def phase(self, name: str, title: str) -> None:
         """Begin a phase: *name* stands in the table, *title* says what is about to be shown."""
@@ -64,26 +64,27 @@ class Report:
     def table(self) -> None:
         """Print what happened, a line a phase, then each promise that was broken."""
         self._end_phase()
-        rows = [
-            (name, numbers, f"{self._seconds[name]:.1f} s", self._tally(name))
-            for name, numbers in self._numbers.items()
-        ]
         self._line("")
         if self._console:
-            table = Table("phase", "what happened", "took", "promises kept", title="memsafe demo", title_justify="left")
-            for name, numbers, took, tally in rows:
-                table.add_row(name, numbers, took, tally, style=None if self._clean(name) else "red")
-            table.columns[2].justify = table.columns[3].justify = "right"
-            self._console.print(table)
+            self._console.print(self._rich_table())
         else:
-            for name, numbers, took, tally in rows:
-                print(f"{name:<10} {took:>7} {tally:>8}  {numbers}")
+            for phase, numbers in self._numbers.items():
+                print(f"{phase:<10} {self._seconds[phase]:5.1f} s  {self._tally(phase):<9} {numbers}")
         broken = [promise for promise in self.promises if not promise.kept]
         for promise in broken:
             self._line(f"BROKEN in {promise.phase}: {promise.name}: {promise.detail}", "bold red")
-        took = time.monotonic() - self._began
-        tally = f"{len(self.promises) - len(broken)} of {len(self.promises)} promises kept in {took:.0f} s"
-        self._line(tally, "bold red" if broken else "bold green")
+        kept = f"{len(self.promises) - len(broken)} of {len(self.promises)} promises kept"
+        self._line(f"{kept} in {time.monotonic() - self._began:.0f} s", "bold red" if broken else "bold green")
+
+    def _rich_table(self) -> Table:
+        table = Table("phase", "what happened", title="memsafe demo", title_justify="left")
+        table.add_column("took", justify="right", no_wrap=True)
+        table.add_column("promises", justify="right", no_wrap=True)
+        for phase, numbers in self._numbers.items():
+            clean = all(promise.kept for promise in self.promises if promise.phase == phase)
+            took = f"{self._seconds[phase]:.1f} s"
+            table.add_row(phase, numbers, took, self._tally(phase), style=None if clean else "red")
+        return table
 
     @property
     def all_kept(self) -> bool:
@@ -92,10 +93,7 @@ class Report:
 
     def _tally(self, phase: str) -> str:
         mine = [promise.kept for promise in self.promises if promise.phase == phase]
-        return f"{sum(mine)} of {len(mine)}"
-
-    def _clean(self, phase: str) -> bool:
-        return all(promise.kept for promise in self.promises if promise.phase == phase)
+        return f"{sum(mine)} of {len(mine)}" if mine else ""
 
     def _end_phase(self) -> None:
         if self._phase:
