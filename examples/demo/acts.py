@@ -265,7 +265,7 @@ def kill(stage: Stage) -> None:
         report.promise("the next save succeeds", store.info()["rdb_last_bgsave_status"] == "ok")
         count = writers.total
         report.promise("writes go on", _wait_for(lambda: writers.total > count), f"{writers.total:,} acknowledged")
-    stage.state = writers.state()
+    stage.state |= writers.state()
     report.promise("the new dump is whole", rdb.check(stage.dump).checksummed and stage.dump.read_bytes() != old)
     report.numbers(f"shot {shot}: the old dump of {format_size(len(old))} byte for byte the same, the next save fine")
 
