@@ -26,18 +26,22 @@ _MODULES = {
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
+    "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = frozenset({"oom"})
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME)
+__all__ = sorted({*_HOME, *_SUBMODULES})
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first asked for: importing memsafe stays cheap."""
+    if name in _SUBMODULES:
+        return import_module(f"memsafe.{name}")
     try:
         module = _HOME[name]
     except KeyError:
@@ -47,4 +51,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_SUBMODULES})
