@@ -192,13 +192,22 @@ def placement(root: Root = "/", pid: int | str = "self") -> Placement:
     return Placement(root, memberships, tuple(_mounts(root, pid)))
 
 
+def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
+    """Return the cgroups by which *controller* holds *pid*.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    return placement(root, pid).locate(controller)
+
+
 def memory_cgroups(root: Root = "/", pid: int | str = "self") -> tuple[MemoryCgroup, ...]:
     """Return the memory cgroup of *pid* and every visible ancestor, own first; none where there is no controller.
 
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    return as_memory(placement(root, pid).locate("memory"))
+    return as_memory(locate("memory", root, pid))
 
 
 def as_memory(located: Located) -> tuple[MemoryCgroup, ...]:
