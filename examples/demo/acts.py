@@ -19,6 +19,7 @@ import redis
 
 from examples.demo import clients, corpus
 from examples.demo.clients import CONNECTIONS, Writers
+from examples.demo.pressure import Watch, squeeze, watching
 from examples.demo.processes import DemoError, Store, memkv, redis_server, version_of
 from examples.demo.show import Report
 from examples.memkv import rdb
@@ -29,6 +30,7 @@ MIB = 1 << 20
 SNAPSHOTS = 3
 _HOT_KEYS = 300
 _EVICTION_STEPS = 8
+_SQUEEZE_PACE_S = 0.1
 _EXPIRING_KEYS = 1000
 _SETTLE_WITHIN_S = 20.0
 _SAVE_WITHIN_S = 60.0
@@ -180,7 +182,67 @@ def evict(stage: Stage) -> None:
 
 
 def press(stage: Stage) -> None:
-    """Something else takes the memory: the store is warned, makes room, and hears the all-clear."""
+    """Memory runs out: the store is warned, refuses a save that may not fit, makes room, and hears the all-clear."""
+    report, store = stage.report, stage.store
+    report.phase("pressure", "real pressure: memory runs out for the store, and it hears of it in time")
+    _refill(stage)
+    before = store.info()
+    with watching(store) as watch, squeeze(store, stage.cgroup) as squeezing:
+        report.say(f"{squeezing.what}: {squeezing.told()}")
+        while watch.level != "CRITICAL" and squeezing.tighten():
+            time.sleep(_SQUEEZE_PACE_S)
+        _wait_for(lambda: watch.level == "CRITICAL", 2.0)
+        tightest = squeezing.told()
+        report.promise(
+            "the store hears that memory is short, then that it is critical", _heard(watch, "LOW", "CRITICAL"), tightest
+        )
+        reason = _refused_save(stage)
+        report.promise("a save that may not fit is refused, with the reason", reason, reason)
+        _set(stage, "maxmemory-policy", "allkeys-lru")
+        made_room = _wait_for(lambda: watch.level not in {"CRITICAL"})
+        shed = store.info()
+        evicted = shed["evicted_keys"] - before["evicted_keys"]
+        freed = before["used_memory"] - shed["used_memory"]
+        report.promise(
+            "it makes room once it may",
+            made_room and evicted,
+            f"{evicted:,} keys shed, {format_size(freed)} freed; {squeezing.told()}",
+        )
+        squeezing.release()
+        report.promise(
+            "it hears the all-clear",
+            _wait_for(lambda: watch.level == "NORMAL"),
+            f"{format_size(shed['used_memory'])} still held",
+        )
+    for at_s, level in watch.levels:
+        report.say(f"{at_s:5.1f} s  {level}")
+    survived = store.alive() and watch.error is None and not (stage.cgroup and stage.cgroup.oom_kills())
+    report.promise(
+        "nothing was killed, and every question answered",
+        survived,
+        f"{watch.error or ''} longest answer {watch.longest_wait_s * 1000:.0f} ms",
+    )
+    compared = clients.compare(store.connect, stage.files, evicted=True)
+    report.promise("what stayed is right", compared.equal, str(compared))
+    report.numbers(
+        f"{' → '.join(level for _, level in watch.levels)} at {tightest}; {evicted:,} keys shed, {format_size(freed)}"
+    )
+
+
+def _heard(watch: Watch, *levels: str) -> bool:
+    """Whether *levels* were seen, in that order."""
+    seen = iter(level for _, level in watch.levels)
+    return all(level in seen for level in levels)
+
+
+def _refused_save(stage: Stage) -> str:
+    """BGSAVE, and return why it was refused, "" if it was not."""
+    try:
+        _bgsave(stage)
+    except redis.ResponseError as error:
+        return str(error)
+    _wait_until_saved(stage)
+    return ""
 
 
 def snapshots(stage: Stage) -> None:

@@ -143,9 +143,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def expiry_argument(
-    argument: bytes, command: str, *, unit_ms: int, relative: bool, positive: bool = True
-) -> int:
+def expiry_argument(argument: bytes, command: str, *, unit_ms: int, relative: bool, positive: bool = True) -> int:
     """Return when something expires, in milliseconds since 1970.
 
     Args:

@@ -58,9 +58,7 @@ def set_(client: Connection, request: Request) -> bytes:
     return _reply(client, old) if answers_old else resp.OK
 
 
-def _options(
-    request: Request, at: int, allowed: frozenset[bytes]
-) -> tuple[tuple[bytes, bytes] | None, set[bytes]]:
+def _options(request: Request, at: int, allowed: frozenset[bytes]) -> tuple[tuple[bytes, bytes] | None, set[bytes]]:
     """Return the expiry's option and number, not looked at yet, and the keywords, of the options that begin at *at*."""
     keywords: set[bytes] = set()
     expiry: tuple[bytes, bytes] | None = None
