@@ -143,9 +143,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def expiry_argument(
-    argument: bytes, command: str, *, unit_ms: int, relative: bool, positive: bool = True
-) -> int:
+def expiry_argument(argument: bytes, command: str, *, unit_ms: int, relative: bool, positive: bool = True) -> int:
     """Return when something expires, in milliseconds since 1970.
 
     Args:
@@ -169,8 +167,6 @@ def expiry_argument(
 
 def glob(pattern: bytes) -> Callable[[bytes], object]:
     r"""Return whether a key matches *pattern*: ``*``, ``?``, ``[a-z]``, ``[^a]``, ``\``, as redis-server reads them."""
-    if pattern == b"*":
-        return lambda key: True
     return re.compile(_glob_expression(pattern), re.DOTALL).fullmatch
 
 
