@@ -167,8 +167,6 @@ def expiry_argument(argument: bytes, command: str, *, unit_ms: int, relative: bo
 
 def glob(pattern: bytes) -> Callable[[bytes], object]:
     r"""Return whether a key matches *pattern*: ``*``, ``?``, ``[a-z]``, ``[^a]``, ``\``, as redis-server reads them."""
-    if pattern == b"*":
-        return lambda key: True
     return re.compile(_glob_expression(pattern), re.DOTALL).fullmatch
 
 

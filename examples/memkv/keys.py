@@ -90,7 +90,7 @@ def randomkey(client: Connection, request: Request) -> bytes:
 @_command("keys", 2, "readonly", "Return all keys that match a pattern")
 def keys(client: Connection, request: Request) -> bytes:
     found = client.store.keys(glob(request[1]))
-    return client.send_long([resp.bulk(key) for key in found])
+    return client.send(resp.parts(found, b"*%d\r\n" % len(found)))
 
 
 @_command("scan", -2, "readonly", "Walk over the keys in steps")
@@ -117,7 +117,7 @@ def scan(client: Connection, request: Request) -> bytes:
         found = []
     elif accept is not None:
         found = [key for key in found if accept(key)]
-    return client.send_long([resp.bulk(b"%d" % cursor), resp.bulks(found)])
+    return client.send(resp.parts(found, b"*2\r\n%b*%d\r\n" % (resp.bulk(b"%d" % cursor), len(found))))
 
 
 def _cursor(argument: bytes) -> int:

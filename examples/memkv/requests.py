@@ -49,14 +49,16 @@ class RequestParser:
             be. Then the rest of that request is skipped, and it comes out empty.
 
     Attributes:
+        partial: Whether a request has begun and is not complete.
         failure: Why nothing more can be made of this connection, once that is so.
     """
 
-    __slots__ = ("_reader", "_strict", "failure")
+    __slots__ = ("_reader", "_strict", "failure", "partial")
 
     def __init__(self, hold: Callable[[int], bool]) -> None:
         self._reader = hiredis.Reader()
         self._strict = _StrictParser(hold)
+        self.partial = False
         self.failure: ProtocolError | None = None
 
     @property
@@ -71,8 +73,7 @@ class RequestParser:
 
     def parse(self, chunk: bytes) -> list[Request]:
         """Return the requests that *chunk* completes."""
-        strict = self._strict
-        if not strict.idle:
+        if self.partial:
             return self._parse_on(chunk)
         if not _LONG_ARRAY.search(chunk):
             try:
@@ -99,6 +100,7 @@ class RequestParser:
             return []
         if request is None:
             return []
+        self.partial = False
         rest = strict.take_rest()
         return [request, *self.parse(rest)] if rest else [request]
 
@@ -110,7 +112,13 @@ class RequestParser:
                 requests.append(request)
         except ProtocolError as failure:
             self.failure = failure
+        self.partial = not self._strict.idle
         return requests
+
+    def drop_buffers(self) -> None:
+        """Give back what is kept for speed only."""
+        if not self.partial:
+            self._reader = hiredis.Reader()
 
 
 class _StrictParser:

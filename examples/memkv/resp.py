@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
 OK: Final = b"+OK\r\n"
@@ -10,6 +11,9 @@ NIL_ARRAY: Final = b"*-1\r\n"
 EMPTY_ARRAY: Final = b"*0\r\n"
 ZERO: Final = b":0\r\n"
 ONE: Final = b":1\r\n"
+
+PIECE_BYTES: Final = 64 * 1024
+"""A reply that is longer is sent in pieces of about this size, as the client takes them."""
 
 _HEADS: Final = [b"$%d\r\n" % n for n in range(1024)]
 _INTEGERS: Final = [b":%d\r\n" % n for n in range(1024)]
@@ -34,6 +38,26 @@ def bulk_or_nil(value: bytes | None) -> bytes:
 def bulks(values: list[bytes]) -> bytes:
     """Return *values* as an array of bulk strings."""
     return array([bulk(value) for value in values])
+
+
+def parts(values: Iterable[bytes | None], head: bytes) -> Iterator[bytes | memoryview]:
+    """Yield *head* and *values* as bulk strings piece by piece: a long reply is never in memory as a whole."""
+    gathered, size = [head], 0
+    for value in values:
+        if value is not None and len(value) >= PIECE_BYTES:
+            gathered.append(b"$%d\r\n" % len(value))
+            yield b"".join(gathered)
+            view = memoryview(value)
+            for at in range(0, len(value), PIECE_BYTES):
+                yield view[at : at + PIECE_BYTES]
+            gathered, size = [b"\r\n"], 0
+        else:
+            gathered.append(bulk_or_nil(value))
+            size += len(gathered[-1])
+            if size >= PIECE_BYTES:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+    yield b"".join(gathered)
 
 
 def array(replies: list[bytes]) -> bytes:

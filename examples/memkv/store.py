@@ -297,8 +297,11 @@ class Store:
     def _schedule(self, expires_at_ms: int, key: bytes) -> None:
         heappush(self._due, (expires_at_ms, key))
         if len(self._due) > 2 * len(self._expires) + 64:  # expiries that were changed leave void entries behind
-            self._due = [(when_ms, name) for name, when_ms in self._expires.items()]
-            heapify(self._due)
+            self._rebuild_due()
+
+    def _rebuild_due(self) -> None:
+        self._due = [(when_ms, key) for key, when_ms in self._expires.items()]
+        heapify(self._due)
 
     # ---- making room
 
@@ -328,6 +331,12 @@ class Store:
             return freed
         # A little more than was asked, so that the next writes do not each have to ask again.
         return freed + self.evict(need_bytes - freed + min(_EVICTION_STEP_BYTES, before // 64))
+
+    def compact(self) -> None:
+        """Give back the room in tables that removed keys have left; a dict does not by itself."""
+        self._slices[:] = [dict(keys) for keys in self._slices]
+        self._expires = dict(self._expires)
+        self._rebuild_due()
 
     def clear(self) -> int:
         """Remove every key; return how many there were."""

@@ -17,7 +17,7 @@ from examples.memkv.commands import (
     integer_argument,
     now_ms,
 )
-from examples.memkv.requests import BIG_BYTES, BULK_BYTES_MAX, Request
+from examples.memkv.requests import BULK_BYTES_MAX, Request
 
 if TYPE_CHECKING:
     from examples.memkv.server import Connection
@@ -39,7 +39,7 @@ def get(client: Connection, request: Request) -> bytes:
 def _reply(client: Connection, value: bytes | None) -> bytes:
     if value is None:
         return resp.NIL
-    return resp.bulk(value) if len(value) < BIG_BYTES else client.send_big([value])
+    return resp.bulk(value) if len(value) < resp.PIECE_BYTES else client.send(resp.parts([value], b""))
 
 
 @_command("set", -3, "write denyoom", "Set a key to a value, with an expiry, or if it is there or not", keys=_ONE_KEY)
@@ -142,9 +142,7 @@ def getex(client: Connection, request: Request) -> bytes:
 def mget(client: Connection, request: Request) -> bytes:
     get = client.store.get
     values = [get(key) for key in request[1:]]
-    if sum(len(value) for value in values if value is not None) < BIG_BYTES:
-        return resp.array([resp.bulk_or_nil(value) for value in values])
-    return client.send_big(values, array=True)
+    return client.send(resp.parts(values, b"*%d\r\n" % len(values)))
 
 
 @_command("mset", -3, "write denyoom", "Set several keys", keys=(1, -1, 2))
