@@ -114,8 +114,11 @@ def _run(report: Report, left: Leftovers, stack: ExitStack, *, quick: bool, cgro
         + (f" in a cgroup v{within.version} of {format_size(cgroup_bytes)}" if within else " alone")
     )
     stage = Stage(report, files, directory, limit_bytes, within, store, stack)
-    for act in _ACTS:
-        act(stage)
+    try:
+        for act in _ACTS:
+            act(stage)
+    except redis.RedisError as error:
+        raise DemoError(f"{type(error).__name__}: {error}; {store.obituary()}") from error
 
 
 def _judge_leftovers(report: Report, left: Leftovers) -> None:

@@ -51,7 +51,7 @@ class Store:
                 raise
             if "in use" not in self.log.read_text(errors="replace").lower():
                 break
-        raise DemoError(f"{name} did not start (status {self.process.returncode}):\n{self.tail()}")
+        raise DemoError(f"it did not start; {self.obituary()}")
 
     def _start(self, command: list[str], cgroup: str | None) -> None:
         self.port = _free_port()
@@ -77,9 +77,11 @@ class Store:
         with self.connect() as client:
             return dict(client.info("everything"))
 
-    def tail(self, lines: int = 15) -> str:
-        """Return the log's last lines."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def obituary(self) -> str:
+        """Say how it is, and what it said last."""
+        status = self.process.poll()
+        said = "\n    ".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return f"{self.name} {'runs' if status is None else f'ended with {status}'}, and said last:\n    {said}"
 
     def alive(self) -> bool:
         """Whether the process runs."""

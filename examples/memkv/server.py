@@ -359,7 +359,7 @@ class Connection(asyncio.Protocol):
         pending = iter(requests)
         for request in pending:
             try:
-                entry = table.get(request[0])
+                entry = table.get(request[0]) if request else None
                 if entry is None:
                     reply = self._run_unusual(request)
                 else:
@@ -489,9 +489,11 @@ class Connection(asyncio.Protocol):
 
     def _hold(self, need_bytes: int) -> bool:
         """Ask for *need_bytes* for a request that is arriving."""
-        if self._held is None:
-            self._held = self.server.clients_budget.reserve(0)
-        return self._held.try_grow(need_bytes)
+        if self._held is not None:
+            return self._held.try_grow(need_bytes)
+        # Where the limit was lowered below what is used, even nothing is refused.
+        self._held = self.server.clients_budget.try_reserve(need_bytes)
+        return self._held is not None
 
     def _account(self) -> None:
         """Charge what waits here: the beginning of a request, replies, requests not run yet."""
