@@ -60,7 +60,7 @@ class Leftovers:
 def main(arguments: list[str] | None = None) -> int:
     """Run every act; return 0 if every promise was kept and nothing is left, 1 if not, 128 + n after signal n."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only the sources in the library's top folder, a few MiB")
+    parser.add_argument("--quick", action="store_true", help="only the library's sources without its tests")
     parser.add_argument("--no-cgroup", action="store_true", help="under a budget alone, as where no cgroup may be made")
     options = parser.parse_args(arguments)
     for number in _SIGNALS:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import redis
 
 from examples.demo import clients, corpus
@@ -184,7 +185,7 @@ def evict(stage: Stage) -> None:
 def press(stage: Stage) -> None:
     """Memory runs out: the store is warned, refuses a save that may not fit, makes room, and hears the all-clear."""
     report, store = stage.report, stage.store
-    report.phase("pressure", "real pressure: memory runs out for the store, and it hears of it in time")
+    report.phase("pressure", "real pressure: memory runs out for the store")
     _refill(stage)
     before = store.info()
     with watching(store) as watch, squeeze(store, stage.cgroup) as squeezing:
@@ -193,40 +194,44 @@ def press(stage: Stage) -> None:
             time.sleep(_SQUEEZE_PACE_S)
         _wait_for(lambda: watch.level == "CRITICAL", 2.0)
         tightest = squeezing.told()
+        heard = _show_callbacks(stage, 0)
         report.promise(
-            "the store hears that memory is short, then that it is critical", _heard(watch, "LOW", "CRITICAL"), tightest
+            "it hears that memory is low, then that it is critical", _heard(watch, "LOW", "CRITICAL"), tightest
         )
-        reason = _refused_save(stage)
-        report.promise("a save that may not fit is refused, with the reason", reason, reason)
+        reason = _shown(stage, _refused_save(stage))
+        report.promise("a save that may not fit is refused", "refused" in reason, reason)
         _set(stage, "maxmemory-policy", "allkeys-lru")
-        made_room = _wait_for(lambda: watch.level not in {"CRITICAL"})
-        shed = store.info()
-        evicted = shed["evicted_keys"] - before["evicted_keys"]
-        freed = before["used_memory"] - shed["used_memory"]
-        report.promise(
-            "it makes room once it may",
-            made_room and evicted,
-            f"{evicted:,} keys shed, {format_size(freed)} freed; {squeezing.told()}",
-        )
+        made_room = _wait_for(lambda: watch.level != "CRITICAL")
+        after = store.info()
+        evicted = after["evicted_keys"] - before["evicted_keys"]
+        freed = format_size(before["used_memory"] - after["used_memory"])
+        heard = _show_callbacks(stage, heard)
+        told = f"{evicted:,} keys shed, {freed} freed, {squeezing.told()}"
+        report.promise("it makes room once it may, and it is not critical any more", made_room and evicted, told)
         squeezing.release()
-        report.promise(
-            "it hears the all-clear",
-            _wait_for(lambda: watch.level == "NORMAL"),
-            f"{format_size(shed['used_memory'])} still held",
-        )
-    for at_s, level in watch.levels:
-        report.say(f"{at_s:5.1f} s  {level}")
-    survived = store.alive() and watch.error is None and not (stage.cgroup and stage.cgroup.oom_kills())
-    report.promise(
-        "nothing was killed, and every question answered",
-        survived,
-        f"{watch.error or ''} longest answer {watch.longest_wait_s * 1000:.0f} ms",
-    )
+        clear = _wait_for(lambda: watch.level == "NORMAL")
+        _show_callbacks(stage, heard)
+        report.promise("it hears the all-clear", clear, " → ".join(level for _, level in watch.levels))
+    unharmed = store.alive() and watch.error is None and not (stage.cgroup and stage.cgroup.oom_kills())
+    waited = str(watch.error or f"after {watch.longest_wait_s * 1000:.0f} ms at the longest")
+    report.promise("nothing was killed, and every question answered", unharmed, waited)
     compared = clients.compare(store.connect, stage.files, evicted=True)
     report.promise("what stayed is right", compared.equal, str(compared))
-    report.numbers(
-        f"{' → '.join(level for _, level in watch.levels)} at {tightest}; {evicted:,} keys shed, {format_size(freed)}"
-    )
+    report.numbers(f"critical at {tightest}: a save refused, {evicted:,} keys shed, {freed} freed, all clear")
+
+
+def _show_callbacks(stage: Stage, already: int) -> int:
+    """Print what the store's callbacks logged, but for the *already* printed; return how many there are by now."""
+    lines = stage.store.said("memory pressure")
+    for line in lines[already:]:
+        stage.report.say(_shown(stage, line))
+    return len(lines)
+
+
+def _shown(stage: Stage, text: str) -> str:
+    """Return *text* with the names that the demo chose made short."""
+    text = text.replace(str(stage.dump), "dump.rdb").replace("WARNING ", "")
+    return text.replace(stage.cgroup.path, "its cgroup") if stage.cgroup else text
 
 
 def _heard(watch: Watch, *levels: str) -> bool:
@@ -334,14 +339,14 @@ def kill(stage: Stage) -> None:
 
 def _shoot_saving_child(stage: Stage) -> str:
     """BGSAVE, and kill the child while it writes; return how that went."""
-    known = {path.name for path in stage.directory.iterdir()}
     for _ in range(5):
         others = {child.pid for child in stage.store.children()}
         began = time.monotonic()
         _bgsave(stage)
         for child in stage.store.children():
             if child.pid not in others:
-                written = _wait_for_bytes(stage.directory, known)
+                _wait_for(partial(_written_bytes, child), 1.0)
+                written = _written_bytes(child)
                 child.send_signal(signal.SIGKILL)
                 took_ms = (time.monotonic() - began) * 1000
                 _wait_until_saved(stage)
@@ -351,19 +356,11 @@ def _shoot_saving_child(stage: Stage) -> str:
     raise DemoError("no saving child could be caught before it was done")
 
 
-def _wait_for_bytes(directory: Path, known: set[str], within_s: float = 0.1) -> int:
-    """Wait a moment for a new file to have content; return how much it has."""
-
-    def written() -> int:
-        sizes = [0]
-        for path in directory.iterdir():
-            if path.name not in known:
-                with contextlib.suppress(FileNotFoundError):  # it may just have been renamed
-                    sizes.append(path.stat().st_size)
-        return max(sizes)
-
-    _wait_for(written, within_s)
-    return written()
+def _written_bytes(child: psutil.Process) -> int:
+    """Return what *child* has written since it was forked; its file has no name before it is whole."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return int(child.io_counters().write_chars)
+    return 0
 
 
 def restore(stage: Stage) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 Corpus = dict[bytes, bytes]
 
 _NOT_STANDARD = {"site-packages", "dist-packages"}
+_NOT_QUICK = {"test", "tests"}
 
 PAGE_BYTES = 4096
 PAGES_PER_WRITER = 500
@@ -21,12 +22,12 @@ def standard_library(*, quick: bool = False) -> Corpus:
     """Return path → contents of every readable file of the standard library, third-party packages left out.
 
     Args:
-        quick: Only the Python sources of its top folder.
+        quick: Only its Python sources, the tests left out.
     """
     library = Path(sysconfig.get_path("stdlib"))
     corpus: Corpus = {}
     for here, folders, names in os.walk(library):
-        folders[:] = [] if quick else sorted(set(folders) - _NOT_STANDARD)
+        folders[:] = sorted(set(folders) - _NOT_STANDARD - (_NOT_QUICK if quick else set()))
         for path in (Path(here, name) for name in sorted(names)):
             if path.is_file() and os.access(path, os.R_OK) and (not quick or path.suffix == ".py"):
                 corpus[bytes(path.relative_to(library))] = path.read_bytes()

@@ -140,7 +140,7 @@ class Watch:
             with self.store.connect() as client:
                 while not self._stop.wait(_PACE_S):
                     asked = time.monotonic()
-                    level = str(client.info("everything")["pressure_level"]).upper()
+                    level = str(client.info("memsafe")["memsafe_pressure_level"]).upper()
                     now = time.monotonic()
                     self.longest_wait_s = max(self.longest_wait_s, now - asked)
                     if level != self.level:

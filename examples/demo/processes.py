@@ -83,6 +83,11 @@ class Store:
         said = "\n    ".join(self.log.read_text(errors="replace").splitlines()[-15:])
         return f"{self.name} {'runs' if status is None else f'ended with {status}'}, and said last:\n    {said}"
 
+    def said(self, what: str) -> list[str]:
+        """Return the lines of its log that say *what*, without date and process."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [re.sub(r"^.*?(?=\d\d:\d\d:\d\d)", "", line) for line in lines if what in line]
+
     def alive(self) -> bool:
         """Whether the process runs."""
         return self.process.poll() is None
