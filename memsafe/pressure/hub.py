@@ -7,6 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from memsafe._kernel.ahead import ReadAhead
 from memsafe.errors import KernelError
 from memsafe.pressure import sources
 from memsafe.pressure.waiter import Waiter
@@ -37,6 +38,7 @@ class Hub:
         self._chosen: list[Source] = []
         self._limits_seen: object = None
         self._polling = sources.Polling()
+        self.ahead = ReadAhead()
         self._waiter = Waiter()
         try:
             self._polling.open(self._waiter, next(self._tokens))

@@ -106,8 +106,8 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._responded_at_s = 0.0
         self._source_statuses: tuple[SourceStatus, ...] = ()
-        # Guards what other threads touch: the callbacks, the requests, the streams, the last event, and whether the
-        # thread still takes requests.
+        # Guards what other threads touch: the callbacks, the requests, the streams, the last event, the changes and
+        # whether they are wanted, and whether the thread still takes requests.
         self._lock = threading.Lock()
         self._callbacks: tuple[tuple[PressureLevel, Callback], ...] = ()
         self._requests: list[_Request] = []
@@ -116,6 +116,8 @@ class PressureMonitor:
         self._stopping = True
         self._thread: threading.Thread | None = None
         self._changed_fd = -1
+        self._changes = 0
+        self._changes_wanted = False
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
         _monitors.add(self)
 
@@ -132,6 +134,7 @@ class PressureMonitor:
                 return self
             self._ladder = Ladder(self._thresholds.cooldown_s)
             self._last_event = None
+            self._changes, self._changes_wanted = 0, False
             hub = self._open()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
@@ -259,6 +262,9 @@ class PressureMonitor:
         """
         with self._lock:
             self._require_running()
+            if not self._changes_wanted:
+                self._changes_wanted = True
+                os.eventfd_write(self._changed_fd, self._changes)
             return self._changed_fd
 
     def simulate(self, level: PressureLevel, *, timeout_s: float | None = None) -> None:
@@ -346,9 +352,12 @@ class PressureMonitor:
                 self._call(request.callback, request.missed)
         wants_look = any(request.level is None and request.callback is None for request in requests)
         try:
-            heard, causes = hub.hear(reports)
-            if heard or wants_look:
-                self._look(hub, heard, causes)
+            # All files in one native call; it ends before user code runs, which may want to look for itself.
+            with hub.ahead:
+                heard, causes = hub.hear(reports)
+                status = memory_status(root=self._root) if heard or wants_look else None
+            if status is not None:
+                self._decide(hub, status, heard, causes)
             for request in requests:
                 if request.level is not None:
                     self._drill(hub, request.level)
@@ -359,10 +368,7 @@ class PressureMonitor:
         for request in requests:
             request.done.set()
 
-    def _look(self, hub: Hub, heard: list[str], causes: list[Cause]) -> None:
-        status = memory_status(root=self._root)
-        if hub.choose(status):
-            self._source_statuses = hub.statuses
+    def _decide(self, hub: Hub, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> None:
         judgement = levels.judge(status, self._thresholds, causes)
         now_s = self._clock()
         previous = self._ladder.level
@@ -372,7 +378,9 @@ class PressureMonitor:
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
         elif judgement.raised > PressureLevel.NORMAL and now_s - self._responded_at_s >= _RESPOND_AGAIN_S:
             self._respond_again(judgement)
-        # Last: whoever is to be warned should not wait for it.
+        # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
+        if hub.choose(status):
+            self._source_statuses = hub.statuses
         self._set_timer(hub, status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
@@ -405,8 +413,11 @@ class PressureMonitor:
         )
         with self._lock:
             self._last_event = event
+            self._changes += 1
             callbacks, streams = self._callbacks, list(self._streams)
-        os.eventfd_write(self._changed_fd, 1)
+            # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
+            if self._changes_wanted:
+                os.eventfd_write(self._changed_fd, 1)
         for stream in streams:
             stream.feed(event)
         rose = event.level > previous
