@@ -463,6 +463,18 @@ def test_every_stream_hears_and_a_dropped_one_is_forgotten(monitor):
     assert asyncio.run(read()) == ([LOW, LOW], 1)
 
 
+def test_a_stream_may_be_ended_by_its_reader(monitor):
+    async def read():
+        stream = monitor.events()
+        waiting = asyncio.ensure_future(anext(stream, "ended"))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        monitor.simulate(LOW)
+        return await waiting, [event async for event in stream]
+
+    assert asyncio.run(read()) == ("ended", [])
+
+
 def test_a_stream_of_a_closed_loop_does_no_harm(monitor):
     async def make():
         return monitor.events()
