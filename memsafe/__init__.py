@@ -8,11 +8,9 @@ if sys.platform != "linux":
     raise ImportError(f"memsafe works on Linux only: it stands on cgroups, PSI and /proc, which {sys.platform} lacks")
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from memsafe.errors import MemsafeError as MemsafeError
-
+# Public names and their homes; __init__.pyi tells type checkers the same, and a test holds the two together.
 _MODULES = {
     "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
     "memsafe.commit": ("ForkAssessment", "assess_fork"),
@@ -22,21 +20,26 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.heap": ("trim",),
+    "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
+    "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = frozenset({"oom"})
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME)
+__all__ = sorted({*_HOME, *_SUBMODULES})
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first asked for: importing memsafe stays cheap."""
+    if name in _SUBMODULES:
+        return import_module(f"memsafe.{name}")
     try:
         module = _HOME[name]
     except KeyError:
@@ -46,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_SUBMODULES})

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
-from memsafe._kernel import cgroup, machine, overcommit, process, psi
+from memsafe._kernel import cgroup, files, machine, overcommit, process, psi
 from memsafe._kernel.files import UNLIMITED
 from memsafe._kernel.psi import Pressure, Stall
 from memsafe.errors import KernelError
@@ -184,7 +184,7 @@ class _Reader:
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._warnings: list[str] = []
+        self._warnings: dict[str, None] = {}  # an ordered set: a file may be asked twice
 
     def status(self) -> MemoryStatus:
         meminfo = self._fact(machine.meminfo, self._root)
@@ -214,8 +214,11 @@ class _Reader:
         try:
             return read(*args, **kwargs)
         except KernelError as error:
-            self._warnings.append(str(error))
+            self._warn(str(error))
             return None
+
+    def _warn(self, sentence: str) -> None:
+        self._warnings[sentence] = None
 
     def _field(self, source: object, name: str) -> int | None:
         """Return a field of a file that parses itself when asked; None where there is no file."""
@@ -229,7 +232,7 @@ class _Reader:
             return
         located = placement.locate("memory")
         if located.problem:
-            self._warnings.append(located.problem)
+            self._warn(located.problem)
         for group in cgroup.as_memory(located):
             yield from self._limits_of(group)
 
@@ -239,7 +242,7 @@ class _Reader:
         warned = len(self._warnings)
         limit_bytes, high_bytes = self._fact(group.limit_bytes), self._fact(group.high_bytes)
         if limit_bytes is None and len(self._warnings) == warned and group.path != "/":
-            self._warnings.append(f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?")
+            self._warn(f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?")
         if limit_bytes is not None and limit_bytes < UNLIMITED:
             limits.append((kind, limit_bytes, "kill"))
         if high_bytes is not None and high_bytes < UNLIMITED:
@@ -255,7 +258,7 @@ class _Reader:
         used_bytes, cache_bytes = self._fact(group.usage_bytes), self._fact(group.file_cache_bytes)
         if (used_bytes is None or cache_bytes is None) and len(self._warnings) == warned:
             what = "usage" if used_bytes is None else "file cache in memory.stat"
-            self._warnings.append(f"the cgroup at {group.directory} does not tell its {what}")
+            self._warn(f"the cgroup at {group.directory} does not tell its {what}")
         return used_bytes, cache_bytes or (None, 0)
 
     def _rlimit_constraints(self, own: ProcessStatus | None) -> Iterator[Constraint]:
@@ -271,14 +274,15 @@ class _Reader:
 
     def _physical_constraint(self, meminfo: MemInfo | None) -> Iterator[Constraint]:
         total_bytes = self._field(meminfo, "total_bytes")
-        if total_bytes is None:
+        if meminfo is None or total_bytes is None:
+            self._warn(f"physical memory is not known: {files.under(self._root, '/proc/meminfo')} tells no MemTotal")
             return
         swap_bytes = self._field(meminfo, "swap_total_bytes") or 0
         swap_free_bytes = min(self._field(meminfo, "swap_free_bytes") or 0, swap_bytes)
         free_bytes, available_bytes = self._field(meminfo, "free_bytes"), self._field(meminfo, "available_bytes")
         limit_bytes = total_bytes + swap_bytes
         if available_bytes is None:
-            self._warnings.append("/proc/meminfo has no MemAvailable")
+            self._warn(f"{files.under(self._root, '/proc/meminfo')} tells no MemAvailable")
             yield Constraint("physical", None, limit_bytes, None, None, None, "kill")
             return
         headroom_bytes = min(available_bytes, total_bytes) + swap_free_bytes

@@ -24,6 +24,9 @@ COMPILE_ARGS = [
     "-Wshadow",
     "-Wno-missing-field-initializers",  # cffi's own tables
 ]
+# -iquote, not include_dirs: a header may bear a system header's name (spawn.h) without hiding it.
+for folder in ("cdef", "src"):
+    COMPILE_ARGS += ["-iquote", os.path.relpath(HERE / folder, HERE.parent)]
 if os.environ.get("MEMSAFE_WERROR"):
     COMPILE_ARGS.append("-Werror")
 
@@ -39,7 +42,6 @@ ffibuilder.set_source(
     "#include <stddef.h>\n#include <stdint.h>\n#include <sys/types.h>\n"
     + "".join(f'#include "{header.name}"\n' for header in HEADERS),
     sources=[os.path.relpath(source, HERE.parent) for source in SOURCES],
-    include_dirs=[os.path.relpath(HERE / "cdef", HERE.parent), os.path.relpath(HERE / "src", HERE.parent)],
     depends=[os.path.relpath(path, HERE.parent) for path in [*HEADERS, *(HERE / "src").glob("*.h")]],
     define_macros=macros,
     extra_compile_args=COMPILE_ARGS,

@@ -192,13 +192,22 @@ def placement(root: Root = "/", pid: int | str = "self") -> Placement:
     return Placement(root, memberships, tuple(_mounts(root, pid)))
 
 
+def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
+    """Return the cgroups by which *controller* holds *pid*.
+
+    Raises:
+        KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    return placement(root, pid).locate(controller)
+
+
 def memory_cgroups(root: Root = "/", pid: int | str = "self") -> tuple[MemoryCgroup, ...]:
     """Return the memory cgroup of *pid* and every visible ancestor, own first; none where there is no controller.
 
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    return as_memory(placement(root, pid).locate("memory"))
+    return as_memory(locate("memory", root, pid))
 
 
 def as_memory(located: Located) -> tuple[MemoryCgroup, ...]:
@@ -289,8 +298,8 @@ def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
         at_home = mount.point == "/sys/fs/cgroup" or mount.point.startswith("/sys/fs/cgroup/")
         return exists, len(_relative(path, mount) or ""), at_home
 
-    # Later mounts cover earlier ones at the same point, and max() takes the first of equals.
-    return max((m for m in reversed(mounts) if _relative(path, m) is not None), key=rank, default=None)
+    on_top = {mount.point: mount for mount in mounts}.values()  # a later mount covers an earlier one
+    return max((mount for mount in on_top if _relative(path, mount) is not None), key=rank, default=None)
 
 
 def _levels(version: int, path: str, mount: Mount, root: Root) -> tuple[Cgroup, ...]:

@@ -14,9 +14,10 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_budget_counters_under_threads(tmp_path, sanitizers):
-    program = tmp_path / "budget_threads"
-    sources = [NATIVE / "src" / "budget.c", Path(__file__).with_name("budget_threads.c")]
+@pytest.mark.parametrize("concept", ["budget", "waiter"])
+def test_a_concept_under_threads(tmp_path, concept, sanitizers):
+    program = tmp_path / f"{concept}_threads"
+    sources = [NATIVE / "src" / f"{concept}.c", Path(__file__).with_name(f"{concept}_threads.c")]
     flags = [
         "-std=gnu11",
         "-O1",

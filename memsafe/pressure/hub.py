@@ -1,0 +1,126 @@
+"""The sources that are open now, on one waiter."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from memsafe._kernel.ahead import ReadAhead
+from memsafe.errors import KernelError
+from memsafe.pressure import sources
+from memsafe.pressure.waiter import Waiter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from memsafe._kernel.files import Root
+    from memsafe.pressure.levels import Cause, Thresholds
+    from memsafe.pressure.sources import Source, SourceStatus
+    from memsafe.pressure.waiter import Report
+    from memsafe.status import MemoryStatus
+
+_log = logging.getLogger("memsafe.pressure")
+
+
+class Hub:
+    """Opens the sources that fit the limits of now, and asks those that signalled. Used by one thread at a time.
+
+    Raises:
+        KernelError: No thread or no descriptor could be had.
+    """
+
+    def __init__(self, root: Root, thresholds: Thresholds) -> None:
+        self._root = root
+        self._thresholds = thresholds
+        self._tokens = itertools.count(1)
+        self._chosen: list[Source] = []
+        self._limits_seen: object = None
+        self._polling = sources.Polling()
+        self.ahead = ReadAhead()
+        self._waiter = Waiter()
+        try:
+            self._polling.open(self._waiter, next(self._tokens))
+        except BaseException:
+            self._waiter.close()
+            raise
+
+    @property
+    def statuses(self) -> tuple[SourceStatus, ...]:
+        """What each source is, and why where it is not used."""
+        return tuple(source.status for source in (*self._chosen, self._polling))
+
+    @property
+    def guarded(self) -> list[str]:
+        """The v1 cgroups whose usage thresholds are set: poll_after_s() may leave them to the kernel."""
+        return [each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used]
+
+    def poll_after(self, delay_s: float) -> None:
+        """Let the timer signal in *delay_s*, and at no other time."""
+        self._polling.set(delay_s)
+
+    def choose(self, status: MemoryStatus) -> bool:
+        """Open the sources that fit the limits in *status*, keep those that still do, close the others.
+
+        Returns:
+            Whether there was anything to do: a limit is not what it was, or a source was lost.
+        """
+        limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        if limits == self._limits_seen:
+            return False
+        kept = {source.key: source for source in self._chosen if source.used}
+        self._chosen = [kept.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)]
+        for source in kept.values():
+            source.close(self._waiter)
+        used = {source.key for source in self._chosen if source.used}
+        for source in self._chosen:
+            if source.used:
+                continue
+            if source.stands_in_for in used:
+                source.skip()
+                continue
+            source.open(self._waiter, next(self._tokens))
+            if source.used:
+                used.add(source.key)
+        self._limits_seen = limits
+        return True
+
+    def wait(self) -> list[Report]:
+        """Wait for signals, or for wake(); in the monitor's thread."""
+        return self._waiter.wait()
+
+    def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
+        """Return the names of the sources that signalled, and what they say by themselves."""
+        by_token = {source.token: source for source in (self._polling, *self._chosen) if source.used}
+        heard, causes = [], []
+        for report in reports:
+            source = by_token.get(report.token)
+            if source is None:
+                continue
+            heard.append(source.name)
+            try:
+                if report.lost_errno:
+                    raise KernelError(report.lost_errno, f"wait for {source.path}")
+                if (cause := source.hear()) is not None:
+                    causes.append(cause)
+            except KernelError as error:
+                self._lose(source, error)
+        return heard, causes
+
+    def wake(self) -> None:
+        """End a wait() without a signal; from any thread."""
+        os.eventfd_write(self._waiter.fileno(), 1)
+
+    def close(self, *, forked: bool = False) -> None:
+        """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
+        reason = "the monitor belongs to the parent process" if forked else "closed"
+        for source in (*self._chosen, self._polling):
+            source.close(None if forked else self._waiter, reason)
+        self._waiter.close()
+
+    def _lose(self, source: Source, error: KernelError) -> None:
+        _log.warning("the source %s is lost: %s", source.name, error)
+        source.close(self._waiter, f"lost: {error}")
+        # Its cgroup may be there again, or the process may be in another: look for sources anew.
+        self._limits_seen = None

@@ -1,0 +1,280 @@
+"""What the levels mean, what raises them, and when they fall again. Nothing here reads or waits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from memsafe.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from memsafe.status import Constraint, MemoryStatus
+
+MIB = 1024**2
+GIB = 1024**3
+
+
+class PressureLevel(IntEnum):
+    """How short memory is.
+
+    NORMAL: no cause to act. LOW: give back what can be had again. CRITICAL: give back all that can be spared; the next
+    large request may be the last.
+    """
+
+    NORMAL = 0
+    LOW = 1
+    CRITICAL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PressureEvent:
+    """A change of level.
+
+    Attributes:
+        level, previous: What it is now, and what it was.
+        source: Which source said so: a name from ``PressureMonitor.sources``, or ``simulate``.
+        available_bytes: What was left under the limit that decided, all file cache counted as free; None if unknown.
+        limit_bytes: That limit; None if unknown.
+        at_s: When it was decided, by time.monotonic().
+        detail: Why, for people.
+    """
+
+    level: PressureLevel
+    previous: PressureLevel
+    source: str
+    available_bytes: int | None
+    limit_bytes: int | None
+    at_s: float
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, the levels by name."""
+        return {**asdict(self), "level": self.level.name, "previous": self.previous.name}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What sets a level. The defaults are meant for a container of 64 MiB as for a host of 1 TiB.
+
+    Each limit on the process (its cgroups', rlimits, physical memory, commit in mode 2) is judged by itself, by what is
+    available under it; all file cache is counted as available, so that page cache alone never raises a level.
+
+    Attributes:
+        low_ratio, low_bytes_min, low_bytes_max: LOW begins when no more is available than this share of the limit, but
+            at least and at most so many bytes, and never above a quarter of the limit.
+        critical_ratio, critical_bytes_min, critical_bytes_max: CRITICAL, likewise, and never above half of LOW.
+        clear_ratio: A level's cause has passed when this many times its threshold is available.
+        cooldown_s: How long the cause must have passed before the level falls. Longer than a PSI window of 2 s.
+        some_stall_us, full_stall_us: LOW, or CRITICAL, when some, or all, tasks stood still for memory for so long
+            within 2 s.
+        stall_headroom_ratio: Stalls count only while less than this share of some limit is available: with more, what
+            stalls is the recycling of file cache, or a neighbour in a cgroup of its own.
+        poll_s_min, poll_s_max: Bounds of the polling interval.
+        fill_bytes_per_s: The fastest plausible growth. The next poll comes before it could reach the next threshold.
+    """
+
+    low_ratio: float = 0.15
+    low_bytes_min: int = 16 * MIB
+    low_bytes_max: int = 2 * GIB
+    critical_ratio: float = 0.05
+    critical_bytes_min: int = 6 * MIB
+    critical_bytes_max: int = 512 * MIB
+    clear_ratio: float = 1.25
+    cooldown_s: float = 3.0
+    some_stall_us: int = 200_000
+    full_stall_us: int = 400_000
+    stall_headroom_ratio: float = 0.5
+    poll_s_min: float = 0.1
+    poll_s_max: float = 5.0
+    fill_bytes_per_s: int = 4 * GIB
+
+    def __post_init__(self) -> None:
+        for name in ("low", "critical"):
+            ratio = getattr(self, f"{name}_ratio")
+            least, most = getattr(self, f"{name}_bytes_min"), getattr(self, f"{name}_bytes_max")
+            if not 0 <= ratio <= 1 or not 0 <= least <= most:
+                raise ValueError(f"{name}: the ratio must be 0 to 1 and 0 <= min <= max, not {ratio}, {least}, {most}")
+        if self.clear_ratio < 1:
+            raise ValueError(f"clear_ratio must be at least 1, not {self.clear_ratio}")
+        if not 0 < self.poll_s_min <= self.poll_s_max or self.cooldown_s < 0 or self.fill_bytes_per_s < 1:
+            raise ValueError("0 < poll_s_min <= poll_s_max, cooldown_s >= 0 and fill_bytes_per_s >= 1 must hold")
+        for name in ("some_stall_us", "full_stall_us"):
+            if not 0 < getattr(self, name) <= 2_000_000:
+                raise ValueError(
+                    f"{name} must be above 0 and at most the window of 2,000,000, not {getattr(self, name)}"
+                )
+
+    def begins_at(self, level: PressureLevel, limit_bytes: int) -> int:
+        """Return the available bytes at which *level*, LOW or CRITICAL, begins under a limit."""
+        low_bytes = min(
+            max(int(limit_bytes * self.low_ratio), self.low_bytes_min), self.low_bytes_max, limit_bytes // 4
+        )
+        if level <= PressureLevel.LOW:
+            return low_bytes
+        critical_bytes = max(int(limit_bytes * self.critical_ratio), self.critical_bytes_min)
+        return min(critical_bytes, self.critical_bytes_max, low_bytes // 2)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What raises a level by itself, whatever the headroom says: a stall, an OOM, a drill."""
+
+    level: PressureLevel
+    source: str
+    detail: str
+    needs_short_headroom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What one look at the machine says.
+
+    Attributes:
+        raised: The level to go up to at once.
+        held: The highest level whose cause has not passed; at least *raised*.
+        source: The cause's, or None where the headroom decided.
+        available_bytes, limit_bytes: Of the constraint that decided, else of the one that is met first.
+        shortage_bytes: What is missing until every level's cause has passed.
+    """
+
+    raised: PressureLevel
+    held: PressureLevel
+    source: str | None
+    available_bytes: int | None
+    limit_bytes: int | None
+    shortage_bytes: int
+    detail: str
+
+
+def available_bytes(constraint: Constraint) -> int | None:
+    """Return what is left under a constraint with all file cache counted as free, None where unknown."""
+    if constraint.headroom_bytes is None:
+        return None
+    return min(constraint.limit_bytes, constraint.headroom_bytes + constraint.active_file_bytes)
+
+
+def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause] = ()) -> Judgement:
+    """Return what *status*, and what was heard since the last look, mean."""
+    judged = [
+        _judge_headroom(constraint, left_bytes, thresholds)
+        for constraint in status.constraints
+        if (left_bytes := available_bytes(constraint)) is not None
+    ]
+    short = any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged
+    judgement = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
+    loudest = max(
+        (cause for cause in causes if short or not cause.needs_short_headroom),
+        key=lambda each: each.level,
+        default=None,
+    )
+    if loudest is None or loudest.level <= judgement.raised:
+        return judgement
+    return Judgement(
+        loudest.level,
+        max(loudest.level, judgement.held),
+        loudest.source,
+        judgement.available_bytes,
+        judgement.limit_bytes,
+        judgement.shortage_bytes,
+        f"{loudest.detail}; {judgement.detail}",
+    )
+
+
+_UNKNOWN = Judgement(
+    PressureLevel.NORMAL, PressureLevel.NORMAL, None, None, None, 0, "how much is available is not known"
+)
+
+
+def _ratio(judgement: Judgement) -> float:
+    return (judgement.available_bytes or 0) / (judgement.limit_bytes or 1)
+
+
+def _judge_headroom(constraint: Constraint, left_bytes: int, thresholds: Thresholds) -> Judgement:
+    raised = held = PressureLevel.NORMAL
+    shortage_bytes = 0
+    for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+        begin_bytes = thresholds.begins_at(level, constraint.limit_bytes)
+        clear_bytes = int(begin_bytes * thresholds.clear_ratio)
+        if left_bytes <= begin_bytes:
+            raised = level
+        if left_bytes <= clear_bytes:
+            held = level
+            shortage_bytes = max(shortage_bytes, clear_bytes + 1 - left_bytes)
+    where = f" of {constraint.path}" if constraint.path else ""
+    detail = f"{format_size(left_bytes)} available of {format_size(constraint.limit_bytes)} ({constraint.kind}{where})"
+    return Judgement(raised, held, None, left_bytes, constraint.limit_bytes, shortage_bytes, detail)
+
+
+def poll_after_s(status: MemoryStatus, thresholds: Thresholds, guarded: Iterable[str] = ()) -> float:
+    """Return when to look again: before the fastest plausible growth could reach the next threshold of any limit.
+
+    Args:
+        status: The last look.
+        thresholds: As of the monitor.
+        guarded: Paths of v1 cgroups on whose usage the kernel was asked to tell of both thresholds. While the usage,
+            which includes the file cache, is below them, nothing can happen there unheard.
+    """
+    names = frozenset(guarded)
+    waits_s = [thresholds.poll_s_max]
+    for constraint in status.constraints:
+        left_bytes = available_bytes(constraint)
+        if left_bytes is None:
+            continue
+        low_bytes, critical_bytes = (
+            thresholds.begins_at(level, constraint.limit_bytes) for level in (PressureLevel.LOW, PressureLevel.CRITICAL)
+        )
+        unheard_from_bytes = constraint.limit_bytes - low_bytes
+        if (
+            constraint.path in names
+            and constraint.used_bytes is not None
+            and constraint.used_bytes < unheard_from_bytes
+        ):
+            continue
+        next_bytes = low_bytes if left_bytes > low_bytes else critical_bytes
+        # Below the last threshold, only the recovery is waited for.
+        distance_bytes = left_bytes - next_bytes if left_bytes > next_bytes else 0
+        waits_s.append(distance_bytes / thresholds.fill_bytes_per_s)
+    return max(thresholds.poll_s_min, min(waits_s))
+
+
+class Ladder:
+    """The level in force: up at once, down when its cause has passed for the cooldown. Used by one thread."""
+
+    def __init__(self, cooldown_s: float) -> None:
+        self.level = PressureLevel.NORMAL
+        self._cooldown_s = cooldown_s
+        self._calm_since_s: dict[PressureLevel, float | None] = {}
+
+    def move(self, raised: PressureLevel, held: PressureLevel, now_s: float) -> PressureLevel:
+        """Return the level after a look that said *raised* and *held*."""
+        for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+            if held >= level:
+                self._calm_since_s[level] = None
+            elif self._calm_since_s.get(level) is None:
+                self._calm_since_s[level] = now_s
+        self.level = max(
+            raised, *(level for level in PressureLevel if level <= self.level and self._lasts(level, now_s))
+        )
+        return self.level
+
+    def force(self, level: PressureLevel, now_s: float) -> None:
+        """Go to *level*, for a cause that has passed already."""
+        self.level = level
+        for each in (PressureLevel.LOW, PressureLevel.CRITICAL):
+            self._calm_since_s[each] = now_s
+
+    def falls_after_s(self, now_s: float) -> float | None:
+        """Return when the level may fall next, None where nothing has begun to pass."""
+        since = [at_s for level, at_s in self._calm_since_s.items() if level <= self.level and at_s is not None]
+        return max(0.0, min(since) + self._cooldown_s - now_s) if since else None
+
+    def _lasts(self, level: PressureLevel, now_s: float) -> bool:
+        since_s = self._calm_since_s.get(level)
+        return level == PressureLevel.NORMAL or since_s is None or now_s - since_s < self._cooldown_s

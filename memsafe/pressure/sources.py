@@ -1,0 +1,332 @@
+"""The sources of warnings: each a small class with the same face, chosen by trying it.
+
+A signal of most sources is a wake-up only: what decides is the look at the headroom that follows. A stall and an OOM
+raise a level by themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from memsafe._kernel import cgroup, notify, psi
+from memsafe.errors import KernelError
+from memsafe.pressure import waiter
+from memsafe.pressure.levels import Cause, PressureLevel, Thresholds
+from memsafe.pressure.waiter import How
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memsafe._kernel.cgroup import MemoryCgroup
+    from memsafe._kernel.files import Root
+    from memsafe.pressure.waiter import Waiter
+    from memsafe.status import MemoryStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatus:
+    """One source of warnings, and whether it is used.
+
+    Attributes:
+        name: What it is, as in PressureEvent.source.
+        path: The file that it stands on; None where it is none.
+        used: Whether it is waited for now.
+        reason: Why it is not used; what it does where it is.
+    """
+
+    name: str
+    path: str | None
+    used: bool
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+class Source:
+    """A descriptor to wait for, and what its signal means. Used by one thread at a time.
+
+    Attributes:
+        name, path: As of SourceStatus.
+        key: Sources with the same key are the same.
+        how: How the waiter must wait for it.
+        purpose: What it does, for people.
+        stands_in_for: The key of a better source; this one is opened only where that cannot be had.
+    """
+
+    how = How.COUNTER
+
+    def __init__(self, name: str, path: str | None, purpose: str) -> None:
+        self.name = name
+        self.path = path
+        self.purpose = purpose
+        self.token = 0
+        self.stands_in_for: tuple[object, ...] | None = None
+        self._fd = -1
+        self._reason = "not tried yet"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.name, self.path)
+
+    @property
+    def used(self) -> bool:
+        return self._fd >= 0
+
+    @property
+    def status(self) -> SourceStatus:
+        return SourceStatus(self.name, self.path, self.used, self.purpose if self.used else self._reason)
+
+    def open(self, native: Waiter, token: int) -> None:
+        """Begin to wait for it under *token*; where it cannot be had, keep the reason."""
+        try:
+            self._fd = self._arm()
+            try:
+                native.add(self._fd, self.how, token)
+            except KernelError:
+                self._close_fd()
+                raise
+        except KernelError as error:
+            self._reason = _explain(error)
+        else:
+            self.token = token
+
+    def skip(self) -> None:
+        """Leave it closed because the better source is used."""
+        self._reason = "not needed: a better source of the same kind is used"
+
+    def close(self, native: Waiter | None, reason: str = "closed") -> None:
+        """Wait for it no longer; *native* is None in a forked child, whose waiter is the parent's."""
+        if not self.used:
+            return
+        if native is not None:
+            native.remove(self.token)
+        self._close_fd()
+        self._reason = reason
+
+    def hear(self) -> Cause | None:
+        """Return what its signal says by itself.
+
+        Raises:
+            KernelError: What it stands on cannot be read.
+        """
+        return None
+
+    def _arm(self) -> int:
+        """Return the descriptor, ready to signal."""
+        raise NotImplementedError
+
+    def _close_fd(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+
+class Unavailable(Source):
+    """A source that this machine does not have; listed with the reason."""
+
+    def __init__(self, name: str, path: str | None, reason: str) -> None:
+        super().__init__(name, path, "")
+        self._reason = reason
+
+    def open(self, native: Waiter, token: int) -> None:
+        """Do nothing."""
+
+
+class CgroupEvents(Source):
+    """memory.events of a v2 cgroup: its limits were hit, or somebody in it was killed."""
+
+    how = How.KERNFS
+
+    def __init__(self, group: MemoryCgroup) -> None:
+        super().__init__("memory.events", group.file("memory.events"), "wakes when a limit of the cgroup is met")
+        self._group = group
+        self._before: dict[bytes, int] = {}
+
+    def hear(self) -> Cause | None:
+        counts = self._counts()
+        grown = {key: value - self._before.get(key, 0) for key, value in counts.items()}
+        self._before = counts
+        told = ", ".join(f"{key.decode()} +{growth}" for key, growth in grown.items() if growth > 0)
+        return Cause(PressureLevel.CRITICAL, self.name, f"{told} in {self._group.path}") if told else None
+
+    def _arm(self) -> int:
+        fd = notify.open_watched(self._group.file("memory.events"))
+        try:
+            self._before = self._counts()
+        except KernelError:
+            os.close(fd)
+            raise
+        return fd
+
+    def _counts(self) -> dict[bytes, int]:
+        # memory.events of an ancestor also counts what happened under limits of other descendants, which do not bind
+        # this process. Kernels before 5.2 have no local file.
+        events = self._group.events(local=True) or self._group.events()
+        if events is None:
+            raise KernelError(errno.ENOENT, f"read {self.path}")
+        return {key: events.get(key) or 0 for key in (b"oom", b"oom_kill")}
+
+
+class UsageThreshold(Source):
+    """The usage of a v1 cgroup passing the point at which a level begins if none of it is file cache."""
+
+    def __init__(self, group: MemoryCgroup, level: PressureLevel, usage_bytes: int) -> None:
+        name = f"usage.{level.name.lower()}"
+        super().__init__(name, group.file("memory.usage_in_bytes"), f"wakes when the usage passes {usage_bytes} bytes")
+        self.group = group
+        self.usage_bytes = usage_bytes
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*super().key, self.usage_bytes)
+
+    def _arm(self) -> int:
+        return notify.arm_usage_threshold(self.group.directory, self.usage_bytes)
+
+
+class OomNotice(Source):
+    """A v1 cgroup, or an ancestor of it, ran out of memory: somebody is about to be killed."""
+
+    def __init__(self, group: MemoryCgroup) -> None:
+        super().__init__(
+            "oom_control", group.file("memory.oom_control"), "raises CRITICAL when the OOM killer is called"
+        )
+        self._group = group
+
+    def hear(self) -> Cause | None:
+        kills = self._group.oom_kills()
+        if kills is None:
+            # The eventfd is signalled once more when the cgroup is removed; that is no OOM.
+            return None
+        detail = f"out of memory in {self._group.path} or above, {kills} killed in it so far"
+        return Cause(PressureLevel.CRITICAL, self.name, detail)
+
+    def _arm(self) -> int:
+        return notify.arm_oom_notice(self._group.directory)
+
+
+class StallTrigger(Source):
+    """A PSI trigger: tasks stood still for memory."""
+
+    how = How.TRIGGER
+
+    def __init__(self, path: str, kind: str, level: PressureLevel, stall_us: int) -> None:
+        purpose = f"raises {level.name} when {kind} tasks stall for {stall_us // 1000} ms in 2 s"
+        super().__init__(f"psi.{kind}", path, purpose)
+        self._file = path
+        self._kind = kind
+        self._level = level
+        self._stall_us = stall_us
+        self._before_us = 0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*super().key, self._stall_us)
+
+    def hear(self) -> Cause | None:
+        total_us = self._total_us()
+        growth_us, self._before_us = total_us - self._before_us, total_us
+        if growth_us < self._stall_us:
+            # The first signal of an unprivileged trigger may be for all stall since boot.
+            return None
+        detail = f"{self._kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
+        return Cause(self._level, self.name, detail, needs_short_headroom=True)
+
+    def _arm(self) -> int:
+        self._before_us = self._total_us()
+        return notify.arm_stall_trigger(self._file, self._kind, self._stall_us)
+
+    def _total_us(self) -> int:
+        pressure = psi.read_pressure(self._file)
+        if pressure is None:
+            raise KernelError(errno.EOPNOTSUPP, f"read {self._file}")
+        return (pressure.some if self._kind == "some" else pressure.full).total_us
+
+
+class Polling(Source):
+    """A timer for the next look at the headroom."""
+
+    def __init__(self) -> None:
+        super().__init__("polling", None, "looks at the headroom, the oftener the less there is")
+
+    def set(self, delay_s: float) -> None:
+        """Look again in *delay_s*, and at no other time."""
+        if self.used:
+            waiter.set_timer(self._fd, delay_s)
+
+    def _arm(self) -> int:
+        return waiter.open_timer()
+
+
+def choose(root: Root, status: MemoryStatus, thresholds: Thresholds) -> list[Source]:
+    """Return every source that could be had for this process, not yet open."""
+    return [*_cgroup_sources(root, status, thresholds), *_stall_sources(root, thresholds)]
+
+
+def _cgroup_sources(root: Root, status: MemoryStatus, thresholds: Thresholds) -> Iterator[Source]:
+    try:
+        groups = cgroup.memory_cgroups(root)
+    except KernelError as error:
+        groups, reason = (), str(error)
+    else:
+        reason = "no memory cgroup of this process is visible"
+    version = groups[0].version if groups else None
+    for name, needed in (("memory.events", 2), ("usage", 1), ("oom_control", 1)):
+        if version != needed:
+            yield Unavailable(name, None, f"the memory controller is on cgroup v{version}" if version else reason)
+    if version == 1 and not any(constraint.kind == "memory.limit_in_bytes" for constraint in status.constraints):
+        yield Unavailable("usage", None, "neither the process's memory cgroup nor an ancestor has a limit")
+    for group in groups:
+        if group.version == 2:
+            # A root cgroup has no such file, and no limit.
+            if os.path.lexists(group.file("memory.events")):
+                yield CgroupEvents(group)
+        else:
+            yield from _usage_sources(group, status, thresholds)
+    if version == 1:
+        yield OomNotice(groups[0])
+
+
+def _usage_sources(group: MemoryCgroup, status: MemoryStatus, thresholds: Thresholds) -> Iterator[Source]:
+    for constraint in status.constraints:
+        if constraint.kind == "memory.limit_in_bytes" and constraint.path == group.path:
+            for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+                left_bytes = thresholds.begins_at(level, constraint.limit_bytes)
+                yield UsageThreshold(group, level, constraint.limit_bytes - left_bytes)
+
+
+def _stall_sources(root: Root, thresholds: Thresholds) -> Iterator[Source]:
+    try:
+        own_path = psi.cgroup_path(root)
+    except KernelError:
+        own_path = None
+    for kind, level, stall_us in (
+        ("some", PressureLevel.LOW, thresholds.some_stall_us),
+        ("full", PressureLevel.CRITICAL, thresholds.full_stall_us),
+    ):
+        system = StallTrigger(psi.system_path(root), kind, level, stall_us)
+        if own_path is not None:
+            # What stalls in another cgroup is not this process's shortage: its own cgroup's stalls are the better ones.
+            own = StallTrigger(own_path, kind, level, stall_us)
+            system.stands_in_for = own.key
+            yield own
+        yield system
+
+
+_EXPLANATIONS = {
+    errno.EOPNOTSUPP: "PSI is off: boot with psi=1",
+    errno.EBUSY: "somebody else has a trigger on it",
+    errno.EROFS: "the file system is read-only here",
+    errno.EACCES: "this user may not open it for writing",
+    errno.EINVAL: "the kernel refuses the window (it must be a multiple of 2 s without CAP_SYS_RESOURCE)",
+    errno.ENOSPC: "too many sources",
+}
+
+
+def _explain(error: KernelError) -> str:
+    explanation = _EXPLANATIONS.get(error.errno or 0)
+    return f"{error}: {explanation}" if explanation else str(error)

@@ -1,0 +1,119 @@
+"""The native waiter, for Python."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from memsafe._native import check, ffi, lib
+
+_REPORTS = 64
+
+
+class How(IntEnum):
+    """How a source signals, and what has to be done so that it can signal again; see memsafe_native/cdef/waiter.h."""
+
+    KERNFS = lib.MS_WAITER_KERNFS
+    TRIGGER = lib.MS_WAITER_TRIGGER
+    COUNTER = lib.MS_WAITER_COUNTER
+    STREAM = lib.MS_WAITER_STREAM
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened on one source since the last take().
+
+    Attributes:
+        token: Which source.
+        count: How often; of a COUNTER, the sum of what was read.
+        first_ns, last_ns: When the native thread saw it, by time.monotonic_ns().
+        lost_errno: Not 0: the source failed and is no longer waited for.
+    """
+
+    token: int
+    count: int
+    first_ns: int
+    last_ns: int
+    lost_errno: int
+
+
+class Waiter:
+    """One native thread that waits on many descriptors, never needs the GIL, and tells through one eventfd.
+
+    Args:
+        capacity: The most sources at a time; nothing is allocated for them later.
+
+    Raises:
+        KernelError: No thread or no descriptor could be had.
+    """
+
+    def __init__(self, capacity: int = 128) -> None:
+        made = ffi.new("ms_waiter **")
+        check(lib.ms_waiter_open(capacity, made), "start the native waiter")
+        self._native: Any = made[0]
+        # Made now: taking must not allocate under memory pressure.
+        self._reports: Any = ffi.new("ms_waiter_report[]", _REPORTS)
+
+    def add(self, fd: int, how: How, token: int) -> None:
+        """Wait for *fd*, which stays the caller's, until it is removed.
+
+        Raises:
+            KernelError: The file cannot be waited for, the token is taken (EEXIST), or the waiter is full (ENOSPC).
+        """
+        check(lib.ms_waiter_add(self._open(), fd, how, token), f"wait for descriptor {fd}")
+
+    def remove(self, token: int) -> None:
+        """Wait for it no longer; its descriptor is not touched again.
+
+        Raises:
+            KernelError: There is no such source (ENOENT).
+        """
+        check(lib.ms_waiter_remove(self._open(), token), "remove a source")
+
+    def fileno(self) -> int:
+        """Return an eventfd that is readable while there is something to take."""
+        return int(lib.ms_waiter_fileno(self._open()))
+
+    def take(self) -> list[Report]:
+        """Return what happened since the last call, and make fileno() unreadable where that was all."""
+        return self._reported(lib.ms_waiter_take(self._open(), self._reports, _REPORTS))
+
+    def wait(self) -> list[Report]:
+        """Wait until fileno() is readable, then take(); nothing, where somebody only wrote to it."""
+        return self._reported(lib.ms_waiter_wait(self._open(), self._reports, _REPORTS))
+
+    def _reported(self, count: int) -> list[Report]:
+        if count == -errno.EINTR:
+            return []
+        check(count, "take from the native waiter")
+        return [
+            Report(each.token, each.count, each.first_ns, each.last_ns, each.lost_errno)
+            for each in self._reports[0:count]
+        ]
+
+    def close(self) -> None:
+        """Join the thread and close the waiter's own descriptors; in a forked child, only those. Twice is a no-op."""
+        native, self._native = self._native, None
+        if native is not None:
+            lib.ms_waiter_close(native)
+
+    def _open(self) -> Any:
+        if self._native is None:
+            raise ValueError("the waiter is closed")
+        return self._native
+
+
+def open_timer() -> int:
+    """Return a timer, as How.COUNTER.
+
+    Raises:
+        KernelError: No descriptor could be had.
+    """
+    return check(lib.ms_timer_open(), "timerfd_create")
+
+
+def set_timer(fd: int, delay_s: float) -> None:
+    """Let a timer fire once, *delay_s* from now."""
+    check(lib.ms_timer_set(fd, int(delay_s * 1e9)), "timerfd_settime")

@@ -1,0 +1,60 @@
+/* One native thread that waits for the kernel's memory notifications and never needs the GIL. Sources are file
+ * descriptors that stay the caller's; what happens on them is counted per source until it is taken. A burst of any
+ * length is one wake-up and one record: memory is bounded by the capacity, and nothing is allocated after open. */
+typedef struct ms_waiter ms_waiter;
+
+/* How a source says that something happened, and what has to be done so that it can say so again. */
+enum ms_waiter_how {
+    MS_WAITER_KERNFS = 1,  /* POLLPRI; read at offset 0 before the first wait and after each event (memory.events) */
+    MS_WAITER_TRIGGER = 2, /* POLLPRI; nothing to read (PSI) */
+    MS_WAITER_COUNTER = 3, /* readable; one 8-byte read drains it (eventfd, timerfd) */
+    MS_WAITER_STREAM = 4   /* readable; read until it is empty (FIFO, stream socket) */
+};
+
+typedef struct ms_waiter_report {
+    uint64_t token;
+    uint64_t count;   /* events since the last take; of a COUNTER, the sum of what was read */
+    int64_t first_ns; /* CLOCK_MONOTONIC when the thread saw the first and the last of them */
+    int64_t last_ns;
+    int32_t lost_errno; /* not 0: the source failed with this error and is no longer waited for */
+} ms_waiter_report;
+
+/* Start a waiter for at most capacity sources, 1 to 4096. Its thread is named "memsafe-waiter" and blocks all signals.
+ * Returns 0 and sets *waiter, or -errno. Thread-safe. Needs no GIL. */
+int ms_waiter_open(int capacity, ms_waiter **waiter);
+
+/* Wait for fd as well, reporting it under token; effective at once. The fd stays the caller's and must stay open until
+ * ms_waiter_remove or ms_waiter_close; a COUNTER or STREAM must be non-blocking.
+ * Returns 0; -EEXIST (the token is in use), -ENOSPC (capacity), -EINVAL, -EPERM (the file cannot be waited for),
+ * -ECHILD (the waiter belongs to the process that forked this one), or what the first read gave.
+ * Thread-safe. Needs no GIL. */
+int ms_waiter_add(ms_waiter *waiter, int fd, int how, uint64_t token);
+
+/* Wait for a source no longer and forget what was not taken; afterwards its fd is not touched again.
+ * Returns 0, -ENOENT, -ECHILD. Thread-safe. Needs no GIL. */
+int ms_waiter_remove(ms_waiter *waiter, uint64_t token);
+
+/* An eventfd, readable while something waits to be taken. Others may write to it to wake whoever waits there. It
+ * belongs to the waiter. Returns the descriptor. Thread-safe. Needs no GIL. */
+int ms_waiter_fileno(const ms_waiter *waiter);
+
+/* Move what happened since the last take into reports, one for each source that has anything to say. What does not
+ * fit stays, and ms_waiter_fileno stays readable.
+ * Returns how many were written, -EINVAL, -ECHILD. Thread-safe. Needs no GIL. */
+int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
+
+/* As ms_waiter_take, but first wait until ms_waiter_fileno is readable. One call where poll and take would be two:
+ * beside busy Python threads, each return from native code may wait a switch interval for the GIL. Returns as
+ * ms_waiter_take, perhaps 0; or -EINTR. Thread-safe. Needs no GIL. */
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
+
+/* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.
+ * pre: no other call on this waiter is running or follows. Needs no GIL. */
+void ms_waiter_close(ms_waiter *waiter);
+
+/* A timer for a waiter, as MS_WAITER_COUNTER. Returns a descriptor (CLOCK_MONOTONIC, non-blocking), or -errno. */
+int ms_timer_open(void);
+
+/* Let the timer fire once, delay_ns from now, instead of whatever it was set to; at least 1 ns.
+ * Returns 0, or -errno. Thread-safe. Needs no GIL. */
+int ms_timer_set(int fd, int64_t delay_ns);

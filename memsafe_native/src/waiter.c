@@ -1,0 +1,413 @@
+/* The native waiter: see cdef/waiter.h for the contract. */
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "ms.h"
+#include "waiter.h"
+
+enum {
+    CAPACITY_MAX = 4096,
+    EVENTS_PER_WAIT = 32,
+    STREAM_READS_PER_WAIT = 16, /* a writer that never stops must not keep the thread from the other sources */
+    STACK_BYTES = 256 * 1024    /* little is used, but glibc takes every library's static TLS out of it */
+};
+
+#define STOP UINT64_MAX
+
+typedef struct slot {
+    uint64_t token;
+    uint64_t count;
+    int64_t first_ns;
+    int64_t last_ns;
+    int fd; /* -1: free */
+    int how;
+    int lost_errno;
+    uint32_t generation; /* tells an event that was on its way when the slot changed hands */
+} slot;
+
+struct ms_waiter {
+    pthread_mutex_t lock; /* guards slots and signalled; never taken in a forked child */
+    pthread_t thread;
+    pid_t pid;
+    int epoll_fd;
+    int notify_fd;
+    int stop_fd;
+    int signalled; /* notify_fd was written and nothing was taken since */
+    int capacity;
+    slot slots[];
+};
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static int is_foreign(const ms_waiter *waiter)
+{
+    return waiter->pid != getpid();
+}
+
+/* --- reading a source, so that it can fire again ------------------------------------------------------------------ */
+
+/* kernfs marks an event as seen when the file is read from its start; it reports POLLERR with each event, so only the
+ * read tells a removed cgroup (ENODEV) from one in which something happened. */
+static int drain_kernfs(int fd, uint64_t *events)
+{
+    char buffer[512];
+    if (pread(fd, buffer, sizeof buffer, 0) < 0)
+        return -errno;
+    *events = 1;
+    return 0;
+}
+
+static int drain_counter(int fd, uint64_t *events)
+{
+    uint64_t value = 0;
+    if (read(fd, &value, sizeof value) < 0) {
+        if (errno != EAGAIN && errno != EINTR)
+            return -errno;
+        value = 0;
+    }
+    *events = value;
+    return 0;
+}
+
+static int drain_stream(int fd, uint64_t *events)
+{
+    char buffer[512];
+    for (int i = 0; i < STREAM_READS_PER_WAIT; i++) {
+        ssize_t got = read(fd, buffer, sizeof buffer);
+        if (got == 0)
+            return -EPIPE;
+        if (got < 0 && errno != EINTR)
+            return errno == EAGAIN ? 0 : -errno;
+        *events = 1;
+    }
+    return 0;
+}
+
+static int drain(const slot *source, uint32_t ready, uint64_t *events)
+{
+    switch (source->how) {
+    case MS_WAITER_KERNFS:
+        return drain_kernfs(source->fd, events);
+    case MS_WAITER_COUNTER:
+        return drain_counter(source->fd, events);
+    case MS_WAITER_STREAM:
+        return drain_stream(source->fd, events);
+    default: /* a trigger whose cgroup is gone, or one without a trigger, is in error for good */
+        if (ready & (EPOLLERR | EPOLLHUP))
+            return -ENODEV;
+        *events = 1;
+        return 0;
+    }
+}
+
+/* --- the thread --------------------------------------------------------------------------------------------------- */
+
+static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
+{
+    if (source->count == 0)
+        source->first_ns = at_ns;
+    source->last_ns = at_ns;
+    if (__builtin_add_overflow(source->count, events, &source->count))
+        source->count = UINT64_MAX;
+    source->lost_errno = lost_errno;
+}
+
+/* pre: the lock is held. Returns whether there is something new to take. */
+static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at_ns)
+{
+    slot *source = &waiter->slots[event->data.u64 & UINT32_MAX];
+    if (source->fd < 0 || source->lost_errno || source->generation != event->data.u64 >> 32)
+        return 0;
+    uint64_t events = 0;
+    int result = drain(source, event->events, &events);
+    if (result < 0)
+        epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
+    if (result == 0 && events == 0)
+        return 0;
+    record(source, events, -result, at_ns);
+    return 1;
+}
+
+/* pre: the lock is held. */
+static void signal_reader(ms_waiter *waiter)
+{
+    const uint64_t one = 1;
+    if (waiter->signalled)
+        return;
+    /* The write can fail only when the counter is full, and then the descriptor is readable already. */
+    waiter->signalled = write(waiter->notify_fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
+}
+
+static void *run(void *argument)
+{
+    ms_waiter *waiter = argument;
+    struct epoll_event events[EVENTS_PER_WAIT];
+    pthread_setname_np(pthread_self(), "memsafe-waiter");
+    for (;;) {
+        int ready = epoll_wait(waiter->epoll_fd, events, EVENTS_PER_WAIT, -1);
+        if (ready < 0 && errno != EINTR)
+            return NULL;
+        int64_t at_ns = now_ns();
+        int fresh = 0;
+        pthread_mutex_lock(&waiter->lock);
+        for (int i = 0; i < ready; i++) {
+            if (events[i].data.u64 == STOP) {
+                pthread_mutex_unlock(&waiter->lock);
+                return NULL;
+            }
+            fresh |= handle(waiter, &events[i], at_ns);
+        }
+        if (fresh)
+            signal_reader(waiter);
+        pthread_mutex_unlock(&waiter->lock);
+    }
+}
+
+static int start_thread(ms_waiter *waiter)
+{
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    int error = pthread_attr_init(&attributes);
+    if (error)
+        return -error;
+    error = pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    sigfillset(&all);
+    if (!error)
+        error = pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (!error) {
+        error = pthread_create(&waiter->thread, &attributes, run, waiter);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    pthread_attr_destroy(&attributes);
+    return -error;
+}
+
+/* --- open and close ----------------------------------------------------------------------------------------------- */
+
+static void free_waiter(ms_waiter *waiter)
+{
+    const int fds[] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd};
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    free(waiter);
+}
+
+static int open_fds(ms_waiter *waiter)
+{
+    struct epoll_event stop = {.events = EPOLLIN, .data.u64 = STOP};
+    waiter->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (waiter->epoll_fd < 0)
+        return -errno;
+    waiter->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (waiter->notify_fd < 0)
+        return -errno;
+    waiter->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (waiter->stop_fd < 0)
+        return -errno;
+    return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, waiter->stop_fd, &stop) < 0 ? -errno : 0;
+}
+
+int ms_waiter_open(int capacity, ms_waiter **waiter)
+{
+    if (capacity < 1 || capacity > CAPACITY_MAX)
+        return -EINVAL;
+    ms_waiter *made = calloc(1, sizeof *made + (size_t)capacity * sizeof made->slots[0]);
+    if (!made)
+        return -ENOMEM;
+    made->pid = getpid();
+    made->capacity = capacity;
+    made->epoll_fd = made->notify_fd = made->stop_fd = -1;
+    for (int i = 0; i < capacity; i++)
+        made->slots[i].fd = -1;
+    pthread_mutex_init(&made->lock, NULL);
+    int result = open_fds(made);
+    if (result == 0)
+        result = start_thread(made);
+    if (result < 0) {
+        free_waiter(made);
+        return result;
+    }
+    *waiter = made;
+    return 0;
+}
+
+void ms_waiter_close(ms_waiter *waiter)
+{
+    const uint64_t one = 1;
+    /* A forked child has no such thread, its copy of the lock may be held for ever, and its epoll set is the parent's:
+     * all that it may do is close its own descriptors. */
+    if (!is_foreign(waiter)) {
+        while (write(waiter->stop_fd, &one, sizeof one) < 0 && errno == EINTR)
+            ;
+        pthread_join(waiter->thread, NULL);
+        pthread_mutex_destroy(&waiter->lock);
+    }
+    free_waiter(waiter);
+}
+
+/* --- sources ------------------------------------------------------------------------------------------------------ */
+
+/* pre: the lock is held. Returns an index, or -1. */
+static int find(const ms_waiter *waiter, uint64_t token)
+{
+    for (int i = 0; i < waiter->capacity; i++)
+        if (waiter->slots[i].fd >= 0 && waiter->slots[i].token == token)
+            return i;
+    return -1;
+}
+
+static int find_free(const ms_waiter *waiter)
+{
+    for (int i = 0; i < waiter->capacity; i++)
+        if (waiter->slots[i].fd < 0)
+            return i;
+    return -1;
+}
+
+static int check_source(int fd, int how)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0)
+        return -errno;
+    if (how < MS_WAITER_KERNFS || how > MS_WAITER_STREAM)
+        return -EINVAL;
+    if ((how == MS_WAITER_COUNTER || how == MS_WAITER_STREAM) && !(flags & O_NONBLOCK))
+        return -EINVAL;
+    return 0;
+}
+
+/* pre: the lock is held. */
+static int add_locked(ms_waiter *waiter, int fd, int how, uint64_t token)
+{
+    if (find(waiter, token) >= 0)
+        return -EEXIST;
+    int index = find_free(waiter);
+    if (index < 0)
+        return -ENOSPC;
+    slot *source = &waiter->slots[index];
+    uint32_t generation = source->generation + 1;
+    uint64_t ignored;
+    int result = how == MS_WAITER_KERNFS ? drain_kernfs(fd, &ignored) : 0;
+    if (result < 0)
+        return result;
+    struct epoll_event event = {.events = how <= MS_WAITER_TRIGGER ? EPOLLPRI : EPOLLIN,
+                                .data.u64 = (uint64_t)generation << 32 | (uint32_t)index};
+    if (epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+        return errno == EEXIST ? -EINVAL : -errno; /* -EEXIST means the token */
+    *source = (slot){.token = token, .fd = fd, .how = how, .generation = generation};
+    return 0;
+}
+
+int ms_waiter_add(ms_waiter *waiter, int fd, int how, uint64_t token)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    int result = check_source(fd, how);
+    if (result < 0)
+        return result;
+    pthread_mutex_lock(&waiter->lock);
+    result = add_locked(waiter, fd, how, token);
+    pthread_mutex_unlock(&waiter->lock);
+    return result;
+}
+
+int ms_waiter_remove(ms_waiter *waiter, uint64_t token)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    pthread_mutex_lock(&waiter->lock);
+    int index = find(waiter, token);
+    if (index >= 0) {
+        slot *source = &waiter->slots[index];
+        if (!source->lost_errno)
+            epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
+        source->fd = -1;
+    }
+    pthread_mutex_unlock(&waiter->lock);
+    return index < 0 ? -ENOENT : 0;
+}
+
+int ms_waiter_fileno(const ms_waiter *waiter)
+{
+    return waiter->notify_fd;
+}
+
+static int has_news(const slot *source)
+{
+    return source->fd >= 0 && (source->count > 0 || source->lost_errno > 0);
+}
+
+/* pre: the lock is held. A loss is told once; the slot stays taken until it is removed. */
+static ms_waiter_report take_slot(slot *source)
+{
+    ms_waiter_report report = {source->token, source->count, source->first_ns, source->last_ns, source->lost_errno};
+    source->count = 0;
+    if (source->lost_errno > 0)
+        source->lost_errno = -1;
+    return report;
+}
+
+int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (capacity < 1)
+        return -EINVAL;
+    uint64_t ignored;
+    int taken = 0, left = 0;
+    pthread_mutex_lock(&waiter->lock);
+    (void)drain_counter(waiter->notify_fd, &ignored);
+    waiter->signalled = 0;
+    for (int i = 0; i < waiter->capacity; i++) {
+        if (!has_news(&waiter->slots[i]))
+            continue;
+        if (taken < capacity)
+            reports[taken++] = take_slot(&waiter->slots[i]);
+        else
+            left = 1;
+    }
+    if (left)
+        signal_reader(waiter);
+    pthread_mutex_unlock(&waiter->lock);
+    return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
+{
+    struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (poll(&news, 1, -1) < 0)
+        return -errno;
+    return ms_waiter_take(waiter, reports, capacity);
+}
+
+/* --- timers ------------------------------------------------------------------------------------------------------- */
+
+int ms_timer_open(void)
+{
+    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    return fd < 0 ? -errno : fd;
+}
+
+int ms_timer_set(int fd, int64_t delay_ns)
+{
+    if (delay_ns < 1)
+        delay_ns = 1; /* 0 would disarm it */
+    struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
+    return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}

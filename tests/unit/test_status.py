@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from memsafe import Constraint, MemoryStatus, memory_status
+from tests.unit.proc_tree import GIB, HYBRID_MOUNT, MIB, V1_MOUNT, ProcTree
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PSI = "some avg10={0} avg60=0.00 avg300=0.00 total=1\nfull avg10={0} avg60=0.00 avg300=0.00 total=1\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> ProcTree:
+    tree = ProcTree(tmp_path)
+    tree.v2("/")
+    return tree
+
+
+def of_kind(status: MemoryStatus, kind: str) -> list[Constraint]:
+    return [constraint for constraint in status.constraints if constraint.kind == kind]
+
+
+def test_a_machine_without_limits_is_bound_by_its_memory(tree: ProcTree) -> None:
+    status = memory_status(root=tree.root)
+    (physical,) = status.constraints
+    assert (physical.kind, physical.path, physical.consequence) == ("physical", None, "kill")
+    assert (physical.limit_bytes, physical.headroom_bytes) == (16 * GIB, 8 * GIB)
+    assert (status.limit_bytes, status.available_bytes, status.binding) == (16 * GIB, 8 * GIB, physical)
+    assert status.warnings == ()
+
+
+def test_swap_is_memory_until_it_is_full(tree: ProcTree) -> None:
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=1 * MIB)
+    (physical,) = memory_status(root=tree.root).constraints
+    assert (physical.limit_bytes, physical.headroom_bytes) == (20 * GIB, 9 * GIB)
+
+
+def test_available_memory_below_free_memory_reclaims_nothing(tree: ProcTree) -> None:
+    tree.meminfo(MemFree=9 * MIB)
+    (physical,) = memory_status(root=tree.root).constraints
+    assert (physical.reclaimable_bytes, physical.headroom_bytes) == (0, 8 * GIB)
+
+
+def test_the_ancestor_with_the_least_headroom_binds_not_the_lowest_limit(tree: ProcTree) -> None:
+    tree.v2("/parent/child")
+    tree.v2_group("/parent", 500 * MIB, 450 * MIB)
+    tree.v2_group("/parent/child", 200 * MIB, 100 * MIB)
+    status = memory_status(root=tree.root)
+    assert (status.limit_bytes, status.available_bytes) == (200 * MIB, 50 * MIB)
+    assert status.binding is not None
+    assert (status.binding.path, status.binding.kind) == ("/parent", "memory.max")
+    assert [c.path for c in of_kind(status, "memory.max")] == ["/parent/child", "/parent"]
+
+
+def test_the_inactive_file_cache_is_free_and_the_active_is_told(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", GIB, 1000 * MIB, inactive=700 * MIB, active=150 * MIB)
+    (limit,) = of_kind(memory_status(root=tree.root), "memory.max")
+    assert (limit.used_bytes, limit.reclaimable_bytes) == (1000 * MIB, 700 * MIB)
+    assert (limit.headroom_bytes, limit.active_file_bytes) == (724 * MIB, 150 * MIB)
+
+
+def test_counters_read_at_different_times_do_not_give_more_than_the_limit(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 1000, 100, inactive=150, active=30)
+    (limit,) = of_kind(memory_status(root=tree.root), "memory.max")
+    assert (limit.reclaimable_bytes, limit.active_file_bytes, limit.headroom_bytes) == (100, 0, 1000)
+
+
+def test_memory_high_throttles_beside_memory_max(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB, 150 * MIB, high=100 * MIB)
+    status = memory_status(root=tree.root)
+    (high,) = of_kind(status, "memory.high")
+    assert (high.consequence, high.headroom_bytes) == ("throttle", 0)
+    assert status.binding == high
+    assert of_kind(status, "memory.max")[0].consequence == "kill"
+
+
+def test_zero_is_a_limit(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 0, 4096)
+    status = memory_status(root=tree.root)
+    assert (status.limit_bytes, status.available_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("unlimited", [9223372036854771712, 9223372036854710272, 18446744073709551615])
+def test_v1_counts_limits_and_leaves_unlimited_ancestors_out(tree: ProcTree, unlimited: int) -> None:
+    tree.v1("/parent/child")
+    tree.v1_group("", unlimited, 5 * GIB)
+    tree.v1_group("/parent", 500 * MIB, 350 * MIB, inactive=50 * MIB)
+    tree.v1_group("/parent/child", unlimited, 100 * MIB)
+    status = memory_status(root=tree.root)
+    (limit,) = of_kind(status, "memory.limit_in_bytes")
+    assert (limit.path, limit.headroom_bytes, limit.consequence) == ("/parent", 200 * MIB, "kill")
+
+
+def test_a_limit_that_changes_is_seen_by_the_next_call(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB, 100 * MIB)
+    assert memory_status(root=tree.root).available_bytes == 100 * MIB
+    tree.v2_group("/a", 300 * MIB, 100 * MIB)
+    assert memory_status(root=tree.root).available_bytes == 200 * MIB
+
+
+def test_a_cgroup_that_vanished_is_told_and_its_ancestors_stand(tree: ProcTree) -> None:
+    tree.v2("/parent/child")
+    tree.v2_group("/parent", 500 * MIB, 450 * MIB)
+    status = memory_status(root=tree.root)
+    assert status.available_bytes == 50 * MIB
+    assert any("/parent/child" in warning for warning in status.warnings)
+
+
+def test_rlimits_refuse(tree: ProcTree) -> None:
+    tree.rlimits(data=str(48 * MIB), address_space=str(66 * MIB))
+    status = memory_status(root=tree.root)
+    (data,), (space,) = of_kind(status, "rlimit_data"), of_kind(status, "rlimit_as")
+    assert (data.used_bytes, data.headroom_bytes, data.consequence) == (32 * MIB, 16 * MIB, "refuse")
+    assert (space.used_bytes, space.headroom_bytes) == (64 * MIB, 2 * MIB)
+    assert status.binding == space
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_sum_of_commit_binds_nobody_outside_of_mode_two(tree: ProcTree, mode: int) -> None:
+    tree.overcommit(mode)
+    tree.meminfo(Committed_AS=99 * MIB)
+    status = memory_status(root=tree.root)
+    assert of_kind(status, "commit") == []
+    assert (status.commit.mode, status.commit.limit_bytes, status.commit.headroom_bytes) == (mode, 8 * GIB, None)
+    assert status.commit.request_limit_bytes == (16 * GIB if mode == 0 else None)
+
+
+def test_mode_two_keeps_both_reserves(tree: ProcTree) -> None:
+    tree.overcommit(2, admin_kb=8192, user_kb=131072)
+    tree.meminfo(CommitLimit=10_000_000, Committed_AS=6_000_000)
+    tree.status(vm_kb=320_000)
+    status = memory_status(root=tree.root)
+    (commit,) = of_kind(status, "commit")
+    assert status.commit.limit_bytes == 10_000_000 * 1024
+    assert status.commit.headroom_bytes == commit.headroom_bytes == 3_981_808 * 1024
+    assert (commit.consequence, status.binding) == ("refuse", commit)
+
+
+def test_commit_beyond_the_limit_leaves_nothing(tree: ProcTree) -> None:
+    tree.overcommit(2)
+    tree.meminfo(Committed_AS=9 * MIB)
+    assert memory_status(root=tree.root).available_bytes == 0
+
+
+def test_every_headroom_is_its_limit_less_use_that_cannot_be_reclaimed(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", GIB, 300 * MIB, inactive=50 * MIB, high=900 * MIB)
+    tree.overcommit(2, admin_kb=8192, user_kb=1024)
+    tree.rlimits(data=str(48 * MIB))
+    constraints = memory_status(root=tree.root).constraints
+    assert {c.kind for c in constraints} == {"memory.max", "memory.high", "rlimit_data", "physical", "commit"}
+    for c in constraints:
+        assert c.used_bytes is not None
+        assert c.reclaimable_bytes is not None
+        assert c.headroom_bytes == c.limit_bytes - c.used_bytes + c.reclaimable_bytes
+
+
+def test_pressure_is_the_own_cgroups_where_it_has_it(tree: ProcTree) -> None:
+    tree.write("/proc/pressure/memory", PSI.format("1.00"))
+    system = memory_status(root=tree.root).pressure
+    tree.v2("/a")
+    tree.v2_group("/a")
+    tree.write("/sys/fs/cgroup/a/memory.pressure", PSI.format("2.00"))
+    own = memory_status(root=tree.root).pressure
+    assert system is not None
+    assert own is not None
+    assert (system.some.avg10, own.full.avg10) == (1.0, 2.0)
+
+
+def test_without_psi_pressure_is_none_and_no_warning(tree: ProcTree) -> None:
+    status = memory_status(root=tree.root)
+    assert (status.pressure, status.warnings) == (None, ())
+
+
+def test_the_process_tells_of_itself(tree: ProcTree) -> None:
+    own = memory_status(root=tree.root).process
+    assert (own.rss_bytes, own.anonymous_bytes, own.swap_bytes) == (8 * MIB, 4 * MIB, 0)
+    assert (own.oom_score, own.oom_score_adj) == (666, -17)
+
+
+def test_pss_is_read_when_it_is_asked_for(tree: ProcTree) -> None:
+    own = memory_status(root=tree.root).process
+    tree.write("/proc/self/smaps_rollup", "0-1 ---p 0 0:0 0 [rollup]\nPss:  4096 kB\n")
+    assert (own.pss_bytes, own.as_dict()["pss_bytes"]) == (4 * MIB, 4 * MIB)
+    tree.remove("/proc/self/smaps_rollup")
+    assert own.pss_bytes is None
+
+
+def test_all_of_it_is_plain_data(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", GIB)
+    tree.write("/proc/pressure/memory", PSI.format("1.00"))
+    plain = json.loads(json.dumps(memory_status(root=tree.root).as_dict()))
+    assert plain["constraints"][0]["kind"] == "memory.max"
+    assert plain["process"]["pss_bytes"] == 2 * MIB
+    assert plain["pressure"]["some"]["avg10"] == 1.0
+
+
+GARBAGE = [
+    ("/proc/self/cgroup", "nonsense\n"),
+    ("/proc/self/mountinfo", "1 2 - cgroup2\n"),
+    ("/proc/meminfo", "MemTotal: lots\n"),
+    ("/proc/self/status", "VmRSS:\tmany kB\n"),
+    ("/proc/self/limits", "Max data size    some     unlimited   bytes\n"),
+    ("/proc/self/oom_score", "?\n"),
+    ("/proc/self/oom_score_adj", "--5\n"),
+    ("/proc/sys/vm/overcommit_memory", "7\n"),
+    ("/proc/pressure/memory", "some\n"),
+    ("/sys/fs/cgroup/a/memory.max", "-1\n"),
+    ("/sys/fs/cgroup/a/memory.high", "\n"),
+    ("/sys/fs/cgroup/a/memory.current", "1e6\n"),
+    ("/sys/fs/cgroup/a/memory.stat", "inactive_file x\n"),
+]
+
+
+@pytest.mark.parametrize(("path", "text"), GARBAGE)
+def test_garbage_becomes_none_with_a_warning_that_names_the_file(tree: ProcTree, path: str, text: str) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB, 100 * MIB, high=150 * MIB)
+    tree.write("/proc/pressure/memory", PSI.format("1.00"))
+    sound = memory_status(root=tree.root)
+    tree.write(path, text)
+    status = memory_status(root=tree.root)
+    assert len(status.constraints) >= 1
+    assert status.warnings
+    assert all(path in warning for warning in status.warnings), status.warnings
+    assert len(set(status.warnings)) == len(status.warnings) <= 2
+    assert status != sound
+
+
+@pytest.mark.parametrize("path", [path for path, _ in GARBAGE])
+def test_a_directory_in_place_of_a_file_is_a_warning(tree: ProcTree, path: str) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB, 100 * MIB)
+    tree.write("/proc/pressure/memory", PSI.format("1.00"))
+    tree.remove(path)
+    (tree.root / path.lstrip("/")).mkdir()
+    assert any(path in warning for warning in memory_status(root=tree.root).warnings)
+
+
+def test_unknown_use_leaves_the_limit_and_no_headroom(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB)
+    tree.remove("/sys/fs/cgroup/a/memory.current")
+    status = memory_status(root=tree.root)
+    (limit,) = of_kind(status, "memory.max")
+    assert (limit.limit_bytes, limit.used_bytes, limit.headroom_bytes) == (200 * MIB, None, None)
+    assert status.limit_bytes == 200 * MIB
+    assert len(status.warnings) == 1
+
+
+def test_a_cgroup_without_a_file_cache_to_tell_has_a_headroom_all_the_same(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.v2_group("/a", 200 * MIB, 50 * MIB)
+    tree.write("/sys/fs/cgroup/a/memory.stat", "anon 30\n")
+    (limit,) = of_kind(memory_status(root=tree.root), "memory.max")
+    assert (limit.reclaimable_bytes, limit.headroom_bytes) == (None, 150 * MIB)
+
+
+def test_an_empty_machine_is_all_none_and_says_why(tmp_path: Path) -> None:
+    status = memory_status(root=tmp_path)
+    assert (status.limit_bytes, status.available_bytes, status.binding, status.constraints) == (None, None, None, ())
+    assert (status.commit.mode, status.process.rss_bytes) == (None, None)
+    for name in ("meminfo", "self/status", "self/cgroup", "self/limits"):
+        assert any(name in warning for warning in status.warnings)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_no_content_makes_it_raise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    tree = ProcTree(tmp_path_factory.mktemp("fuzz"))
+    tree.v1("/a")
+    tree.mounts(V1_MOUNT, HYBRID_MOUNT)
+    tree.v1_group("/a", GIB)
+    files = sorted(path for path in tree.root.rglob("*") if path.is_file())
+    for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=4)):
+        text = path.read_bytes()
+        at = data.draw(st.integers(0, len(text)))
+        path.write_bytes(text[:at] + data.draw(st.binary(max_size=12)) + text[at + data.draw(st.integers(0, 12)) :])
+    status = memory_status(root=tree.root)
+    assert status.available_bytes is None or status.available_bytes >= 0
