@@ -10,7 +10,8 @@ from examples.memkv.commands import SYNTAX, Command, CommandError, Family, glob,
 from examples.memkv.config import SettingError
 from examples.memkv.persistence import SaveError
 from examples.memkv.requests import Request
-from examples.memkv.resp import Encodable, Status
+from examples.memkv.resp import Encodable, Set, Status
+from examples.memkv.transactions import forget
 from memsafe import PressureLevel, trim
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _NO_PASSWORD: Final = (
     "Are you sure your configuration is correct?"
 )
 _WRONG_PASSWORD: Final = "WRONGPASS invalid username-password pair or user is disabled."
-_RESP_VERSION: Final = 2
+_PROTOCOLS: Final = (2, 3)
 
 
 # ---- the connection
@@ -46,7 +47,10 @@ def echo(client: Connection, request: Request) -> bytes:
 
 @_connection("select", 2, "fast", "Choose the database: there is number 0 only")
 def select(client: Connection, request: Request) -> bytes:
-    if integer_argument(request[1]) != 0:
+    number = integer_argument(request[1])
+    if not -(2**31) <= number < 2**31:
+        raise CommandError("ERR value is out of range, value must between -2147483648 and 2147483647")
+    if number != 0:
         raise CommandError("ERR DB index is out of range")
     return resp.OK
 
@@ -62,19 +66,26 @@ def auth(client: Connection, request: Request) -> bytes:
     return resp.OK
 
 
-@_connection("hello", -1, "fast", "Agree on the protocol: version 2, and introduce oneself")
+@_connection("hello", -1, "fast", "Agree on the protocol, and introduce oneself")
 def hello(client: Connection, request: Request) -> bytes:
-    name = None
     if len(request) > 1:
-        version = integer_argument(request[1], "ERR Protocol version is not an integer or out of range")
-        if version != _RESP_VERSION:
+        protocol = integer_argument(request[1], "ERR Protocol version is not an integer or out of range")
+        if protocol not in _PROTOCOLS:
             raise CommandError("NOPROTO unsupported protocol version")
         name = _hello_options(request)
-    if name is not None:
-        client.name = name
-    greeting: list[Encodable] = ["server", "redis", "version", info.REDIS_VERSION, "proto", _RESP_VERSION]
-    greeting += ["id", client.id, "mode", "standalone", "role", "master", "modules", []]
-    return resp.encode(greeting)
+        if name is not None:
+            client.name = name
+        client.speak(protocol)
+    greeting: dict[str, Encodable] = {
+        "server": "redis",
+        "version": info.REDIS_VERSION,
+        "proto": client.protocol,
+        "id": client.id,
+        "mode": "standalone",
+        "role": "master",
+        "modules": [],
+    }
+    return resp.encode(greeting, client.protocol)
 
 
 def _hello_options(request: Request) -> bytes | None:
@@ -103,6 +114,8 @@ def quit_(client: Connection, request: Request) -> bytes:
 @_connection("reset", 1, "fast", "Forget what the connection was told")
 def reset(client: Connection, request: Request) -> bytes:
     client.name = b""
+    client.speak(2)
+    forget(client)
     return b"+RESET\r\n"
 
 
@@ -148,7 +161,7 @@ def _checked_name(name: bytes, what: str = "Client names") -> bytes:
 
 @_connection("client info", 2, "", "Describe this connection")
 def client_info(client: Connection, request: Request) -> bytes:
-    return resp.bulk(info.client_line(client).encode("latin-1") + b"\n")
+    return resp.text(info.client_line(client) + "\n", client.protocol)
 
 
 @_connection("client list", -2, "", "Describe all connections")
@@ -166,8 +179,7 @@ def client_list(client: Connection, request: Request) -> bytes:
             clients = [other for other in clients if other.id in ids]
         else:
             raise CommandError(SYNTAX)
-    lines = "".join(info.client_line(other) + "\n" for other in clients)
-    return resp.bulk(lines.encode("latin-1"))
+    return resp.text("".join(info.client_line(other) + "\n" for other in clients), client.protocol)
 
 
 @_connection("client kill", -3, "", "Close connections")
@@ -215,7 +227,7 @@ _connection("client no-touch", 3, "fast", "Accepted, without effect")(_on_or_off
 def command_(client: Connection, request: Request) -> bytes:
     if len(request) > 1:
         return run_subcommand(SERVER.commands[b"command"], client, request)
-    return resp.encode([_described(command) for command in client.server.commands.values()])
+    return resp.encode([_described(command) for command in client.server.commands.values()], client.protocol)
 
 
 @_server("command count", 2, "", "Return how many commands there are")
@@ -234,23 +246,21 @@ def command_list(client: Connection, request: Request) -> bytes:
 def command_info(client: Connection, request: Request) -> bytes:
     commands = client.server.commands
     names = [name.lower() for name in request[2:]] or list(commands)
-    return resp.array(
-        [resp.encode(_described(commands[name])) if name in commands else resp.NIL_ARRAY for name in names]
-    )
+    described: list[Encodable] = [_described(commands[name]) if name in commands else None for name in names]
+    return resp.encode(described, client.protocol)
 
 
 @_server("command docs", -2, "", "Say what commands do")
 def command_docs(client: Connection, request: Request) -> bytes:
     commands = client.server.commands
     names = [name.lower() for name in request[2:]] or list(commands)
-    documented: list[Encodable] = []
-    for name in names:
-        if name in commands:
-            documented += [name, _documented(commands[name])]
-    return resp.encode(documented)
+    documented: dict[str, Encodable] = {
+        commands[name].name: _documented(commands[name]) for name in names if name in commands
+    }
+    return resp.encode(documented, client.protocol)
 
 
-@_server("command getkeys", -3, "", "Return which words of a command are keys")
+@_server("command getkeys", -4, "", "Return which words of a command are keys")
 def command_getkeys(client: Connection, request: Request) -> bytes:
     words = request[2:]
     command = client.server.commands.get(words[0].lower())
@@ -265,7 +275,7 @@ def command_getkeys(client: Connection, request: Request) -> bytes:
 
 
 def _described(command: Command) -> list[Encodable]:
-    flags: list[Encodable] = [Status(flag) for flag in command.flags if flag != "ping"]
+    flags = Set([Status(flag) for flag in command.flags if flag != "ping"])
     categories = [command.group] + [flag for flag in ("fast", "write") if flag in command.flags]
     if "readonly" in command.flags:
         categories.append("read")
@@ -276,27 +286,24 @@ def _described(command: Command) -> list[Encodable]:
         command.arity,
         flags,
         *command.keys,
-        [Status(f"@{category}") for category in categories],
+        Set([Status(f"@{category}") for category in categories]),
         [],
         [],
         [_described(subcommand) for subcommand in command.subcommands.values()],
     ]
 
 
-def _documented(command: Command) -> list[Encodable]:
-    text: list[Encodable] = ["summary", command.summary, "since", "1.0.0", "group", command.group]
+def _documented(command: Command) -> dict[str, Encodable]:
+    text: dict[str, Encodable] = {"summary": command.summary, "since": "1.0.0", "group": command.group}
     if command.subcommands:
-        below: list[Encodable] = []
-        for subcommand in command.subcommands.values():
-            below += [subcommand.name, _documented(subcommand)]
-        text += ["subcommands", below]
+        text["subcommands"] = {below.name: _documented(below) for below in command.subcommands.values()}
     return text
 
 
 @_server("info", -1, "", "Tell how the server is")
 def info_(client: Connection, request: Request) -> bytes:
     sections = [word.decode("latin-1").lower() for word in request[1:]]
-    return resp.bulk(info.render(client.server, sections).encode())
+    return resp.text(info.render(client.server, sections), client.protocol)
 
 
 @_server("time", 1, "fast", "Return the time: seconds and microseconds")
@@ -307,7 +314,7 @@ def time_(client: Connection, request: Request) -> bytes:
 
 @_server("role", 1, "fast", "Return the role: master, without replicas")
 def role(client: Connection, request: Request) -> bytes:
-    return resp.encode(["master", 0, []])
+    return resp.encode(["master", 0, []], client.protocol)
 
 
 @_server("memory", -2, "", "Tell of memory, or give it back")
@@ -328,7 +335,7 @@ def memory_usage(client: Connection, request: Request) -> bytes:
 
 @_server("memory doctor", 2, "", "Tell who holds how much")
 def memory_doctor(client: Connection, request: Request) -> bytes:
-    return resp.bulk(str(client.server.budget.report()).encode())
+    return resp.text(str(client.server.budget.report()), client.protocol)
 
 
 @_server("memory purge", 2, "", "Give free memory back to the kernel")
@@ -366,11 +373,10 @@ def config(client: Connection, request: Request) -> bytes:
 def config_get(client: Connection, request: Request) -> bytes:
     settings = client.server.settings
     accepts = [glob(pattern.lower()) for pattern in request[2:]]
-    found: list[bytes] = []
-    for name in settings.names():
-        if any(accept(name.encode()) for accept in accepts):
-            found += [name.encode(), settings.show(name).encode()]
-    return resp.bulks(found)
+    found: dict[str, Encodable] = {
+        name: settings.show(name) for name in settings.names() if any(accept(name.encode()) for accept in accepts)
+    }
+    return resp.encode(found, client.protocol)
 
 
 @_server("config set", -4, "", "Change settings, all or none")

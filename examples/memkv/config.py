@@ -140,17 +140,8 @@ def read_save_points(text: str) -> tuple[tuple[int, int], ...]:
     return points
 
 
-def _directory(text: str) -> Path:
-    path = Path(text)
-    if not path.is_dir():
-        raise SettingError(f"{text!r} is not a directory")
-    return path.absolute()
-
-
-def _filename(text: str) -> str:
-    if not text or "/" in text:
-        raise SettingError("dbfilename can't be a path, just a filename")
-    return text
+def _protected(text: str) -> object:
+    raise SettingError("can't set protected config")  # or who may connect might overwrite any file
 
 
 def _yes_no(value: bool) -> str:
@@ -179,11 +170,11 @@ _SETTINGS: Final[dict[str, _Setting]] = {
         "snapshot_max_copy_bytes",
     ),
     "pressure-shed-ratio": _Setting(lambda config: str(config.shed_ratio), _ratio, "shed_ratio"),
-    "dir": _Setting(lambda config: str(config.directory), _directory, "directory"),
-    "dbfilename": _Setting(lambda config: config.dbfilename, _filename, "dbfilename"),
+    "dir": _Setting(lambda config: str(config.directory), _protected),
+    "dbfilename": _Setting(lambda config: config.dbfilename, _protected),
     "rdbcompression": _Setting(lambda config: _yes_no(config.rdbcompression), _boolean, "rdbcompression"),
     "timeout": _Setting(lambda config: str(config.timeout_s), _integer(0, 2**31 - 1), "timeout_s"),
-    "maxclients": _Setting(lambda config: str(config.clients_max), _integer(1, 2**31 - 1), "clients_max"),
+    "maxclients": _Setting(lambda config: str(config.clients_max), _integer(1, 2**32 - 1), "clients_max"),
     "port": _Setting(lambda config: str(config.port)),
     "bind": _Setting(lambda config: config.host),
     "appendonly": _Setting(lambda _: "no", _no),

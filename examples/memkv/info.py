@@ -243,7 +243,7 @@ def client_line(client: Connection) -> str:
         "sub": 0,
         "psub": 0,
         "ssub": 0,
-        "multi": -1,
+        "multi": -1 if client.transaction is None else len(client.transaction.requests),
         "qbuf": client.pending_bytes,
         "qbuf-free": 0,
         "argv-mem": 0,
@@ -256,7 +256,7 @@ def client_line(client: Connection) -> str:
         "cmd": client.last_command.decode("latin-1"),
         "user": "default",
         "redir": -1,
-        "resp": 2,
+        "resp": client.protocol,
         "lib-name": client.library.decode("latin-1"),
         "lib-ver": client.library_version.decode("latin-1"),
     }

@@ -18,7 +18,10 @@ import hiredis
 from examples.memkv import resp
 
 Request: TypeAlias = list[bytes]
-"""A command's name and its arguments. Empty: a request that there was no room to keep."""
+"""A command's name and its arguments; at least the name."""
+
+REFUSED: Final[Request] = [b""]
+"""Stands for a request that there was no room to keep."""
 
 BIG_BYTES: Final = 64 * 1024
 """From here on the bytes of a request, or of a reply, are asked for before they are kept."""
@@ -28,8 +31,9 @@ _LINE_BYTES_MAX: Final = 64 * 1024  # PROTO_INLINE_MAX_SIZE
 _ARRAY_LENGTH_MAX: Final = 2**31 - 1
 _ARGUMENT_BYTES: Final = 48  # of an argument beside its content: the object's head, its place in the list
 
-# hiredis makes a list as long as an array's head promises. A head that promises much is left to the strict parser.
-_LONG_ARRAY: Final = re.compile(rb"\*[0-9]{5}")
+# hiredis makes a list as long as an array's head promises: a head that promises much is left to the strict parser. So
+# is one of no elements, which is no request. (A value that looks like such a head costs time, nothing else.)
+_UNUSUAL_ARRAY: Final = re.compile(rb"\*(?:[0-9]{5}|0\r)")
 
 
 class ProtocolError(Exception):
@@ -46,7 +50,7 @@ class RequestParser:
 
     Args:
         hold: Called with the bytes that a request will take beyond BIG_BYTES, before they are kept; false: they may not
-            be. Then the rest of that request is skipped, and it comes out empty.
+            be. Then the rest of that request is skipped, and it comes out as REFUSED.
 
     Attributes:
         partial: Whether a request has begun and is not complete.
@@ -75,7 +79,7 @@ class RequestParser:
         """Return the requests that *chunk* completes."""
         if self.partial:
             return self._parse_on(chunk)
-        if not _LONG_ARRAY.search(chunk):
+        if not _UNUSUAL_ARRAY.search(chunk):
             try:
                 self._reader.feed(chunk)
                 requests: list[Request] = list(iter(self._reader.gets, False))
@@ -158,7 +162,7 @@ class _StrictParser:
         return rest
 
     def next_request(self) -> Request | None:
-        """Return the next request that is complete, or None if none is. Empty: one that was refused.
+        """Return the next request that is complete, REFUSED if it could not be kept, or None if none is.
 
         Raises:
             ProtocolError: As redis-server would, and close the connection.
@@ -257,7 +261,7 @@ class _StrictParser:
     def _complete(self) -> Request:
         arguments, self._arguments = self._arguments, []
         if self._skipping:
-            arguments = []
+            arguments = REFUSED
         self.held_bytes = self._kept_bytes = 0
         self._skipping = False
         return arguments

@@ -16,9 +16,10 @@ from examples.memkv.commands import DENYOOM, PING, WRITE, Command, CommandError,
 from examples.memkv.config import Settings
 from examples.memkv.keys import KEYS
 from examples.memkv.persistence import Persistence, SaveError
-from examples.memkv.requests import Request, RequestParser
+from examples.memkv.requests import REFUSED, Request, RequestParser
 from examples.memkv.store import Store, StoreFullError
 from examples.memkv.strings import STRINGS
+from examples.memkv.transactions import TRANSACTIONS, Transaction, forget, queue
 from memsafe import Budget, PressureEvent, PressureLevel, PressureMonitor, Reservation, format_size, trim
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _FOREVER: Final = 2**31
 COMMANDS: Final[dict[bytes, Command]] = {
     **STRINGS.commands,
     **KEYS.commands,
+    **TRANSACTIONS.commands,
     **CONNECTION.commands,
     **SERVER.commands,
 }
@@ -282,7 +284,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_backlog", "_charged_bytes", "_held", "_out", "_parser", "_parts", "_paused", "_transport", "active_at_s",
         "address", "closing", "created_s", "id", "last_command", "library", "library_version", "local_address", "name",
-        "server", "store",
+        "nil", "protocol", "server", "store", "transaction", "watched",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -294,6 +296,9 @@ class Connection(asyncio.Protocol):
         self.created_s = self.active_at_s = time.monotonic()
         self.last_command = b"NULL"
         self.closing = False
+        self.transaction: Transaction | None = None
+        self.watched: dict[bytes, tuple[bytes | None, int | None]] = {}
+        self.speak(2)
         self._parser = RequestParser(self._hold)
         self._out: list[bytes] = []
         self._parts: Iterator[bytes | memoryview] | None = None  # of a long reply that is being sent
@@ -318,6 +323,7 @@ class Connection(asyncio.Protocol):
         self.closing = True
         self._backlog = []
         self._parts = None
+        forget(self)
         if self._held is not None:
             self._held.release()
         if self._charged_bytes:
@@ -348,6 +354,11 @@ class Connection(asyncio.Protocol):
 
     # ---- running
 
+    def speak(self, protocol: int) -> None:
+        """Answer in RESP version *protocol* from now on."""
+        self.protocol = protocol
+        self.nil = resp.NIL if protocol == 2 else resp.NIL3
+
     def _run(self, requests: list[Request]) -> None:
         """Run *requests* in order and send the replies together; stop where the client does not take them."""
         server, out, table = self.server, self._out, self.server.table
@@ -358,24 +369,20 @@ class Connection(asyncio.Protocol):
         size = 0
         pending = iter(requests)
         for request in pending:
-            try:
-                entry = table.get(request[0]) if request else None
-                if entry is None:
-                    reply = self._run_unusual(request)
-                else:
-                    handler, least, most, bits = entry
-                    if not least <= len(request) <= most:
+            entry = table.get(request[0]) if self.transaction is None else None
+            if entry is None:
+                reply = self._answer_unusual(request)
+            else:
+                handler, least, most, bits = entry
+                try:
+                    if least <= len(request) <= most:
+                        reply = (bits & server.denied and server.refusal(bits)) or handler(self, request)
+                        if reply is resp.NIL:
+                            reply = self.nil
+                    else:
                         raise wrong_arity(COMMANDS[request[0].lower()])
-                    reply = (bits & server.denied and server.refusal(bits)) or handler(self, request)
-            except CommandError as error:
-                server.stats.errors += 1
-                reply = resp.error(str(error).encode("latin-1", "replace"))
-            except StoreFullError:
-                server.stats.errors += 1
-                reply = OUT_OF_MEMORY
-            except Exception:
-                _log.exception("command %r failed", request[:1])
-                reply = resp.error("ERR internal error, see the log")
+                except Exception as error:
+                    reply = self._failure(request, error)
             out.append(reply)
             size += len(reply)
             if self._parts is not None or size >= resp.PIECE_BYTES:
@@ -395,18 +402,50 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
             self._account()
 
-    def _run_unusual(self, request: Request) -> bytes:
-        """Run a request whose name is in mixed case, unknown, or that there was no room to keep."""
-        if not request:
+    def _answer_unusual(self, request: Request) -> bytes:
+        """Answer a request in mixed case, one inside a transaction, and what is no command."""
+        if request is REFUSED:
+            self.server.stats.errors += 1
+            if self.transaction is not None:
+                self.transaction.broken = True
             return OUT_OF_MEMORY
+        if self.transaction is not None:
+            try:
+                return queue(self, request)
+            except (CommandError, StoreFullError) as error:
+                return self._failure(request, error)
+        if request[0].lower() in (b"post", b"host:"):
+            _log.warning("%s speaks HTTP: somebody may be abusing a browser to get at the data", self.address)
+            self._out.clear()
+            self.closing = True
+            return b""
+        return self.answer(request, whole=False)
+
+    def answer(self, request: Request, *, whole: bool = True) -> bytes:
+        """Run one request and return the reply, of any kind; *whole*: also a long one, in one piece."""
         command = COMMANDS.get(request[0].lower())
-        if command is None:
-            raise unknown_command(request)
-        if not command.accepts(len(request)):
-            raise wrong_arity(command)
-        return (command.bits & self.server.denied and self.server.refusal(command.bits)) or command.handler(
-            self, request
-        )
+        try:
+            if command is None:
+                raise unknown_command(request)
+            if not command.accepts(len(request)):
+                raise wrong_arity(command)
+            bits = command.bits
+            reply = (bits & self.server.denied and self.server.refusal(bits)) or command.handler(self, request)
+        except Exception as error:
+            return self._failure(request, error)
+        if whole and self._parts is not None:
+            reply, self._parts = b"".join(self._parts), None
+        return self.nil if reply is resp.NIL else reply
+
+    def _failure(self, request: Request, error: Exception) -> bytes:
+        """Return the reply for a command that raised."""
+        self.server.stats.errors += 1
+        if isinstance(error, CommandError):
+            return resp.error(str(error).encode("latin-1", "replace"))
+        if isinstance(error, StoreFullError):
+            return OUT_OF_MEMORY
+        _log.error("command %r failed", request[:1], exc_info=error)
+        return resp.error("ERR internal error, see the log")
 
     def send(self, parts: Iterator[bytes | memoryview]) -> bytes:
         """Answer with *parts*, which are sent as the client takes them; returns what the command is to return."""

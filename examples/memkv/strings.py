@@ -142,7 +142,7 @@ def getex(client: Connection, request: Request) -> bytes:
 def mget(client: Connection, request: Request) -> bytes:
     get = client.store.get
     values = [get(key) for key in request[1:]]
-    return client.send(resp.parts(values, b"*%d\r\n" % len(values)))
+    return client.send(resp.parts(values, b"*%d\r\n" % len(values), client.nil))
 
 
 @_command("mset", -3, "write denyoom", "Set several keys", keys=(1, -1, 2))
