@@ -51,7 +51,11 @@ class AtomicFile:
             OSError: The folder is missing or not writable, or at *path* is something else than a regular file.
         """
         self.path = path
-        self._real_path = os.path.realpath(os.fsdecode(path))
+        given = os.fsdecode(path)
+        if not given or given.endswith("/"):  # realpath() would make another path of these
+            code = errno.EISDIR if given else errno.ENOENT
+            raise OSError(code, os.strerror(code), given)
+        self._real_path = os.path.realpath(given)
         folder, self._name = os.path.split(self._real_path)
         self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._temporary: str | None = None
@@ -110,7 +114,7 @@ class AtomicFile:
 
     def _mode_of_old(self) -> int | None:
         try:
-            status = os.stat(self._name or ".", dir_fd=self._folder_fd, follow_symlinks=False)
+            status = os.stat(self._name, dir_fd=self._folder_fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         if stat.S_ISDIR(status.st_mode):

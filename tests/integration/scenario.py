@@ -1,0 +1,96 @@
+"""Run a function of a test module in a process of its own: pytest's own process never forks, and gets no limits."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+TIMEOUT_S = 60
+
+
+class Result(dict):
+    """What the scenario returned, a dict, and what it left behind."""
+
+    left: dict
+
+
+def command(function, *args):
+    """The command line that runs *function*, of a module's top level, with *args*, which JSON can hold."""
+    module = sys.modules[function.__module__]
+    return [sys.executable, "-X", "faulthandler", __file__, module.__file__, function.__name__, json.dumps(args)]
+
+
+def run(function, *args, returncode=0, leaves=None):
+    """Call *function* in a new interpreter; return the dict that it returned. It must leave nothing behind."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command(function, *map(_plain, args)), capture_output=True, text=True, timeout=TIMEOUT_S, env=env
+    )
+    assert done.returncode == returncode, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    last = done.stdout.splitlines()[-1] if done.stdout else "{}"
+    report = json.loads(last)
+    if returncode == 0:
+        assert report["left"] == (leaves or {}), done.stderr
+    result = Result(report.get("returned") or {})
+    result["stderr"] = done.stderr
+    result["stdout"] = done.stdout
+    return result
+
+
+def _plain(value):
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _open_descriptors():
+    return {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}
+
+
+def _is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _children():
+    try:
+        return [os.waitpid(-1, os.WNOHANG)[0]]
+    except ChildProcessError:
+        return []
+
+
+def _left_behind(before):
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-snapshot":
+            thread.join(TIMEOUT_S)
+    threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    descriptors = [target for fd, target in _open_descriptors().items() if fd not in before]
+    found = {"threads": threads, "descriptors": descriptors, "children": _children()}
+    return {name: what for name, what in found.items() if what}
+
+
+def _main(file, name, args):
+    spec = importlib.util.spec_from_file_location("scenario_module", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scenario_module"] = module
+    spec.loader.exec_module(module)
+    before = _open_descriptors()
+    try:
+        returned = getattr(module, name)(*json.loads(args))
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(99)
+    report = {"returned": returned, "left": _left_behind(before)}
+    print("\n" + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

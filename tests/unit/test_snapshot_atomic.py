@@ -1,0 +1,235 @@
+"""AtomicFile: the old file or the complete new one."""
+
+import errno
+import fcntl
+import os
+import stat
+
+import pytest
+
+from memsafe.snapshot import AtomicFile
+
+TMPFILE = os.O_TMPFILE
+
+
+@pytest.fixture(params=["nameless", "named"])
+def kind(request, monkeypatch):
+    """Run each test with O_TMPFILE and as on a file system that has none."""
+    if request.param == "named":
+        real = os.open
+
+        def without_tmpfile(path, flags, *args, **keywords):
+            if flags & TMPFILE == TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+            return real(path, flags, *args, **keywords)
+
+        monkeypatch.setattr(os, "open", without_tmpfile)
+    return request.param
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "dump.db"
+
+
+def replace(path, data=b"new"):
+    with AtomicFile(path) as file:
+        os.write(file.fd, data)
+        return file.commit()
+
+
+def names(path):
+    return sorted(os.listdir(path.parent))
+
+
+def test_commit_puts_the_new_file_in_place_and_returns_its_size(kind, path):
+    path.write_bytes(b"old and longer")
+    assert replace(path) == 3
+    assert path.read_bytes() == b"new"
+    assert names(path) == ["dump.db"]
+
+
+def test_a_path_without_a_file_gets_one(kind, path):
+    replace(path)
+    assert path.read_bytes() == b"new"
+
+
+def test_leaving_without_commit_leaves_the_old_file_and_nothing_else(kind, path):
+    path.write_bytes(b"old")
+    with AtomicFile(path) as file:
+        os.write(file.fd, b"half")
+    assert path.read_bytes() == b"old"
+    assert names(path) == ["dump.db"]
+
+
+def test_the_new_file_is_invisible_or_hidden_until_commit(kind, path):
+    with AtomicFile(path):
+        visible = names(path)
+    assert visible == ([] if kind == "nameless" else visible)
+    assert all(name.startswith(".dump.db.memsafe-") for name in visible)
+
+
+def test_close_twice_is_a_noop(kind, path):
+    file = AtomicFile(path)
+    file.close()
+    file.close()
+
+
+def test_a_new_file_gets_0666_less_the_umask(kind, path):
+    before = os.umask(0o027)
+    try:
+        replace(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_the_old_files_permissions_are_kept(kind, path):
+    path.write_bytes(b"old")
+    path.chmod(0o604)
+    replace(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(kind, tmp_path):
+    (tmp_path / "data").mkdir()
+    target = tmp_path / "data" / "real.db"
+    target.write_bytes(b"old")
+    link = tmp_path / "link.db"
+    link.symlink_to(target)
+    replace(link)
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("as_type", [str, os.fsencode, lambda path: path])
+def test_a_path_may_be_str_bytes_or_pathlike(path, as_type):
+    replace(as_type(path))
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127])
+def test_the_longest_names_work(kind, tmp_path, name):
+    replace(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"new"
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["", "/", "/none/", "/."])
+def test_a_folder_at_the_path_is_refused(tmp_path, name):
+    with pytest.raises(IsADirectoryError):
+        AtomicFile(f"{tmp_path}{name}")
+
+
+@pytest.mark.parametrize("name", ["", "none/dump.db"])
+def test_a_path_to_nowhere_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        AtomicFile(name)
+
+
+def test_a_file_as_folder_is_refused(path):
+    path.write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        AtomicFile(path / "dump.db")
+
+
+def test_a_device_or_fifo_is_never_replaced(path):
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="Not a regular file"):
+        AtomicFile(path)
+
+
+def test_moving_the_folder_meanwhile_moves_the_target(kind, tmp_path):
+    (tmp_path / "a").mkdir()
+    with AtomicFile(tmp_path / "a" / "dump.db") as file:
+        (tmp_path / "a").rename(tmp_path / "b")
+        file.commit()
+    assert os.listdir(tmp_path / "b") == ["dump.db"]
+
+
+def test_left_overs_of_the_dead_are_removed_and_files_in_use_are_not(path):
+    dead = path.parent / ".dump.db.memsafe-1-0.tmp"
+    in_use = path.parent / ".dump.db.memsafe-2-0.tmp"
+    other = path.parent / ".other.db.memsafe-1-0.tmp"
+    for file in (dead, in_use, other):
+        file.write_bytes(b"x")
+    with open(in_use) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        replace(path)
+    assert names(path) == sorted([in_use.name, other.name, "dump.db"])
+
+
+def test_no_descriptor_is_left_open(kind, path):
+    before = os.listdir("/proc/self/fd")
+    replace(path)
+    for bad in (path.parent, path.parent / "none" / "x"):
+        with pytest.raises(OSError):  # noqa: PT011 - of two kinds
+            AtomicFile(bad)
+    assert os.listdir("/proc/self/fd") == before
+
+
+class Faults:
+    """Fails the n-th of the file system's calls, once or from then on."""
+
+    NAMES = ("open", "fchmod", "link", "fsync", "rename", "stat", "fstat", "listdir")
+
+    def __init__(self, monkeypatch, nth, *, for_good):
+        self.left = nth
+        self.for_good = for_good
+        self.failed = False
+        for name in self.NAMES:
+            monkeypatch.setattr(os, name, self._wrap(getattr(os, name)))
+
+    def _wrap(self, call):
+        def wrapped(*args, **keywords):
+            self.left -= 1
+            if self.left == 0 or (self.for_good and self.left < 0):
+                self.failed = True
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*args, **keywords)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_whatever_fails_there_is_the_old_file_or_the_new_one_and_nothing_else(kind, path, for_good):
+    descriptors = os.listdir("/proc/self/fd")
+    outcomes = []
+    for nth in range(1, 100):
+        path.write_bytes(b"old")
+        path.chmod(0o600)
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, nth, for_good=for_good)
+            try:
+                replace(path)
+                outcomes.append("new")
+            except OSError as error:
+                assert error.errno == errno.EIO  # noqa: PT017 - success is possible too
+                outcomes.append("failed")
+        # Only the folder's own fsync comes after the rename.
+        assert path.read_bytes() in ((b"new",) if outcomes[-1] == "new" else (b"old", b"new"))
+        assert names(path) == ["dump.db"]
+        assert os.listdir("/proc/self/fd") == descriptors
+        if not faults.failed:
+            break
+    assert outcomes[-1] == "new"
+    assert outcomes.count("failed") >= 5
+
+
+@pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_without_fsync_of_folders_is_good_enough_but_an_error_is_told(path, monkeypatch, code, works):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if works:
+        replace(path)
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            replace(path)
+    assert path.read_bytes() == b"new"

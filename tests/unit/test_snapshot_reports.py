@@ -1,0 +1,105 @@
+"""What the child says over its pipe."""
+
+import fcntl
+import os
+import struct
+import threading
+
+import pytest
+
+from memsafe.snapshot.reports import Done, Progress, Raised, Reporter, ReportReader
+
+
+@pytest.fixture
+def pipe():
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    fds = {"read": read_fd, "write": write_fd}
+    yield fds
+    for fd in fds.values():
+        os.close(fd)
+
+
+def heard(pipe):
+    return ReportReader(pipe["read"]).read()
+
+
+def test_reports_arrive_as_they_were_sent(pipe):
+    reporter = Reporter(pipe["write"])
+    reporter.progress(1, 2**70)
+    reporter.done(4096, ["a warning with \udc80 in it"])
+    assert heard(pipe) == [Progress(1, 2**70), Done(4096, ("a warning with \udc80 in it",))]
+
+
+def test_copies_that_could_not_be_counted_are_none(pipe):
+    Reporter(pipe["write"]).done(None, [])
+    assert heard(pipe) == [Done(None, ())]
+
+
+def test_an_exception_arrives_with_its_name_message_and_traceback(pipe):
+    try:
+        int("x")
+    except ValueError as error:
+        Reporter(pipe["write"]).raised(error)
+    (report,) = heard(pipe)
+    assert isinstance(report, Raised)
+    assert report.type == "ValueError"
+    assert "invalid literal" in report.message
+    assert 'int("x")' in report.traceback
+
+
+def test_a_report_in_pieces_is_put_together(pipe):
+    writer_read, writer_write = os.pipe2(os.O_NONBLOCK)
+    Reporter(writer_write).done(1, [])
+    whole = os.read(writer_read, 1000)
+    os.close(writer_read)
+    os.close(writer_write)
+    reader = ReportReader(pipe["read"])
+    for byte in whole[:-1]:
+        os.write(pipe["write"], bytes([byte]))
+        assert reader.read() == []
+    os.write(pipe["write"], whole[-1:])
+    assert reader.read() == [Done(1, ())]
+    assert not reader.at_end
+
+
+def test_the_end_is_told(pipe):
+    reader = ReportReader(pipe["read"])
+    os.close(pipe["write"])
+    assert reader.read() == []
+    assert reader.at_end
+    pipe["write"] = os.open(os.devnull, os.O_WRONLY)
+
+
+def test_a_full_pipe_drops_progress_but_the_last_one_and_the_outcome_wait(pipe):
+    fcntl.fcntl(pipe["write"], fcntl.F_SETPIPE_SZ, 4096)
+    while True:
+        try:
+            os.write(pipe["write"], struct.pack("=I", 17) + b'["progress", 1,1]')
+        except BlockingIOError:
+            break
+    reporter = Reporter(pipe["write"])
+    reporter.progress(7, 9)
+    ending = threading.Thread(target=reporter.done, args=[None, []])
+    ending.start()
+    reader = ReportReader(pipe["read"])
+    reports = []
+    while not any(isinstance(report, Done) for report in reports):
+        reports += reader.read()
+    ending.join()
+    assert reports[-2:] == [Progress(7, 9), Done(None, ())]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        struct.pack("=I", 2**31),
+        struct.pack("=I", 4) + b"junk",
+        struct.pack("=I", 2) + b"[]",
+        struct.pack("=I", 16) + b'["progress", 1.5]',
+        struct.pack("=I", 2) + b"\xff\xfe",
+    ],
+)
+def test_junk_on_the_pipe_is_an_error_and_no_report(pipe, junk):
+    os.write(pipe["write"], junk)
+    with pytest.raises(OSError, match="came from the child"):
+        heard(pipe)
