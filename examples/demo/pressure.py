@@ -19,6 +19,7 @@ from memsafe.pressure import Thresholds
 
 MIB = 1 << 20
 _PACE_S = 0.05
+_WAITS_MAX = 100
 
 
 class Squeeze(Protocol):
@@ -46,18 +47,20 @@ class CgroupSqueeze:
 
     what = "another process in its cgroup takes memory"
     pace_s = 0.1  # the kernel tells it of thresholds at once
-    _LEFT_BYTES_MIN = 8 * MIB
 
     def __init__(self, cgroup: MemoryCgroup) -> None:
         self._cgroup = cgroup
         self._ballast = Ballast(cgroup.directory)
+        self._waits = 0
 
-    def tighten(self, level: str) -> bool:  # noqa: ARG002
-        """Take an eighth of what is left."""
+    def tighten(self, level: str) -> bool:
+        """Take an eighth of what is left, but no more than brings the next level; then wait for that."""
         left_bytes = self._left_bytes()
-        if left_bytes < self._LEFT_BYTES_MIN:
-            return False
-        return self._ballast.grow(max(MIB, left_bytes // 8))
+        beyond_bytes = left_bytes - _goal_bytes(level, self._cgroup.limit_bytes() or 0)
+        if beyond_bytes > 0:
+            return self._ballast.grow(min(max(MIB, left_bytes // 8), beyond_bytes))
+        self._waits += 1
+        return self._waits < _WAITS_MAX
 
     def told(self) -> str:
         """Say how much the ballast holds, and how much is left."""
@@ -82,23 +85,19 @@ class RlimitSqueeze:
 
     what = "the kernel will give it little more than it has (RLIMIT_DATA)"
     pace_s = 1.0  # nothing tells it of a limit: it looks, every five seconds while all is well
-    _STEPS_MAX = 20
 
     def __init__(self, store: Store) -> None:
         self._process = psutil.Process(store.process.pid)
         self._before = self._process.rlimit(resource.RLIMIT_DATA)
-        self._steps = 0
+        self._waits = 0
 
     def tighten(self, level: str) -> bool:
-        """Go to the middle of LOW, and once that was heard, of CRITICAL: from what is mapped now, which changes."""
+        """Go to what brings the next level, from what is mapped now; that changes while it is waited for."""
         mapped_bytes = self._mapped_bytes()
-        low_bytes, critical_bytes = (
-            Thresholds().begins_at(level, mapped_bytes) for level in (PressureLevel.LOW, PressureLevel.CRITICAL)
-        )
-        left_bytes = critical_bytes * 3 // 4 if level == "LOW" else (low_bytes + critical_bytes) // 2
-        self._process.rlimit(resource.RLIMIT_DATA, (mapped_bytes + left_bytes, self._before[1]))
-        self._steps += 1
-        return self._steps < self._STEPS_MAX
+        limit_bytes = mapped_bytes + _goal_bytes(level, mapped_bytes)
+        self._process.rlimit(resource.RLIMIT_DATA, (limit_bytes, self._before[1]))
+        self._waits += 1
+        return self._waits < _WAITS_MAX
 
     def told(self) -> str:
         """Say what the limit is, and how much of it is left."""
@@ -114,6 +113,15 @@ class RlimitSqueeze:
 
     def _mapped_bytes(self) -> int:
         return int(self._process.memory_info().data)
+
+
+def _goal_bytes(level: str, limit_bytes: int) -> int:
+    """Return how much to leave so that the level after *level* is sure to come."""
+    thresholds = Thresholds()
+    low_bytes, critical_bytes = (
+        thresholds.begins_at(each, limit_bytes) for each in (PressureLevel.LOW, PressureLevel.CRITICAL)
+    )
+    return critical_bytes * 3 // 4 if level == "LOW" else (low_bytes + critical_bytes) // 2
 
 
 @contextmanager
