@@ -162,20 +162,29 @@ class Supervisor:
         result: SnapshotResult | None = None
         error: BaseException | None = None
         self._wait_for_fork()
-        with self._resources:
-            if self._was_forked():
-                try:
-                    result = self._supervise()
-                except BaseException as failure:
-                    error = failure
-                    self._kill()
-                    self._reap()
-                    self.run.seal()
+        if self._was_forked():
+            try:
+                result = self._supervise()
+            except BaseException as failure:
+                error = self._after(failure)
+        with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
+            self._resources.close()
         self._on_end(self.run.peak_copy_bytes, self._done is not None)
         if result is not None:
             self.run.resolve(result)
         elif error is not None:
             self.run.reject(error)
+
+    def _after(self, failure: BaseException) -> BaseException:
+        """Leave no child behind, and return what the owner of the job gets to see."""
+        self._kill()
+        self._reap()
+        self.run.seal()
+        if isinstance(failure, SnapshotFailedError):
+            return failure
+        error = SnapshotFailedError(self._ended(f"the parent could not watch over it: {failure!r}"))
+        error.__cause__ = failure
+        return error
 
     def _wait_for_fork(self) -> None:
         poller = select.poll()
@@ -250,6 +259,7 @@ class Supervisor:
                     self._raised = report
                 case Done(copy_bytes, warnings):
                     self._done = report
+                    self._meter.stop()
                     self._warnings += warnings
                     if copy_bytes is not None:
                         self._count_copies(copy_bytes)
@@ -263,7 +273,7 @@ class Supervisor:
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
             self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
-        elif now_s >= self._meter.next_at_s and self._done is None:
+        elif now_s >= self._meter.next_at_s:
             self._measure()
 
     def _measure(self) -> None:

@@ -664,6 +664,26 @@ def test_a_path_that_became_a_folder_meanwhile_is_a_failure_with_its_cause(path)
     assert temporaries(path) == []
 
 
+def junk_on_the_pipe(path):
+    from memsafe.snapshot import reports
+
+    def junk(self, *args):
+        os.write(self._fd, b"junk" * 100)
+        Gate().wait()
+
+    reports.Reporter.done = junk
+    got = outcome(memsafe.fork_snapshot(path, hello))
+    del reports.Reporter.done
+    return got
+
+
+def test_a_child_that_talks_nonsense_is_ended(path):
+    got = scenario.run(junk_on_the_pipe, path)
+    assert got["error"] == "SnapshotFailedError"
+    assert "came from the child" in got["message"]
+    assert path.read_bytes() == b"old"
+
+
 # Bounds.
 
 
@@ -933,7 +953,9 @@ def finishing_parent(path, pipe_fd):
         written.open()
         Gate().wait()
 
-    memsafe.fork_snapshot(path, write)
+    # Exit functions run in reverse order: this one sees what ours has done.
+    atexit.register(lambda: os.write(pipe_fd, type(job._run.future.exception(0)).__name__.encode()))
+    job = memsafe.fork_snapshot(path, write)
     written.wait()
     sys.exit()
 
@@ -953,9 +975,8 @@ def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
             parent.kill()
         else:
             assert parent.wait(PATIENCE_S) == 0
-        # An interpreter that exits waits for the child's end, a killed one cannot.
-        patience_s = PATIENCE_S if body is killed_parent else 0
-        assert select.select([child], [], [], patience_s)[0], "the child outlived its parent"
+            assert os.read(read_fd, 64) == b"SnapshotCancelledError"
+        assert select.select([child], [], [], PATIENCE_S)[0], "the child outlived its parent"
         os.close(child)
     finally:
         parent.kill()
@@ -1049,19 +1070,22 @@ def test_an_interrupt_during_the_fork_leaves_no_child_behind(path):
 def descriptors_exhausted(path):
     """Allow one descriptor more each time, until it succeeds."""
     outcomes = []
+    gate = Gate()  # a child that is not ended waits for ever
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     base = max(map(int, os.listdir("/proc/self/fd")))
     for spare in range(40):
         resource.setrlimit(resource.RLIMIT_NOFILE, (base + spare, hard))
         try:
-            job = memsafe.fork_snapshot(path, hello)
+            job = memsafe.fork_snapshot(path, gated(gate))
         except (OSError, memsafe.SnapshotRefusedError) as error:
             outcomes.append(type(error).__name__)
             continue
+        gate.open()
         outcomes.append(next(iter(outcome(job))))
         if outcomes[-1] == "result":
             break
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    gate.close()
     return {"outcomes": outcomes, "content": content(path)}
 
 
