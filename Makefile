@@ -20,11 +20,11 @@ $(VENV)/.python:
 
 # One editable install a set of extras; rebuilt when the C sources or the metadata change.
 $(VENV)/.build: $(VENV)/.python $(NATIVE) pyproject.toml setup.py
-	$(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[test]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.build
-	$(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[dev]'
 	touch $@
 
 build: $(VENV)/.build ## build the extension into .venv, with what the tests and the demo need

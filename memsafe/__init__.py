@@ -8,11 +8,9 @@ if sys.platform != "linux":
     raise ImportError(f"memsafe works on Linux only: it stands on cgroups, PSI and /proc, which {sys.platform} lacks")
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from memsafe.errors import MemsafeError as MemsafeError
-
+# Public names and their homes; __init__.pyi tells type checkers the same, and a test holds the two together.
 _MODULES = {
     "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
     "memsafe.commit": ("ForkAssessment", "assess_fork"),

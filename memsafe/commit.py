@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isnan
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -12,7 +13,7 @@ from memsafe.sizes import format_size
 from memsafe.status import Constraint, MemoryStatus, memory_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from memsafe._kernel.files import Root
 
@@ -131,20 +132,24 @@ class _Facts:
         self._read_tasks(root)
 
     def _read_mappings(self, root: Root) -> None:
-        try:
+        # Its own tables bound the child's from above; without them the mappings alone must do.
+        with self._noting():
             self.page_table_bytes = process.status(root).page_table_bytes
+        with self._noting():
             cost = overcommit.fork_cost(process.mappings(root=root), self.page_table_bytes)
-        except KernelError as error:
-            self.problems.append(str(error))
-            return
-        self.charge_bytes = cost.charge_bytes
-        self.largest_charge_bytes = cost.largest_charge_bytes
-        self.page_table_bytes = cost.page_table_bytes
-        self.copyable_bytes = cost.copyable_bytes
+            self.charge_bytes = cost.charge_bytes
+            self.largest_charge_bytes = cost.largest_charge_bytes
+            self.page_table_bytes = cost.page_table_bytes
+            self.copyable_bytes = cost.copyable_bytes
 
     def _read_tasks(self, root: Root) -> None:
-        try:
+        with self._noting():
             self.tasks_exhausted = tasks.exhausted(cgroup.placement(root), root)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except KernelError as error:
             self.problems.append(str(error))
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import cgroup, files, process
-from memsafe._kernel import oom as kernel
+from memsafe._kernel import cgroup, files, oom as kernel, process
 from memsafe.errors import KernelError, UnsupportedError
 
 if TYPE_CHECKING:

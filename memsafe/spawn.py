@@ -57,7 +57,7 @@ def _parameters_of(execute_child: FunctionType) -> tuple[str, ...]:
     return names
 
 
-_PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
+_PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
 
 class Popen(subprocess.Popen[Any]):
@@ -186,6 +186,8 @@ class _Limits:
             (which, *((value, value) if isinstance(value, int) else value)) for which, value in (rlimits or {}).items()
         ]
         if memory_limit is not None:
+            if any(which == resource.RLIMIT_DATA for which, *_ in self.rlimits):
+                raise ValueError("memory_limit sets RLIMIT_DATA: give it or rlimits[RLIMIT_DATA], not both")
             self.rlimits.append((resource.RLIMIT_DATA, *_data_limit(memory_limit)))
         self.nice = index(nice)
 

@@ -298,8 +298,8 @@ def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
         at_home = mount.point == "/sys/fs/cgroup" or mount.point.startswith("/sys/fs/cgroup/")
         return exists, len(_relative(path, mount) or ""), at_home
 
-    # Later mounts cover earlier ones at the same point, and max() takes the first of equals.
-    return max((m for m in reversed(mounts) if _relative(path, m) is not None), key=rank, default=None)
+    on_top = {mount.point: mount for mount in mounts}.values()  # a later mount covers an earlier one
+    return max((mount for mount in on_top if _relative(path, mount) is not None), key=rank, default=None)
 
 
 def _levels(version: int, path: str, mount: Mount, root: Root) -> tuple[Cgroup, ...]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TypeAlias
+import threading
+from typing import TYPE_CHECKING, TypeAlias
 
 from memsafe.errors import KernelError
+
+if TYPE_CHECKING:
+    from memsafe._kernel.ahead import ReadAhead
 
 Root: TypeAlias = str | os.PathLike[str]
 """The directory that stands for "/": a tree of proc and sys files is a machine."""
@@ -23,6 +27,15 @@ _UNLIMITED_FROM = UNLIMITED - 2**20
 
 # ENODEV: a cgroup's file whose cgroup was removed after it was opened. ESRCH: a /proc/<pid> whose process is gone.
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH})
+
+
+class _Ahead(threading.local):
+    """Who answers for this thread from what was read together; see ahead.py."""
+
+    reader: ReadAhead | None = None
+
+
+ahead = _Ahead()
 
 _CHUNK_BYTES = 16 * 1024
 _FILE_BYTES_MAX = 2**20
@@ -40,6 +53,8 @@ def read(path: str, *, max_bytes: int = _FILE_BYTES_MAX) -> bytes:
     Raises:
         KernelError: It is missing, cannot be read, or is larger than *max_bytes*.
     """
+    if ahead.reader is not None and (text := ahead.reader.read(path)) is not None:
+        return text
     try:
         # O_NONBLOCK: a FIFO laid in the way must not hang the reader; the kernel's own files ignore it.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -101,6 +116,8 @@ def read_link(path: str) -> str:
 
 def is_directory(path: str) -> bool:
     """Whether there is a directory at *path* that this process can see."""
+    if ahead.reader is not None and (found := ahead.reader.is_directory(path)) is not None:
+        return found
     return os.path.isdir(path)  # noqa: PTH112 - a path under an injected root, and often asked for
 
 

@@ -35,7 +35,7 @@ class Pressure:
     Attributes:
         some: Time in which at least one task waited for memory.
         full: Time in which all that were not idle did.
-        source: The file that said so, as the process names it.
+        source: The file that said so.
     """
 
     some: Stall

@@ -7,14 +7,18 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from memsafe._kernel.ahead import ReadAhead
 from memsafe.errors import KernelError
 from memsafe.pressure import sources
-from memsafe.pressure.waiter import Waiter
+from memsafe.pressure.waiter import Look, Waiter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from memsafe._kernel.files import Root
     from memsafe.pressure.levels import Cause, Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
+    from memsafe.pressure.waiter import Report
     from memsafe.status import MemoryStatus
 
 _log = logging.getLogger("memsafe.pressure")
@@ -34,11 +38,14 @@ class Hub:
         self._chosen: list[Source] = []
         self._limits_seen: object = None
         self._polling = sources.Polling()
-        self.waiter = Waiter()
+        self.ahead = ReadAhead()
+        self._poll_after_s: float | None = 0.0
+        self._waiter = Waiter()
         try:
-            self._polling.open(self.waiter, next(self._tokens))
+            self._polling.open(self._waiter, next(self._tokens))
+            self._between = Look(self._polling.timer_fd, self.ahead)
         except BaseException:
-            self.waiter.close()
+            self._waiter.close()
             raise
 
     @property
@@ -52,8 +59,8 @@ class Hub:
         return [each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used]
 
     def poll_after(self, delay_s: float) -> None:
-        """Let the timer signal in *delay_s*, and at no other time."""
-        self._polling.set(delay_s)
+        """Let the timer signal *delay_s* after the next wait() begins, and at no other time."""
+        self._poll_after_s = delay_s
 
     def choose(self, status: MemoryStatus) -> bool:
         """Open the sources that fit the limits in *status*, keep those that still do, close the others.
@@ -67,7 +74,7 @@ class Hub:
         kept = {source.key: source for source in self._chosen if source.used}
         self._chosen = [kept.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)]
         for source in kept.values():
-            source.close(self.waiter)
+            source.close(self._waiter)
         used = {source.key for source in self._chosen if source.used}
         for source in self._chosen:
             if source.used:
@@ -75,17 +82,27 @@ class Hub:
             if source.stands_in_for in used:
                 source.skip()
                 continue
-            source.open(self.waiter, next(self._tokens))
+            source.open(self._waiter, next(self._tokens))
             if source.used:
                 used.add(source.key)
         self._limits_seen = limits
         return True
 
-    def hear(self) -> tuple[list[str], list[Cause]]:
+    def wait(self, rest_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake(); in the monitor's thread.
+
+        Args:
+            rest_s: How long to let signals gather first.
+        """
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        self._poll_after_s = None
+        return self._waiter.wait(self._between)
+
+    def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
         """Return the names of the sources that signalled, and what they say by themselves."""
         by_token = {source.token: source for source in (self._polling, *self._chosen) if source.used}
         heard, causes = [], []
-        for report in self.waiter.take():
+        for report in reports:
             source = by_token.get(report.token)
             if source is None:
                 continue
@@ -100,18 +117,18 @@ class Hub:
         return heard, causes
 
     def wake(self) -> None:
-        """Wake whoever polls the waiter's descriptor; from any thread."""
-        os.eventfd_write(self.waiter.fileno(), 1)
+        """End a wait() without a signal; from any thread."""
+        os.eventfd_write(self._waiter.fileno(), 1)
 
     def close(self, *, forked: bool = False) -> None:
         """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
         reason = "the monitor belongs to the parent process" if forked else "closed"
         for source in (*self._chosen, self._polling):
-            source.close(None if forked else self.waiter, reason)
-        self.waiter.close()
+            source.close(None if forked else self._waiter, reason)
+        self._waiter.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)
-        source.close(self.waiter, f"lost: {error}")
+        source.close(self._waiter, f"lost: {error}")
         # Its cgroup may be there again, or the process may be in another: look for sources anew.
         self._limits_seen = None

@@ -168,7 +168,7 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
         if (left_bytes := available_bytes(constraint)) is not None
     ]
     short = any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged
-    judgement = max(judged, key=lambda each: (each.raised, each.held, -_ratio(each)), default=_UNKNOWN)
+    judgement = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
     loudest = max(
         (cause for cause in causes if short or not cause.needs_short_headroom),
         key=lambda each: each.level,

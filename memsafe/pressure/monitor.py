@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from memsafe.budget import Budget
     from memsafe.pressure.sources import SourceStatus
     from memsafe.pressure.stream import EventStream
+    from memsafe.pressure.waiter import Report
     from memsafe.status import MemoryStatus
 
     Callback = Callable[[PressureEvent], object]
@@ -106,8 +106,8 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._responded_at_s = 0.0
         self._source_statuses: tuple[SourceStatus, ...] = ()
-        # Guards what other threads touch: the callbacks, the requests, the streams, the last event, and whether the
-        # thread still takes requests.
+        # Guards what other threads touch: the callbacks, the requests, the streams, the last event, the changes and
+        # whether they are wanted, and whether the thread still takes requests.
         self._lock = threading.Lock()
         self._callbacks: tuple[tuple[PressureLevel, Callback], ...] = ()
         self._requests: list[_Request] = []
@@ -116,6 +116,8 @@ class PressureMonitor:
         self._stopping = True
         self._thread: threading.Thread | None = None
         self._changed_fd = -1
+        self._changes = 0
+        self._changes_wanted = False
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
         _monitors.add(self)
 
@@ -132,6 +134,7 @@ class PressureMonitor:
                 return self
             self._ladder = Ladder(self._thresholds.cooldown_s)
             self._last_event = None
+            self._changes, self._changes_wanted = 0, False
             hub = self._open()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
@@ -166,7 +169,6 @@ class PressureMonitor:
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             hub.choose(memory_status(root=self._root))
-            hub.poll_after(0)
         except BaseException:
             self._shut(hub)
             raise
@@ -259,6 +261,9 @@ class PressureMonitor:
         """
         with self._lock:
             self._require_running()
+            if not self._changes_wanted:
+                self._changes_wanted = True
+                os.eventfd_write(self._changed_fd, self._changes)
             return self._changed_fd
 
     def simulate(self, level: PressureLevel, *, timeout_s: float | None = None) -> None:
@@ -311,18 +316,16 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self, hub: Hub) -> None:
-        poll = select.poll()
-        poll.register(hub.waiter.fileno(), select.POLLIN)
         requests: list[_Request] = []
+        rest_s = 0.0
         try:
             while not self._stopping:
-                poll.poll()
+                reports = hub.wait(rest_s)
                 with self._lock:
                     requests, self._requests = self._requests, []
                 before = self.level
-                self._turn(hub, requests)
-                if self.level is before and not requests:
-                    time.sleep(_REST_S)
+                self._turn(hub, reports, requests)
+                rest_s = _REST_S if self.level is before and not requests else 0.0
         finally:
             self._end(hub, requests)
 
@@ -340,17 +343,16 @@ class PressureMonitor:
         for request in requests:
             request.done.set()
 
-    def _turn(self, hub: Hub, requests: list[_Request]) -> None:
+    def _turn(self, hub: Hub, reports: list[Report], requests: list[_Request]) -> None:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
-        for request in requests:
-            # Unless an announcement came in between, which the callback has heard.
-            if request.callback and request.missed and request.missed is self._last_event:
-                self._call(request.callback, request.missed)
         wants_look = any(request.level is None and request.callback is None for request in requests)
         try:
-            heard, causes = hub.hear()
-            if heard or wants_look:
-                self._look(hub, heard, causes)
+            # All files in one native call; it ends before user code runs, which may want to look for itself.
+            with hub.ahead:
+                heard, causes = hub.hear(reports)
+                status = memory_status(root=self._root) if heard or wants_look else None
+            if status is not None:
+                self._decide(hub, status, heard, causes)
             for request in requests:
                 if request.level is not None:
                     self._drill(hub, request.level)
@@ -359,22 +361,26 @@ class PressureMonitor:
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
         for request in requests:
+            # Unless an announcement came in between, which the callback has heard.
+            if request.callback and request.missed and request.missed is self._last_event:
+                self._call(request.callback, request.missed)
+        for request in requests:
             request.done.set()
 
-    def _look(self, hub: Hub, heard: list[str], causes: list[Cause]) -> None:
-        status = memory_status(root=self._root)
-        if hub.choose(status):
-            self._source_statuses = hub.statuses
+    def _decide(self, hub: Hub, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> None:
         judgement = levels.judge(status, self._thresholds, causes)
         now_s = self._clock()
         previous = self._ladder.level
         level = self._ladder.move(judgement.raised, judgement.held, now_s)
-        self._set_timer(hub, status, now_s)
         if level != previous:
             woken_by = next((name for name in heard if name != "polling"), "polling")
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
         elif judgement.raised > PressureLevel.NORMAL and now_s - self._responded_at_s >= _RESPOND_AGAIN_S:
             self._respond_again(judgement)
+        # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
+        if hub.choose(status):
+            self._source_statuses = hub.statuses
+        self._set_timer(hub, status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
         previous, now_s = self._ladder.level, self._clock()
@@ -383,13 +389,13 @@ class PressureMonitor:
         status = memory_status(root=self._root)
         judgement = levels.judge(status, self._thresholds)
         self._ladder.force(level, now_s)
-        self._set_timer(hub, status, now_s)
         drill = replace(judgement, raised=level, held=level, detail=f"simulated; {judgement.detail}")
         self._announce(previous, drill, "simulate", now_s)
+        self._set_timer(hub, status)
 
-    def _set_timer(self, hub: Hub, status: MemoryStatus, now_s: float) -> None:
+    def _set_timer(self, hub: Hub, status: MemoryStatus) -> None:
         after_s = levels.poll_after_s(status, self._thresholds, hub.guarded)
-        falls_after_s = self._ladder.falls_after_s(now_s)
+        falls_after_s = self._ladder.falls_after_s(self._clock())
         hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s))
 
     # ------------------------------------------------------------------------------------------------ telling
@@ -406,8 +412,11 @@ class PressureMonitor:
         )
         with self._lock:
             self._last_event = event
+            self._changes += 1
             callbacks, streams = self._callbacks, list(self._streams)
-        os.eventfd_write(self._changed_fd, 1)
+            # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
+            if self._changes_wanted:
+                os.eventfd_write(self._changed_fd, 1)
         for stream in streams:
             stream.feed(event)
         rose = event.level > previous

@@ -253,10 +253,10 @@ class Polling(Source):
     def __init__(self) -> None:
         super().__init__("polling", None, "looks at the headroom, the oftener the less there is")
 
-    def set(self, delay_s: float) -> None:
-        """Look again in *delay_s*, and at no other time."""
-        if self.used:
-            waiter.set_timer(self._fd, delay_s)
+    @property
+    def timer_fd(self) -> int:
+        """The timer, for waiter.Look."""
+        return self._fd
 
     def _arm(self) -> int:
         return waiter.open_timer()

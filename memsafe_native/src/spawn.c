@@ -36,6 +36,7 @@
 #define STACK_BYTES    ((size_t)64 * 1024)
 #define SIGSET_BYTES   (_NSIG / 8) /* of the kernel's set, which is smaller than libc's */
 #define FIRST_OTHER_FD 3
+#define NOT_GIVEN      (-1)
 
 /* glibc 2.34; elsewhere children that close descriptors take the other way. */
 extern int posix_spawn_file_actions_addclosefrom_np(posix_spawn_file_actions_t *, int) __attribute__((weak));
@@ -110,7 +111,7 @@ static int place_stdio(struct child *child)
     int fds[3];
     memcpy(fds, child->plan->stdio, sizeof fds);
     for (int target = 1; target < 3; target++) /* move away what an earlier target is about to overwrite */
-        if (fds[target] >= 0 && fds[target] < target) {
+        if (fds[target] != NOT_GIVEN && fds[target] < target) {
             fds[target] = fcntl(fds[target], F_DUPFD_CLOEXEC, FIRST_OTHER_FD);
             if (fds[target] < 0)
                 return last_error();
@@ -119,7 +120,7 @@ static int place_stdio(struct child *child)
         int error = 0;
         if (fds[target] == target)
             error = set_inheritable(target);
-        else if (fds[target] >= 0 && dup2(fds[target], target) < 0)
+        else if (fds[target] != NOT_GIVEN && dup2(fds[target], target) < 0)
             error = last_error();
         if (error)
             return error;
@@ -275,7 +276,7 @@ static int child_main(void *argument)
 static int is_plain(const struct ms_spawn *plan)
 {
     for (int i = 0; i < 3; i++)
-        if (plan->stdio[i] >= 0 && plan->stdio[i] < FIRST_OTHER_FD)
+        if (plan->stdio[i] != NOT_GIVEN && plan->stdio[i] < FIRST_OTHER_FD)
             return 0;
     return plan->paths.count == 1 && !plan->cwd && !plan->keep_fds_count && plan->process_group < 0 &&
            plan->umask < 0 && plan->uid < 0 && plan->gid < 0 && plan->groups_count < 0 && !plan->writes_count &&
@@ -287,7 +288,7 @@ static int describe(const struct ms_spawn *plan, posix_spawn_file_actions_t *act
     short flags = 0;
     int error = 0;
     for (int target = 0; !error && target < 3; target++)
-        if (plan->stdio[target] >= 0)
+        if (plan->stdio[target] != NOT_GIVEN)
             error = posix_spawn_file_actions_adddup2(actions, plan->stdio[target], target);
     if (!error && plan->close_fds)
         error = posix_spawn_file_actions_addclosefrom_np(actions, FIRST_OTHER_FD);

@@ -14,9 +14,10 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_budget_counters_under_threads(tmp_path, sanitizers):
-    program = tmp_path / "budget_threads"
-    sources = [NATIVE / "src" / "budget.c", Path(__file__).with_name("budget_threads.c")]
+@pytest.mark.parametrize("concepts", [["budget"], ["waiter", "files"]], ids=lambda names: names[0])
+def test_a_concept_under_threads(tmp_path, concepts, sanitizers):
+    program = tmp_path / f"{concepts[0]}_threads"
+    sources = [NATIVE / "src" / f"{name}.c" for name in concepts] + [Path(__file__).with_name(f"{program.name}.c")]
     flags = [
         "-std=gnu11",
         "-O1",

@@ -1,11 +1,9 @@
 """The budget tree against a plain model: whatever is done in whatever order, the counters are the sums."""
 
-import gc
 import warnings
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from memsafe import Budget, BudgetClosedError, BudgetExceededError, ReservationClosedError
@@ -188,8 +186,8 @@ class BudgetTree(RuleBasedStateMachine):
     def teardown(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
-            self.all.clear()
-            gc.collect()
+            for model in self.all:
+                model.budget.close()
 
 
 TestBudgetTree = BudgetTree.TestCase

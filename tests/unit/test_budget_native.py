@@ -56,7 +56,7 @@ def test_closing_while_others_charge_gives_every_byte_back_exactly_once(stats):
         def work(leaf=leaf, start=start):
             start.wait()
             taken = 0
-            while lib.ms_budget_charge(leaf, 7, ffi.NULL, ffi.NULL) >= 0 and taken < 20000:
+            while taken < 20000 and lib.ms_budget_charge(leaf, 7, ffi.NULL, ffi.NULL) >= 0:
                 taken += 1
             for _ in range(taken):
                 lib.ms_budget_uncharge(leaf, 7, ffi.NULL)

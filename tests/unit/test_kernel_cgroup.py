@@ -3,8 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from memsafe._kernel import cgroup
 from memsafe._kernel.cgroup import memory_cgroups, parse_membership, parse_mount, placement
@@ -103,6 +102,12 @@ def test_a_mount_that_exists_goes_before_one_that_is_hidden(tree: ProcTree) -> N
     tree.mounts(V1_MOUNT, V1_MOUNT.replace("/sys/fs/cgroup/memory", "/mnt/memory"))
     tree.write("/mnt/memory/m/memory.usage_in_bytes", "1\n")
     assert seen(tree)[0][2] == "/mnt/memory/m"
+
+
+def test_a_mount_covers_an_earlier_one_at_its_point(tree: ProcTree) -> None:
+    tree.v1("/m")
+    tree.mounts(V1_MOUNT, V1_MOUNT.replace(" / ", " /m "))
+    assert seen(tree) == [(1, "/m", "/sys/fs/cgroup/memory")]
 
 
 def test_a_mount_from_outside_of_the_namespace_is_passed_over(tree: ProcTree) -> None:

@@ -5,8 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memsafe._kernel import files
 from memsafe._kernel.files import UNLIMITED, Flat, Labelled

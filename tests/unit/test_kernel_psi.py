@@ -4,8 +4,7 @@ import errno
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memsafe._kernel import files, psi
 from memsafe.errors import KernelError

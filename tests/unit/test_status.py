@@ -4,8 +4,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from memsafe import Constraint, MemoryStatus, memory_status
 from tests.unit.proc_tree import GIB, HYBRID_MOUNT, MIB, V1_MOUNT, ProcTree

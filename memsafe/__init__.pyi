@@ -1,0 +1,53 @@
+from memsafe import oom as oom
+from memsafe.budget import (
+    Budget as Budget,
+    BudgetReport as BudgetReport,
+    BudgetStats as BudgetStats,
+    Consumer as Consumer,
+    Reservation as Reservation,
+    current_budget as current_budget,
+)
+from memsafe.commit import ForkAssessment as ForkAssessment, assess_fork as assess_fork
+from memsafe.errors import (
+    BudgetAbortedError as BudgetAbortedError,
+    BudgetClosedError as BudgetClosedError,
+    BudgetExceededError as BudgetExceededError,
+    KernelError as KernelError,
+    MemsafeError as MemsafeError,
+    OOMKilledError as OOMKilledError,
+    ReservationClosedError as ReservationClosedError,
+    SnapshotCancelledError as SnapshotCancelledError,
+    SnapshotFailedError as SnapshotFailedError,
+    SnapshotInProgressError as SnapshotInProgressError,
+    SnapshotOverrunError as SnapshotOverrunError,
+    SnapshotRefusedError as SnapshotRefusedError,
+    UnsupportedError as UnsupportedError,
+)
+from memsafe.heap import trim as trim
+from memsafe.pressure import (
+    PressureEvent as PressureEvent,
+    PressureLevel as PressureLevel,
+    PressureMonitor as PressureMonitor,
+    SourceStatus as SourceStatus,
+    Thresholds as Thresholds,
+)
+from memsafe.region import Region as Region
+from memsafe.sizes import format_size as format_size, parse_size as parse_size
+from memsafe.snapshot import (
+    SnapshotJob as SnapshotJob,
+    SnapshotProgress as SnapshotProgress,
+    SnapshotResult as SnapshotResult,
+    fork_snapshot as fork_snapshot,
+)
+from memsafe.spawn import Popen as Popen, run as run
+from memsafe.status import (
+    CommitStatus as CommitStatus,
+    Constraint as Constraint,
+    MemoryStatus as MemoryStatus,
+    Pressure as Pressure,
+    ProcessMemory as ProcessMemory,
+    Stall as Stall,
+    memory_status as memory_status,
+)
+
+__version__: str

@@ -1,0 +1,279 @@
+"""What this machine's kernel signals, through the native waiter and through a monitor. Each in a process of its own."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from memsafe import PressureLevel, PressureMonitor, Thresholds, memory_status
+from memsafe._kernel import cgroup, notify, psi
+from memsafe.errors import KernelError
+from memsafe.pressure.hub import Hub
+from memsafe.pressure.waiter import How, Waiter
+from tests.integration import scenario
+
+MIB = 1024**2
+
+# Whatever is heard in time was told by the kernel.
+NO_POLLING = Thresholds(poll_s_min=3600, poll_s_max=3600)
+
+
+def remove(group: Path) -> None:
+    """Remove a cgroup whose last process has just ended: it may be busy for a moment."""
+    for _ in range(100_000):
+        try:
+            return group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+    return group.rmdir()
+
+
+@pytest.fixture
+def v1_group():
+    """A v1 memory cgroup of 128 MiB below that of the tests."""
+    groups = cgroup.memory_cgroups()
+    if not groups or groups[0].version != 1:
+        pytest.skip("the memory controller is not on cgroup v1 here")
+    group = Path(groups[0].directory) / f"memsafe-pressure-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"may not make a memory cgroup: {error}")
+    try:
+        (group / "memory.limit_in_bytes").write_text("128M")
+        yield group
+    finally:
+        remove(group)
+
+
+@pytest.fixture
+def v2_group():
+    """A cgroup2 below that of the tests, whatever its controllers."""
+    directory = cgroup.unified_directory()
+    if directory is None:
+        pytest.skip("no cgroup2 is mounted here")
+    group = Path(directory) / f"memsafe-pressure-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"may not make a cgroup: {error}")
+    yield group
+    if group.exists():
+        remove(group)
+
+
+def join(group: str) -> None:
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+
+
+class Filler:
+    """Takes memory a MiB at a time, off the heap."""
+
+    def __init__(self):
+        self.held = []
+
+    def take(self):
+        self.held.append(mmap.mmap(-1, MIB))
+        self.held[-1].write(b"x" * MIB)
+
+
+# --- v1 -------------------------------------------------------------------------------------------------------------
+
+
+def is_warned_by_the_kernel(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler, heard = Filler(), {}
+    with PressureMonitor(thresholds=NO_POLLING) as monitor:
+        marks = {s.name: s.path for s in monitor.sources if s.used and s.name.startswith("usage.")}
+        monitor.check()
+        for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+            came = threading.Event()
+
+            @monitor.on(level)
+            def note(event, level=level, came=came):
+                heard.setdefault(level.name, (event.source, event.available_bytes, own.usage_bytes()))
+                came.set()
+
+            begins_at = 128 * MIB - NO_POLLING.begins_at(level, 128 * MIB)
+            # Less file cache than a MiB lies in this group: its pages were in memory before it was made.
+            while own.usage_bytes() - sum(own.file_cache_bytes()) < begins_at + 2 * MIB:
+                filler.take()
+            assert came.wait(30), monitor.sources
+    return {"marks": marks, **heard}
+
+
+def test_a_v1_cgroup_is_warned_by_the_kernel_before_its_limit(v1_group):
+    found = scenario.run(is_warned_by_the_kernel, v1_group)
+    assert set(found["marks"]) == {"usage.low", "usage.critical"}
+    for level in ("LOW", "CRITICAL"):
+        source, available_bytes, usage_bytes = found[level]
+        assert source.startswith("usage.")
+        assert available_bytes <= NO_POLLING.begins_at(PressureLevel[level], 128 * MIB)
+        assert usage_bytes < 128 * MIB
+
+
+def follows_its_limit(group):
+    join(group)
+    with PressureMonitor(thresholds=NO_POLLING) as monitor:
+        Path(group, "memory.limit_in_bytes").write_text("256M")
+        monitor.check()
+        return {s.name: s.reason for s in monitor.sources if s.used and s.name.startswith("usage.")}
+
+
+def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
+    found = scenario.run(follows_its_limit, v1_group)
+    expected_bytes = 256 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 256 * MIB)
+    assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
+
+
+def writes_and_reads_a_large_file(group, path):
+    join(group)
+    heard = []
+    (own, *_) = cgroup.memory_cgroups()
+    with PressureMonitor(thresholds=Thresholds(poll_s_min=0.01, poll_s_max=0.01)) as monitor:
+        monitor.on(PressureLevel.LOW, lambda event: heard.append(str(event)))
+        with open(path, "wb+") as file:
+            for _ in range(160):
+                file.write(bytes(MIB))
+                file.flush()
+                os.fsync(file.fileno())
+            for _ in range(2):
+                file.seek(0)
+                while file.read(MIB):
+                    pass
+        monitor.check()
+        return {"heard": heard, "cache": sum(own.file_cache_bytes()), "peak": own.usage_bytes()}
+
+
+def test_page_cache_alone_raises_no_level(v1_group, tmp_path):
+    found = scenario.run(writes_and_reads_a_large_file, v1_group, tmp_path / "large")
+    if found["cache"] < 64 * MIB:
+        pytest.skip(f"{tmp_path} leaves no page cache behind: a tmpfs, or an overlay of one")
+    assert found["heard"] == []
+    assert found["peak"] > 128 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 128 * MIB)
+
+
+EATER = """
+import mmap, sys
+open("/proc/self/oom_score_adj", "w").write("1000")
+held = []
+while True:
+    held.append(mmap.mmap(-1, 1 << 20))
+    held[-1].write(b"x" * (1 << 20))
+"""
+
+
+def hears_an_oom(group):
+    join(group)
+    hub = Hub("/", NO_POLLING)
+    hub.choose(memory_status())
+    victim = subprocess.run([sys.executable, "-c", EATER], check=False)
+    causes = []
+    while not causes:
+        causes = [cause for cause in hub.hear(hub.wait())[1] if cause.source == "oom_control"]
+    hub.close()
+    return {"victim": victim.returncode, "level": causes[0].level.name, "detail": causes[0].detail}
+
+
+def test_an_oom_in_the_cgroup_is_critical(v1_group):
+    found = scenario.run(hears_an_oom, v1_group)
+    assert (found["victim"], found["level"]) == (-9, "CRITICAL")
+    assert str(v1_group.name) in found["detail"]
+
+
+def loses_its_cgroup(group):
+    inner = Path(group, "inner")
+    inner.mkdir()
+    (own, *_) = cgroup.memory_cgroups()
+    join(str(inner))
+    with PressureMonitor(thresholds=NO_POLLING) as monitor:
+        Path(own.directory, "cgroup.procs").write_text(str(os.getpid()))
+        remove(inner)
+        level = monitor.check()
+        paths = [s.path for s in monitor.sources if s.used and s.path]
+    return {"level": level.name, "stale": [path for path in paths if "inner" in path], "left": len(paths)}
+
+
+def test_it_goes_on_when_its_cgroup_vanishes(v1_group):
+    found = scenario.run(loses_its_cgroup, v1_group)
+    assert (found["level"], found["stale"]) == ("NORMAL", [])
+
+
+# --- cgroup2 --------------------------------------------------------------------------------------------------------
+
+
+def hears_a_cgroup2_file_change(group):
+    waiter = Waiter()
+    events = notify.open_watched(f"{group}/cgroup.events")
+    waiter.add(events, How.KERNFS, 1)
+    before = waiter.take()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    Path(group, "cgroup.procs").write_text(str(child.pid))
+    populated = waiter.wait()
+    child.communicate(b"\n", timeout=30)
+    emptied = waiter.wait()
+    waiter.close()
+    os.close(events)
+    return {"before": len(before), "populated": [r.count for r in populated], "emptied": [r.count for r in emptied]}
+
+
+def test_a_cgroup2_file_that_changes_wakes_the_waiter_each_time(v2_group):
+    found = scenario.run(hears_a_cgroup2_file_change, v2_group)
+    assert (found["before"], found["populated"], found["emptied"]) == (0, [1], [1])
+
+
+# --- pressure stall information -------------------------------------------------------------------------------------
+
+
+def armed(path):
+    try:
+        return notify.arm_stall_trigger(path, "some", 200_000)
+    except KernelError as error:
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS):
+            pytest.skip(f"no PSI trigger may be set here: {error}")
+        raise
+
+
+def test_a_stall_trigger_is_armed_and_used():
+    path = psi.system_path()
+    os.close(armed(path))
+    with PressureMonitor() as monitor:
+        used = {source.name for source in monitor.sources if source.used}
+    assert used >= {"psi.some", "psi.full"}
+
+
+def test_a_trigger_that_the_kernel_refuses_leaves_no_descriptor():
+    path = psi.system_path()
+    os.close(armed(path))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(KernelError, match="write 'some 3000000 2000000'") as refused:
+        notify.arm_stall_trigger(path, "some", 3_000_000)
+    assert refused.value.errno == errno.EINVAL
+    assert os.listdir("/proc/self/fd") == before
+
+
+def loses_a_trigger(group):
+    waiter = Waiter()
+    trigger = notify.arm_stall_trigger(f"{group}/memory.pressure", "some", 200_000)
+    waiter.add(trigger, How.TRIGGER, 1)
+    Path(group).rmdir()
+    (report,) = waiter.wait()
+    waiter.close()
+    os.close(trigger)
+    return {"lost": report.lost_errno}
+
+
+def test_a_trigger_whose_cgroup_is_removed_is_lost(v2_group):
+    if not (v2_group / "memory.pressure").exists():
+        pytest.skip("cgroup2 has no memory.pressure here")
+    os.close(armed(f"{v2_group}/memory.pressure"))
+    assert scenario.run(loses_a_trigger, v2_group)["lost"] == errno.ENODEV

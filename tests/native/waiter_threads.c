@@ -1,0 +1,114 @@
+/* The waiter under threads that add, signal, take and remove at once, and across a fork. Exit status 0: as promised. */
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "ms.h"
+#include "files.h"
+#include "waiter.h"
+
+enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
+
+#define CHECK(what)                                                                                                    \
+    do {                                                                                                               \
+        if (!(what)) {                                                                                                 \
+            fprintf(stderr, "line %d: %s\n", __LINE__, #what);                                                         \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+static ms_waiter *waiter;
+static int counters[SOURCES];
+
+static void *signal_all(void *argument)
+{
+    const uint64_t one = 1;
+    (void)argument;
+    for (int round = 0; round < ROUNDS; round++)
+        for (int i = 0; i < SOURCES; i++)
+            CHECK(write(counters[i], &one, sizeof one) == sizeof one);
+    return NULL;
+}
+
+/* A source of its own that comes and goes beside the others; its events may or may not be taken. */
+static void *come_and_go(void *argument)
+{
+    const uint64_t one = 1;
+    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    (void)argument;
+    for (int round = 0; round < ROUNDS; round++) {
+        CHECK(ms_waiter_add(waiter, fd, MS_WAITER_COUNTER, 1000) == 0);
+        CHECK(write(fd, &one, sizeof one) == sizeof one);
+        CHECK(ms_waiter_remove(waiter, 1000) == 0);
+    }
+    close(fd);
+    return NULL;
+}
+
+static void take_all(void)
+{
+    ms_waiter_report reports[3]; /* fewer than sources: what does not fit must come again */
+    uint64_t counted[SOURCES] = {0}, total = 0;
+    char text[4096];
+    ms_file file = {.path = "/proc/self/stat", .result = 0};
+    ms_waiter_look look = {1000, -1, 0, &file, 1, text, sizeof text};
+    int round = 0;
+    while (total < SIGNALS) {
+        int count = ms_waiter_wait(waiter, round++ % 2 ? &look : NULL, reports, 3);
+        CHECK(count >= 0 && count <= 3);
+        for (int i = 0; i < count; i++) {
+            CHECK(reports[i].lost_errno == 0 && reports[i].first_ns <= reports[i].last_ns);
+            if (reports[i].token == 1000)
+                continue;
+            counted[reports[i].token] += reports[i].count;
+            total += reports[i].count;
+        }
+    }
+    for (int i = 0; i < SOURCES; i++)
+        CHECK(counted[i] == ROUNDS);
+    CHECK(file.result > 0 && file.result < (int64_t)sizeof text);
+}
+
+static void fork_beside(void)
+{
+    ms_waiter_report report;
+    int status;
+    pid_t child = fork();
+    if (child == 0) {
+        int refused = ms_waiter_take(waiter, &report, 1) == -ECHILD && ms_waiter_remove(waiter, 0) == -ECHILD &&
+                      ms_waiter_add(waiter, counters[0], MS_WAITER_COUNTER, 5) == -ECHILD &&
+                      ms_waiter_wait(waiter, NULL, &report, 1) == -ECHILD;
+        ms_waiter_close(waiter);
+        _exit(refused ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+}
+
+int main(void)
+{
+    pthread_t threads[2];
+    CHECK(ms_waiter_open(0, &waiter) == -EINVAL && waiter == NULL);
+    CHECK(ms_waiter_open(SOURCES + 1, &waiter) == 0);
+    for (int i = 0; i < SOURCES; i++) {
+        counters[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        CHECK(ms_waiter_add(waiter, counters[i], MS_WAITER_COUNTER, (uint64_t)i) == 0);
+    }
+    pthread_create(&threads[0], NULL, signal_all, NULL);
+    pthread_create(&threads[1], NULL, come_and_go, NULL);
+    take_all();
+    for (int i = 0; i < 2; i++)
+        pthread_join(threads[i], NULL);
+    fork_beside();
+    ms_waiter_close(waiter);
+    for (int i = 0; i < SOURCES; i++)
+        close(counters[i]);
+    for (int i = 0; i < 100; i++) {
+        CHECK(ms_waiter_open(1, &waiter) == 0);
+        ms_waiter_close(waiter);
+    }
+    return 0;
+}

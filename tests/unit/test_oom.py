@@ -1,0 +1,89 @@
+import errno
+
+import pytest
+
+import memsafe
+from memsafe import oom
+
+MOUNTS = {
+    1: "30 25 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n",
+    2: "30 25 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n",
+}
+MEMBERSHIP = {1: "4:memory:/app\n0::/\n", 2: "0::/app\n"}
+DIRECTORY = {1: "sys/fs/cgroup/memory/app", 2: "sys/fs/cgroup/app"}
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def machine(root, version, files):
+    above = DIRECTORY[version].removesuffix("/app")
+    write(root, {"proc/self/cgroup": MEMBERSHIP[version], "proc/self/mountinfo": MOUNTS[version]})
+    if version == 2:
+        write(root, {f"{above}/cgroup.controllers": "memory\n", f"{DIRECTORY[2]}/cgroup.controllers": "memory\n"})
+    return write(root, {f"{DIRECTORY[version]}/{name}": text for name, text in files.items()})
+
+
+def test_kills_come_from_memory_events_in_v2(tmp_path):
+    events = "low 0\nhigh 0\nmax 9\noom 4\noom_kill 3\noom_group_kill 1\n"
+    assert oom.kills(root=machine(tmp_path, 2, {"memory.events": events})) == 3
+
+
+def test_kills_come_from_oom_control_in_v1(tmp_path):
+    control = "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n"
+    assert oom.kills(root=machine(tmp_path, 1, {"memory.oom_control": control})) == 7
+
+
+def test_kills_are_the_machines_where_the_cgroup_does_not_count(tmp_path):
+    root = machine(tmp_path, 1, {"memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"})
+    write(tmp_path, {"proc/vmstat": "pgfault 12\noom_kill 5\n"})
+    assert oom.kills(root=root) == 5
+
+
+def test_kills_that_nobody_counts_are_said_to_be_unsupported(tmp_path):
+    root = machine(tmp_path, 1, {"memory.limit_in_bytes": "4096\n"})
+    with pytest.raises(memsafe.UnsupportedError, match=r"not counted here.*since Linux 4\.13"):
+        oom.kills(root=root)
+
+
+def test_a_counter_that_makes_no_sense_is_an_error_and_no_number(tmp_path):
+    root = machine(tmp_path, 2, {"memory.events": "oom_kill many\n"})
+    with pytest.raises(memsafe.KernelError, match=r"memory\.events.*not a number"):
+        oom.kills(root=root)
+
+
+def test_score_and_adjustment_are_read_as_they_are(tmp_path):
+    write(tmp_path, {"proc/self/oom_score": "666\n", "proc/self/oom_score_adj": "-17\n"})
+    assert oom.score(root=tmp_path) == 666
+    assert oom.score_adj(root=tmp_path) == -17
+
+
+def test_a_score_that_is_not_told_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(memsafe.KernelError, match=r"/proc/self/oom_score: No such file.*is proc mounted") as caught:
+        oom.score(root=tmp_path)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_set_score_adj_writes_the_number_and_returns_the_old_one(tmp_path):
+    write(tmp_path, {"proc/self/oom_score_adj": "5\n"})
+    assert oom.set_score_adj(500, root=tmp_path) == 5
+    assert (tmp_path / "proc/self/oom_score_adj").read_text().startswith("500")
+
+
+@pytest.mark.parametrize("junk", [-1001, 1001, 10**30])
+def test_set_score_adj_out_of_range_is_refused_before_anything_is_read(tmp_path, junk):
+    with pytest.raises(ValueError, match="from -1000 to 1000"):
+        oom.set_score_adj(junk, root=tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, -500), (300, -200), (-600, -999), (-999, -999), (-1000, -1000)])
+def test_protect_takes_500_off_and_never_exempts(tmp_path, before, after):
+    path = tmp_path / "proc/self/oom_score_adj"
+    write(tmp_path, {"proc/self/oom_score_adj": f"{before:<5}\n"})
+    assert oom.protect(root=tmp_path) == before
+    assert int(path.read_text().split()[0]) == after

@@ -1,0 +1,719 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import memsafe
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from tests.unit.proc_tree import MIB, ProcTree
+
+NORMAL, LOW, CRITICAL = PressureLevel
+
+# Polling is left to check(): a test decides when the machine is looked at.
+QUIET = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=10)
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    tree = ProcTree(tmp_path)
+    tree.v2("/app")
+    tree.v2_group("/app", limit=128 * MIB, used=32 * MIB)
+    return tree
+
+
+@pytest.fixture
+def monitor(machine, clock):
+    with PressureMonitor(root=machine.root, clock=clock, thresholds=QUIET) as running:
+        yield running
+
+
+def use(machine, left_bytes):
+    machine.v2_group("/app", limit=128 * MIB, used=128 * MIB - left_bytes)
+
+
+def listen(monitor, level):
+    heard = []
+    monitor.on(level, heard.append)
+    return heard
+
+
+# --- levels ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_level_is_told_once_until_it_changes(machine, monitor):
+    heard = listen(monitor, LOW)
+    use(machine, 15 * MIB)
+    assert monitor.check() == LOW
+    assert monitor.check() == LOW
+    (event,) = heard
+    assert (event.level, event.previous, event.source) == (LOW, NORMAL, "polling")
+    assert (event.available_bytes, event.limit_bytes, event.at_s) == (15 * MIB, 128 * MIB, 1000.0)
+    assert "15 MiB available of 128 MiB (memory.max of /app)" in event.detail
+    use(machine, 1 * MIB)
+    assert monitor.check() == CRITICAL
+    assert [event.level for event in heard] == [LOW, CRITICAL]
+
+
+def test_it_falls_after_the_cooldown_and_says_so(machine, monitor, clock):
+    clear = listen(monitor, NORMAL)
+    use(machine, 1 * MIB)
+    monitor.check()
+    use(machine, 100 * MIB)
+    assert monitor.check() == CRITICAL
+    clock.now_s += 9.9
+    assert monitor.check() == CRITICAL
+    assert clear == []
+    clock.now_s += 0.2
+    assert monitor.check() == NORMAL
+    assert [(event.level, event.previous) for event in clear] == [(NORMAL, CRITICAL)]
+
+
+def test_page_cache_alone_raises_nothing(machine, monitor):
+    heard = listen(monitor, LOW)
+    for inactive, active in [(100 * MIB, 0), (0, 100 * MIB), (50 * MIB, 50 * MIB)]:
+        machine.v2_group("/app", limit=128 * MIB, used=128 * MIB, inactive=inactive, active=active)
+        assert monitor.check() == NORMAL
+    assert heard == []
+
+
+def test_a_limit_that_is_lowered_is_noticed(machine, monitor):
+    machine.v2_group("/app", limit=40 * MIB, used=32 * MIB)
+    assert monitor.check() == LOW
+
+
+def test_an_ancestor_counts(machine, monitor):
+    machine.v2("/pod/app")
+    machine.v2_group("/pod", limit=256 * MIB, used=255 * MIB)
+    machine.v2_group("/pod/app", limit=128 * MIB, used=32 * MIB)
+    heard = listen(monitor, CRITICAL)
+    assert monitor.check() == CRITICAL
+    assert "of /pod)" in heard[0].detail
+
+
+def test_a_machine_that_makes_no_sense_is_survived(machine, monitor):
+    machine.write("/sys/fs/cgroup/app/memory.max", "lots\n")
+    machine.write("/proc/self/cgroup", "nonsense\n")
+    assert monitor.check() == NORMAL
+    machine.v2("/app")
+    use(machine, 1 * MIB)
+    assert monitor.check() == CRITICAL
+
+
+def test_the_polling_timer_looks_by_itself(machine):
+    # Nothing but time passes here: the event itself is what is waited for.
+    thresholds = Thresholds(poll_s_min=0.001, poll_s_max=0.001, cooldown_s=0)
+    with PressureMonitor(root=machine.root, thresholds=thresholds) as monitor:
+        came, left = threading.Event(), threading.Event()
+        monitor.on(LOW, lambda event: came.set())
+        monitor.on(NORMAL, lambda event: left.set())
+        use(machine, 15 * MIB)
+        assert came.wait(30)
+        use(machine, 100 * MIB)
+        assert left.wait(30)
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------------
+
+
+def test_who_hears_what(monitor):
+    low, critical, normal = (listen(monitor, level) for level in (LOW, CRITICAL, NORMAL))
+    for level in (LOW, CRITICAL, LOW, NORMAL, CRITICAL, NORMAL):
+        monitor.simulate(level)
+    assert [event.level for event in low] == [LOW, CRITICAL, LOW, CRITICAL]
+    assert [event.level for event in critical] == [CRITICAL, CRITICAL]
+    assert [event.previous for event in normal] == [LOW, CRITICAL]
+
+
+def test_callbacks_run_in_order_on_one_thread_of_the_monitors_own(monitor):
+    order, threads = [], set()
+
+    def note(name):
+        def callback(event):
+            order.append(name)
+            threads.add(threading.current_thread().name)
+
+        return callback
+
+    monitor.on(LOW, note("first"))
+    monitor.on(CRITICAL, note("never"))
+    monitor.on(LOW)(note("second"))
+    monitor.simulate(LOW)
+    assert order == ["first", "second"]
+    assert threads == {"memsafe-pressure"}
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt()])
+def test_a_failing_callback_is_logged_and_the_rest_run(monitor, caplog, error):
+    def fail(event):
+        raise error
+
+    monitor.on(LOW, fail)
+    heard = listen(monitor, LOW)
+    monitor.simulate(LOW)
+    assert len(heard) == 1
+    (record,) = caplog.records
+    assert record.name == "memsafe.pressure"
+    assert record.levelno == logging.ERROR
+    assert repr(fail) in record.getMessage()
+    assert record.exc_info[1] is error
+    monitor.simulate(CRITICAL)
+    assert len(heard) == 2
+
+
+def test_on_is_a_decorator_that_returns_its_function(monitor):
+    @monitor.on(PressureLevel.LOW)
+    def shed(event):
+        shed.heard = event
+
+    assert monitor.on(LOW, shed) is shed
+    monitor.simulate(LOW)
+    assert shed.heard.level == LOW
+
+
+@pytest.mark.parametrize(("level", "function", "error"), [(7, print, ValueError), (LOW, "shed", TypeError)])
+def test_junk_is_no_callback(monitor, level, function, error):
+    with pytest.raises(error):
+        monitor.on(level, function)
+
+
+def test_a_callback_that_comes_late_hears_what_it_missed_once(machine, monitor):
+    use(machine, 15 * MIB)
+    monitor.check()
+    low, critical, normal = (listen(monitor, level) for level in (LOW, CRITICAL, NORMAL))
+    monitor.check()
+    monitor.check()
+    assert [event.level for event in low] == [LOW]
+    assert critical == normal == []
+
+
+def test_a_callback_that_comes_after_a_drill_hears_the_next_change_only(monitor):
+    monitor.simulate(LOW)
+    heard = listen(monitor, LOW)
+    monitor.simulate(CRITICAL)
+    assert [event.level for event in heard] == [CRITICAL]
+
+
+# --- drills ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_drill_says_that_it_is_one_and_falls_back(monitor, clock):
+    heard = listen(monitor, LOW)
+    monitor.simulate(LOW)
+    (event,) = heard
+    assert (event.source, event.level) == ("simulate", LOW)
+    assert event.detail.startswith("simulated; 96 MiB available")
+    assert monitor.check() == LOW
+    clock.now_s += 10
+    assert monitor.check() == NORMAL
+
+
+def test_a_drill_to_the_level_in_force_is_told_nobody(monitor):
+    heard = listen(monitor, LOW)
+    monitor.simulate(LOW)
+    monitor.simulate(LOW)
+    assert len(heard) == 1
+
+
+def test_a_real_cause_outlasts_a_drill_to_normal(machine, monitor):
+    use(machine, 1 * MIB)
+    monitor.check()
+    monitor.simulate(NORMAL)
+    assert monitor.level == NORMAL
+    assert monitor.check() == CRITICAL
+
+
+def test_a_drill_from_a_callback_runs_after_it(monitor):
+    order = []
+
+    @monitor.on(LOW)
+    def escalate(event):
+        if event.level == LOW:
+            monitor.simulate(CRITICAL)
+            monitor.check()
+        order.append(event.level)
+
+    heard = listen(monitor, LOW)
+    monitor.simulate(LOW)
+    monitor.check()
+    assert order == [LOW, CRITICAL]
+    assert [event.level for event in heard] == [LOW, CRITICAL]
+
+
+def test_drills_from_many_threads_are_told_in_turn(monitor):
+    running, heard = [], []
+
+    @monitor.on(LOW)
+    def alone(event):
+        running.append(event)
+        assert len(running) == 1
+        heard.append(event)
+        running.pop()
+
+    def drill():
+        for _ in range(20):
+            monitor.simulate(CRITICAL)
+            monitor.simulate(LOW)
+
+    threads = [threading.Thread(target=drill) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for before, after in itertools.pairwise(heard):
+        assert after.previous == before.level
+
+
+def test_a_drill_does_not_wait_longer_than_told(monitor):
+    going_on = threading.Event()
+    monitor.on(LOW, lambda event: going_on.wait(30))
+    with pytest.raises(TimeoutError):
+        monitor.simulate(LOW, timeout_s=0.001)
+    going_on.set()
+
+
+@pytest.mark.parametrize("level", [-1, 3, "LOW"])
+def test_a_drill_of_no_level_is_refused(monitor, level):
+    with pytest.raises(ValueError, match="PressureLevel"):
+        monitor.simulate(level)
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Holds bytes of a budget and gives back what it is asked for."""
+
+    def __init__(self, budget, size, priority=0):
+        self.held = budget.reserve(size)
+        self.asked = []
+        budget.reclaimer(self.shed, priority=priority)
+
+    def shed(self, need_bytes):
+        self.asked.append(need_bytes)
+        freed_bytes = min(need_bytes, self.held.size_bytes)
+        self.held.shrink(freed_bytes)
+        return freed_bytes
+
+
+@pytest.fixture
+def budget():
+    with Budget("64 MiB", name="db", soft_limit="20 MiB") as made:
+        yield made
+
+
+def monitored(machine, clock, budget):
+    return PressureMonitor(budget, root=machine.root, clock=clock, thresholds=QUIET)
+
+
+def test_at_low_a_budget_is_reclaimed_to_its_soft_limit(machine, clock, budget):
+    cache = Cache(budget, "30 MiB")
+    with monitored(machine, clock, budget) as monitor:
+        monitor.simulate(LOW)
+    assert (cache.asked, budget.used_bytes) == ([10 * MIB], 20 * MIB)
+    cache.held.release()
+
+
+def test_at_low_a_budget_without_soft_limit_gives_what_is_missing(machine, clock):
+    budget = Budget(name="db")
+    cache = Cache(budget, "30 MiB")
+    with monitored(machine, clock, budget) as monitor:
+        monitor.simulate(LOW)
+        assert cache.asked == []
+        use(machine, 18 * MIB)
+        monitor.simulate(NORMAL)
+        monitor.check()
+    missing = int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - 18 * MIB
+    assert cache.asked == [missing]
+    cache.held.release()
+
+
+def test_at_critical_a_budget_is_reclaimed_as_far_as_it_goes(machine, clock, budget):
+    first, second = Cache(budget.child("a"), "10 MiB", priority=2), Cache(budget.child("b"), "12 MiB", priority=1)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.simulate(CRITICAL)
+    assert (second.asked, first.asked) == ([22 * MIB], [10 * MIB])
+    assert budget.used_bytes == 0
+    first.held.release(), second.held.release()
+
+
+def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machine, clock, budget, monkeypatch):
+    order = []
+    cache = Cache(budget, "30 MiB")
+    budget.reclaimer(lambda need_bytes: order.append("reclaim") or 0, priority=-1)
+    monkeypatch.setattr("memsafe.pressure.monitor.trim", lambda: order.append("trim"))
+    with monitored(machine, clock, budget) as monitor:
+        monitor.on(LOW, lambda event: order.append("callback"))
+        monitor.simulate(LOW)
+        assert order == ["reclaim", "callback", "trim"]
+        monitor.simulate(NORMAL)
+        monitor.simulate(CRITICAL)
+        monitor.simulate(LOW)  # a fall: nothing is reclaimed
+    assert order == ["reclaim", "callback", "trim"] * 2 + ["callback"]
+    cache.held.release()
+
+
+def test_a_budget_is_asked_again_while_the_cause_lasts(machine, clock, budget):
+    cache = Cache(budget, "30 MiB")
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        cache.held.grow("5 MiB")
+        monitor.check()
+        assert cache.asked == [10 * MIB]
+        clock.now_s += 1
+        monitor.check()
+        assert cache.asked == [10 * MIB, 5 * MIB]
+    cache.held.release()
+
+
+def test_a_failing_reclaimer_does_not_keep_the_callbacks_from_running(machine, clock, budget, caplog):
+    @budget.reclaimer
+    def fail(need_bytes):
+        raise OSError("no")
+
+    with budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
+        heard = listen(monitor, CRITICAL)
+        monitor.simulate(CRITICAL)
+        assert len(heard) == 1
+    assert "fail" in caplog.text
+
+
+# --- loops ----------------------------------------------------------------------------------------------------------
+
+
+def readable(fd):
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def test_the_descriptor_is_readable_from_a_change_until_it_is_read(monitor):
+    fd = monitor.fileno()
+    assert not readable(fd)
+    monitor.simulate(LOW)
+    monitor.simulate(CRITICAL)
+    assert readable(fd)
+    assert os.eventfd_read(fd) == 2
+    assert not readable(fd)
+    monitor.check()
+    assert not readable(fd)
+
+
+def test_changes_before_the_descriptor_was_asked_for_count(monitor):
+    monitor.simulate(LOW)
+    monitor.simulate(CRITICAL)
+    assert os.eventfd_read(monitor.fileno()) == 2
+
+
+def new_loops():
+    import uvloop
+
+    return [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+@pytest.mark.parametrize("new_loop", new_loops(), ids=["asyncio", "uvloop"])
+def test_events_are_an_async_iterator_that_ends_with_the_monitor(machine, clock, new_loop):
+    async def read(monitor):
+        stream = monitor.events()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, monitor.simulate, LOW)
+        monitor.simulate(CRITICAL)  # from the loop's own thread
+        seen = [await anext(stream), await anext(stream)]
+        waiting = asyncio.ensure_future(anext(stream, "ended"))
+        await asyncio.sleep(0)
+        monitor.simulate(NORMAL)
+        seen.append(await waiting)
+        monitor.close()
+        return [event.level for event in seen], [event async for event in stream]
+
+    with monitored(machine, clock, None) as monitor, asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read(monitor)) == ([LOW, CRITICAL, NORMAL], [])
+
+
+def test_every_stream_hears_and_a_dropped_one_is_forgotten(monitor):
+    async def read():
+        first, second = monitor.events(), monitor.events()
+        monitor.simulate(LOW)
+        levels = [(await anext(stream)).level for stream in (first, second)]
+        del first
+        gc.collect()
+        return levels, len(monitor._streams)
+
+    assert asyncio.run(read()) == ([LOW, LOW], 1)
+
+
+def test_a_stream_may_be_ended_by_its_reader(monitor):
+    async def read():
+        stream = monitor.events()
+        waiting = asyncio.ensure_future(anext(stream, "ended"))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        monitor.simulate(LOW)
+        return await waiting, [event async for event in stream]
+
+    assert asyncio.run(read()) == ("ended", [])
+
+
+def test_a_stream_of_a_closed_loop_does_no_harm(monitor):
+    async def make():
+        return monitor.events()
+
+    stream = asyncio.run(make())
+    heard = listen(monitor, LOW)
+    monitor.simulate(LOW)
+    assert len(heard) == 1
+    del stream
+
+
+def test_a_lagging_stream_keeps_the_newest(monitor):
+    async def read():
+        stream = monitor.events()
+        for level in [LOW, CRITICAL] * 50:
+            monitor.simulate(level)
+        monitor.simulate(NORMAL)
+        await asyncio.sleep(0)
+        monitor.close()
+        return [event.level async for event in stream]
+
+    levels = asyncio.run(read())
+    assert len(levels) == 64
+    assert levels[-1] == NORMAL
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def sources(monitor):
+    return {source.name: source for source in monitor.sources}
+
+
+def test_on_a_copy_of_the_files_only_polling_is_used_and_the_files_are_left_alone(machine, clock):
+    pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+    own = machine.write("/sys/fs/cgroup/app/memory.pressure", pressure)
+    machine.write("/sys/fs/cgroup/app/memory.events", "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
+    with monitored(machine, clock, None) as monitor:
+        found = sources(monitor)
+        assert [name for name, source in found.items() if source.used] == ["polling"]
+        for name in ("memory.events", "psi.some", "psi.full"):
+            assert "plain file" in next(s for s in monitor.sources if s.name == name and "app" in s.path).reason
+        assert found["usage"].reason == "the memory controller is on cgroup v2"
+    assert own.read_text() == pressure
+    assert not any(source.used for source in monitor.sources)
+
+
+def test_v1_without_a_limit_and_no_controller_at_all_are_told_apart(machine, clock):
+    machine.v1("/app")
+    machine.v1_group("/app", limit=2**63 - 4096)
+    with monitored(machine, clock, None) as monitor:
+        assert "has a limit" in sources(monitor)["usage"].reason
+        assert "cgroup v1" in sources(monitor)["memory.events"].reason
+    machine.write("/proc/self/cgroup", "")
+    with monitored(machine, clock, None) as monitor:
+        assert "no memory cgroup" in sources(monitor)["memory.events"].reason
+
+
+def test_usage_thresholds_follow_the_limits(machine, clock):
+    machine.v1("/app")
+    machine.v1_group("/app", limit=128 * MIB, used=32 * MIB)
+    with monitored(machine, clock, None) as monitor:
+        found = sources(monitor)
+        assert not found["usage.low"].used
+        before = monitor.sources
+        monitor.check()
+        assert monitor.sources == before
+        machine.v1_group("/app", limit=2**63 - 4096, used=32 * MIB)
+        monitor.check()
+        assert "usage.low" not in sources(monitor)
+
+
+# --- life -----------------------------------------------------------------------------------------------------------
+
+
+LEAK = """
+import os, sys, time
+from memsafe import PressureMonitor
+def held():
+    return sorted(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+before = held()
+monitor = PressureMonitor(root=sys.argv[1])
+for _ in range(200):
+    with monitor:
+        pass
+for _ in range(20):
+    with PressureMonitor(root=sys.argv[1]) as other, monitor:
+        other.check()
+# A thread that was joined may be seen in /proc for a moment still.
+until_s = time.monotonic() + 30
+while held() != before and time.monotonic() < until_s:
+    pass
+assert held() == before, (held(), before)
+"""
+
+
+@pytest.mark.parametrize("where", ["copy", "kernel"])
+def test_two_hundred_starts_and_stops_leave_nothing_behind(machine, where):
+    run_script(LEAK, "/" if where == "kernel" else str(machine.root))
+
+
+def test_what_does_not_run_says_so(machine, clock):
+    monitor = monitored(machine, clock, None)
+    assert (monitor.level, monitor.sources) == (NORMAL, [])
+    for call in (monitor.check, monitor.fileno, lambda: monitor.simulate(LOW)):
+        with pytest.raises(RuntimeError, match="does not run"):
+            call()
+    monitor.close()
+
+
+def test_it_starts_again_with_its_callbacks_and_afresh(monitor):
+    heard = listen(monitor, LOW)
+    assert monitor.start() is monitor
+    monitor.simulate(LOW)
+    monitor.close()
+    monitor.close()
+    monitor.start()
+    assert monitor.level == NORMAL
+    monitor.simulate(LOW)
+    assert len(heard) == 2
+
+
+def test_a_callback_may_close_the_monitor(machine, clock):
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monitored(machine, clock, None) as monitor:
+        thread = monitor._thread
+        monitor.on(LOW, lambda event: monitor.close())
+        monitor.simulate(LOW)
+        thread.join(30)
+    assert not thread.is_alive()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_closing_releases_those_who_wait(monitor):
+    inside, going_on = threading.Event(), threading.Event()
+
+    @monitor.on(LOW)
+    def block(event):
+        inside.set()
+        going_on.wait(30)
+
+    drills = [threading.Thread(target=monitor.simulate, args=(level,)) for level in (LOW, CRITICAL)]
+    drills[0].start()
+    assert inside.wait(30)
+    drills[1].start()
+    while not monitor._requests:
+        pass
+    closing = threading.Thread(target=monitor.close)
+    closing.start()
+    while not monitor._stopping:
+        pass
+    going_on.set()
+    for thread in (*drills, closing):
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_no_descriptor_is_left_when_a_start_fails(machine, clock, monkeypatch):
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("memsafe.pressure.monitor.memory_status", lambda **_: 1 / 0)
+    monitor = monitored(machine, clock, None)
+    with pytest.raises(ZeroDivisionError):
+        monitor.start()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    with monitor:
+        monitor.simulate(LOW)
+
+
+def test_a_look_that_fails_is_logged_and_tried_again(monitor, monkeypatch, caplog):
+    with monkeypatch.context() as broken:
+        broken.setattr("memsafe.pressure.monitor.memory_status", lambda **_: 1 / 0)
+        monitor.check()
+        monitor.simulate(LOW)
+    assert caplog.text.count("could not look") == 2
+    monitor.simulate(LOW)
+    assert monitor.level == LOW
+
+
+FORK = """
+import os, sys, threading
+from memsafe import PressureLevel, PressureMonitor
+before = set(os.listdir("/proc/self/fd"))
+monitor = PressureMonitor().start()
+heard = []
+monitor.on(PressureLevel.LOW, heard.append)
+child = os.fork()
+if child == 0:
+    try:
+        assert set(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/task")) == 1
+        assert not any(source.used for source in monitor.sources)
+        for call in (monitor.check, monitor.fileno):
+            try:
+                call()
+                os._exit(1)
+            except RuntimeError:
+                pass
+        monitor.close()
+        with PressureMonitor() as own:
+            own.on(PressureLevel.LOW, heard.append)
+            own.simulate(PressureLevel.LOW)
+        assert len(heard) == 1
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+monitor.simulate(PressureLevel.LOW)
+assert len(heard) == 1
+assert all(s.used for s in monitor.sources if s.name == "polling")
+monitor.close()
+assert set(os.listdir("/proc/self/fd")) == before
+"""
+
+
+def test_in_a_forked_child_it_is_inert_and_another_works_there():
+    run_script(FORK)
+
+
+EXIT = """
+import time
+from memsafe import PressureLevel, PressureMonitor
+monitor = PressureMonitor().start()
+monitor.simulate(PressureLevel.LOW)
+"""
+
+
+def test_the_interpreter_ends_while_one_runs():
+    run_script(EXIT)
+
+
+def run_script(script, *args):
+    # A fork beside threads warns since Python 3.12; that it works is what is tested.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script, *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_come_from_the_package():
+    assert memsafe.PressureMonitor is PressureMonitor
+    assert isinstance(PressureMonitor().level, PressureLevel)

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memsafe._kernel import files
+from memsafe._kernel.ahead import ReadAhead
+from memsafe.errors import KernelError
+from memsafe.pressure.waiter import How, Look, Waiter, open_timer, set_timer
+
+
+@pytest.fixture
+def waiter():
+    made = Waiter(capacity=4)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def counter():
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def readable(fd: int, timeout_s: float = 0) -> bool:
+    return bool(select.select([fd], [], [], timeout_s)[0])
+
+
+def tasks_named(name: str) -> list[Path]:
+    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == name]
+
+
+def collect(waiter: Waiter, token: int, count: int) -> list[tuple[int, int]]:
+    """Take until *token* has counted *count*; the last report's times."""
+    total = 0
+    while total < count:
+        for report in waiter.wait():
+            assert report.token == token
+            assert not report.lost_errno
+            total += report.count
+            first_ns, last_ns = report.first_ns, report.last_ns
+    assert total == count
+    return [(first_ns, last_ns)]
+
+
+def test_an_event_is_reported_with_its_token_and_times(waiter, counter):
+    waiter.add(counter, How.COUNTER, 77)
+    before_ns = time.monotonic_ns()
+    os.eventfd_write(counter, 3)
+    [(first_ns, last_ns)] = collect(waiter, 77, 3)
+    assert before_ns <= first_ns <= last_ns <= time.monotonic_ns()
+
+
+def test_a_burst_becomes_one_report(waiter, counter):
+    waiter.add(counter, How.COUNTER, 1)
+    for _ in range(1000):
+        os.eventfd_write(counter, 1)
+    while readable(counter):  # until the thread has drained it
+        pass
+    assert [report.count for report in waiter.take()] == [1000]
+
+
+def test_nothing_is_readable_after_all_was_taken(waiter, counter):
+    waiter.add(counter, How.COUNTER, 1)
+    os.eventfd_write(counter, 1)
+    assert readable(waiter.fileno(), 10)
+    assert [report.count for report in waiter.take()] == [1]
+    assert not readable(waiter.fileno())
+    assert waiter.take() == []
+
+
+def test_the_native_thread_works_while_this_one_keeps_the_gil(waiter, counter):
+    waiter.add(counter, How.COUNTER, 1)
+
+    class PollFd(ctypes.Structure):
+        _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+    keeping_gil = ctypes.PyDLL(None)
+    one, news = ctypes.c_uint64(1), PollFd(waiter.fileno(), select.POLLIN, 0)
+    assert keeping_gil.write(counter, ctypes.byref(one), 8) == 8
+    assert keeping_gil.poll(ctypes.byref(news), 1, 10_000) == 1
+
+
+def test_the_native_thread_blocks_every_signal(waiter, counter):
+    waiter.add(counter, How.COUNTER, 1)
+    os.eventfd_write(counter, 1)
+    collect(waiter, 1, 1)  # it runs, hence it has its name
+    (task,) = tasks_named("memsafe-waiter")
+    blocked = int(next(line for line in (task / "status").read_text().splitlines() if "SigBlk" in line).split()[1], 16)
+    # All but SIGKILL and SIGSTOP, and the two that glibc keeps for itself.
+    assert blocked | 1 << 8 | 1 << 18 | 0b11 << 31 == 2**64 - 1
+
+
+def test_a_timer_fires_once_per_setting(waiter):
+    timer = open_timer()
+    try:
+        waiter.add(timer, How.COUNTER, 5)
+        set_timer(timer, 0)
+        collect(waiter, 5, 1)
+        set_timer(timer, 0.001)
+        collect(waiter, 5, 1)
+        set_timer(timer, 3600)
+        assert waiter.take() == []
+        waiter.remove(5)
+    finally:
+        os.close(timer)
+
+
+def test_a_look_sets_the_timer_and_reads_the_files(waiter, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    ahead = ReadAhead()
+    with ahead:
+        files.read(str(file))
+    timer = open_timer()
+    waiter.add(timer, How.COUNTER, 5)
+    look = Look(timer, ahead)
+    file.write_bytes(b"22")
+    look.set(timer_s=0, rest_s=0.001)
+    assert [report.token for report in waiter.wait(look)] == [5]
+    file.write_bytes(b"333")
+    with ahead:
+        assert files.read(str(file)) == b"22"
+    with ahead:
+        assert files.read(str(file)) == b"333"
+    look.set()
+    os.eventfd_write(waiter.fileno(), 1)
+    assert waiter.wait(look) == []  # the timer was left alone
+    waiter.remove(5)
+    os.close(timer)
+
+
+def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    waiter.add(read_fd, How.STREAM, 1)
+    waiter.add(counter, How.COUNTER, 2)
+    os.write(write_fd, b"x" * 5000)
+    (report,) = waiter.wait()
+    assert (report.token, report.lost_errno) == (1, 0)
+    os.close(write_fd)
+    lost = next(report for _ in iter(int, 1) for report in waiter.wait() if report.lost_errno)
+    assert (lost.token, lost.lost_errno) == (1, errno.EPIPE)
+    os.eventfd_write(counter, 1)
+    collect(waiter, 2, 1)  # the rest goes on, and the loss is told once
+    waiter.remove(1)
+    os.close(read_fd)
+
+
+def test_a_removed_source_is_silent_and_its_token_is_free(waiter, counter):
+    waiter.add(counter, How.COUNTER, 1)
+    os.eventfd_write(counter, 1)
+    assert readable(waiter.fileno(), 10)
+    waiter.remove(1)
+    assert waiter.take() == []
+    os.eventfd_write(counter, 1)
+    waiter.add(counter, How.COUNTER, 1)
+    collect(waiter, 1, 1)
+
+
+def test_more_sources_than_one_take_holds_are_all_told(counter):
+    waiter = Waiter(capacity=200)
+    fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(200)]
+    for token, fd in enumerate(fds):
+        waiter.add(fd, How.COUNTER, token)
+        os.eventfd_write(fd, 1)
+    heard: set[int] = set()
+    while len(heard) < 200:
+        reports = waiter.wait()
+        assert len(reports) <= 64
+        heard |= {report.token for report in reports}
+    waiter.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def blocking_eventfd(_: Path) -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC)
+
+
+def plain_file(tmp_path: Path) -> int:
+    return os.open(tmp_path / "plain", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+
+
+@pytest.mark.parametrize(
+    ("make", "how", "expected"),
+    [
+        (blocking_eventfd, How.COUNTER, errno.EINVAL),
+        (plain_file, How.KERNFS, errno.EPERM),
+        (plain_file, How.TRIGGER, errno.EPERM),
+        (plain_file, 9, errno.EINVAL),
+    ],
+)
+def test_what_cannot_be_waited_for_is_refused(waiter, tmp_path, make, how, expected):
+    fd = make(tmp_path)
+    with pytest.raises(KernelError) as refused:
+        waiter.add(fd, how, 1)
+    assert refused.value.errno == expected
+    os.close(fd)
+    with pytest.raises(KernelError):
+        waiter.add(fd, how, 1)
+
+
+def test_a_token_twice_and_a_full_waiter_are_refused(waiter, counter):
+    others = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(4)]
+    waiter.add(counter, How.COUNTER, 0)
+    for expected, token, fd in [(errno.EEXIST, 0, others[0]), (errno.EINVAL, 1, counter)]:
+        with pytest.raises(KernelError) as refused:
+            waiter.add(fd, How.COUNTER, token)
+        assert refused.value.errno == expected
+    for token, fd in enumerate(others[:3], 1):
+        waiter.add(fd, How.COUNTER, token)
+    with pytest.raises(KernelError) as refused:
+        waiter.add(others[3], How.COUNTER, 9)
+    assert refused.value.errno == errno.ENOSPC
+    with pytest.raises(KernelError) as missing:
+        waiter.remove(9)
+    assert missing.value.errno == errno.ENOENT
+    for fd in others:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 4097])
+def test_a_capacity_out_of_bounds_is_refused(capacity):
+    with pytest.raises(KernelError) as refused:
+        Waiter(capacity)
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_a_closed_waiter_says_so_and_closes_twice(waiter):
+    waiter.close()
+    waiter.close()
+    with pytest.raises(ValueError, match="closed"):
+        waiter.take()
+
+
+def test_two_hundred_waiters_leave_nothing_behind(counter):
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(tasks_named("memsafe-waiter"))
+
+    before = held()
+    for token in range(200):
+        waiter = Waiter()
+        waiter.add(counter, How.COUNTER, token)
+        waiter.close()
+    until_s = time.monotonic() + 30  # a thread that was joined may be seen in /proc for a moment still
+    while held() != before and time.monotonic() < until_s:
+        pass
+    assert held() == before
+
+
+FORK = """
+import errno, os
+from memsafe._kernel import files
+from memsafe._kernel.ahead import ReadAhead
+from memsafe.errors import KernelError
+from memsafe.pressure.waiter import How, Waiter
+waiter = Waiter()
+counter = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+waiter.add(counter, How.COUNTER, 1)
+held = set(os.listdir("/proc/self/fd"))
+child = os.fork()
+if child == 0:
+    for call in (waiter.take, waiter.wait, lambda: waiter.remove(1), lambda: waiter.add(counter, How.COUNTER, 2)):
+        try:
+            call()
+            os._exit(1)
+        except KernelError as error:
+            assert error.errno == errno.ECHILD
+    waiter.close()
+    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 3 else 2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+os.eventfd_write(counter, 1)
+(report,) = waiter.wait()
+assert (report.token, report.count) == (1, 1)
+waiter.close()
+"""
+
+
+def test_a_forked_child_may_only_close_and_the_parent_goes_on():
+    subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK], check=True, timeout=60)
