@@ -102,7 +102,7 @@ class Supervisor:
             self._close_write_end = stack.enter_context(ExitStack())
             self._close_write_end.callback(os.close, self._report_write_fd)
             self._reader = ReportReader(self._report_fd)
-            self._meter = Meter(bounds.root)
+            self._meter = Meter(bounds.root, bounds.max_copy_bytes)
             self._oom_kills_before = oom_kills(bounds.root)
             self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
             self.job = SnapshotJob(self.run)
@@ -243,7 +243,7 @@ class Supervisor:
     def _patience_ms(self) -> int | None:
         if self._verdict is not None or self.run.cancelling:
             return None
-        wake_at_s = self._meter.next_at_s
+        wake_at_s = self._meter.next_look_s
         if self._bounds.timeout_s is not None:
             wake_at_s = min(wake_at_s, self._began_s + self._bounds.timeout_s)
         if wake_at_s == math.inf:
@@ -273,12 +273,12 @@ class Supervisor:
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
             self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
-        elif now_s >= self._meter.next_at_s:
+        elif now_s >= self._meter.next_look_s and self._meter.is_due(self._pid):
             self._measure()
 
     def _measure(self) -> None:
         try:
-            copy_bytes = self._meter.copy_bytes(self._pid)
+            measured = self._meter.measure(self._pid)
         except KernelError as error:
             if self._has_ended() or is_missing(error):
                 return
@@ -289,10 +289,10 @@ class Supervisor:
             return
         if self._has_ended():
             return  # where somebody else reaps, the number may be another process's by now
-        self._count_copies(copy_bytes)
-        short = None if self._verdict else self._meter.headroom_short()
-        if short is not None:
-            self._overrun(f"{short}, after {format_size(copy_bytes)} of copies", copy_bytes)
+        self._count_copies(measured.copy_bytes)
+        if measured.short is not None:
+            copied = format_size(measured.copy_bytes)
+            self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
