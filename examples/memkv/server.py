@@ -139,6 +139,7 @@ class Server:
         self._listener.close()
         for connection in list(self.connections.values()):
             connection.close()
+        self.store.close()
 
     def stop(self) -> None:
         """Have run() return."""

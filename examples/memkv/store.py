@@ -49,7 +49,8 @@ class Store:
 
     Attributes:
         evicts: Whether the keys longest unused may be dropped to make room (allkeys-lru).
-        changes: Keys written, removed or touched in their expiry since the store was made.
+        changes: Keys written, removed or touched in their expiry since the store was made; as with redis-server, what
+            goes by itself is none.
         hits, misses, expired, evicted: Counts since then, or since reset_stats().
     """
 
@@ -57,6 +58,7 @@ class Store:
         self.evicts = evicts
         self.changes = 0
         self.hits = self.misses = self.expired = self.evicted = 0
+        self._budget = budget
         self._charged = budget.reserve(0)
         self._thread = get_ident()
         self._expires: dict[bytes, int] = {}
@@ -128,11 +130,10 @@ class Store:
         Raises:
             StoreFullError: There is no room; the old value stays.
         """
-        if self._expires:
-            if key in self._expires:
-                self._expire_if_due(key)
-            if keep_expiry:
-                expires_at_ms = self._expires.get(key)
+        if key in self._expires:
+            self._expire_if_due(key)
+        if keep_expiry:
+            expires_at_ms = self._expires.get(key)
         # _cost_change(), written out: this is the path that every SET takes.
         size = len(value)
         grown = size + 48 & -16 if size <= _SMALL_BYTES else size + 64 & -16
@@ -280,7 +281,6 @@ class Store:
             if expires.get(key) == when_ms:
                 self._remove(key)
                 self.expired += 1
-                self.changes += 1
             looked_at += 1
             if looked_at % _CLOCK_STRIDE == 0 and time.perf_counter() > until:
                 return True
@@ -291,7 +291,6 @@ class Store:
             return False
         self._remove(key)
         self.expired += 1
-        self.changes += 1
         return True
 
     def _schedule(self, expires_at_ms: int, key: bytes) -> None:
@@ -318,7 +317,6 @@ class Store:
             if keys:
                 freed += self._remove(next(iter(keys)))
                 self.evicted += 1
-                self.changes += 1
         return freed
 
     def _reclaim(self, need_bytes: int) -> int:
@@ -348,6 +346,12 @@ class Store:
         self._charged.resize(0)
         self.changes += count
         return count
+
+    def close(self) -> None:
+        """Remove every key and give everything back to the budget; nothing can be written afterwards."""
+        self.clear()
+        self._budget.remove_reclaimer(self._reclaim)
+        self._charged.release()
 
     # ---- all keys
 

@@ -18,6 +18,8 @@ from typing import BinaryIO, TypeVar
 import psutil
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 ROOT = Path(__file__).parents[2]
 MIB = 1024 * 1024
@@ -104,7 +106,7 @@ class Server:
         self.port = port
         self.directory = directory
         self.log = log
-        self.client = redis.Redis(port=port, socket_timeout=WITHIN_S)
+        self.client = redis.Redis(port=port, socket_timeout=WITHIN_S, retry=Retry(NoBackoff(), 0))
 
     @property
     def dump(self) -> Path:
