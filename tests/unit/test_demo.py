@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo import corpus
+from examples.demo import cgroup, corpus
 from examples.demo.clients import Comparison
 from examples.demo.show import Report
+from memsafe._kernel.cgroup import MemoryCgroup
 from memsafe.errors import KernelError
 
 PAGES = corpus.PAGES_PER_WRITER
@@ -66,8 +67,6 @@ def test_a_broken_promise_is_told_and_fails_the_demo(capsys: pytest.CaptureFixtu
 
 
 def test_where_no_cgroup_may_be_made_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from examples.demo import cgroup
-
     def unreadable() -> tuple[()]:
         raise KernelError(13, "open /proc/self/cgroup")
 
@@ -75,3 +74,19 @@ def test_where_no_cgroup_may_be_made_the_reason_is_told(monkeypatch: pytest.Monk
     with cgroup.own_cgroup(1 << 30) as made:
         assert isinstance(made, str)
         assert "open /proc/self/cgroup" in made
+
+
+def test_a_v2_cgroup_is_made_where_the_parent_gives_memory_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, parent = tmp_path / "parent" / "own", tmp_path / "parent"
+    own.mkdir(parents=True)
+    (own / "cgroup.subtree_control").write_text("\n")
+    (parent / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    levels = tuple(MemoryCgroup(2, "/" + path.name, str(path)) for path in (own, parent, tmp_path))
+    monkeypatch.setattr(cgroup, "memory_cgroups", lambda: levels)
+
+    assert [found.directory for found in cgroup._parents()] == [str(parent)]
+    made = cgroup._make(levels[1], 64 << 20)
+
+    assert made.limit_bytes() == 64 << 20
+    assert Path(made.file("cgroup.procs")).read_text().isdigit()
+    assert made.swap_limit_bytes() == 0
