@@ -253,10 +253,10 @@ def _inherited_env() -> list[bytes]:
 
     A copy, because the native call releases the GIL, under which another thread may change it.
     """
-    env, at = [], 0
-    while lib.environ and lib.environ[at]:
-        env.append(ffi.string(lib.environ[at]))
-        at += 1
+    env: list[bytes] = []
+    environ = lib.environ
+    while environ and (entry := environ[len(env)]):
+        env.append(ffi.string(entry))
     return env
 
 

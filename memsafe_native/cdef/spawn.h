@@ -3,7 +3,7 @@ extern char **environ;
 
 /* What the child does before it runs its program, in this order. */
 enum ms_spawn_step {
-    MS_SPAWN_START, /* in the parent: memory for the child's stack, clone() */
+    MS_SPAWN_START, /* in the parent: memory for the lists, clone() */
     MS_SPAWN_WRITE,
     MS_SPAWN_RLIMIT,
     MS_SPAWN_NICE,

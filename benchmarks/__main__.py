@@ -1,0 +1,19 @@
+"""All benchmarks, or those named: ``python -m benchmarks [--quick] [--json FILE] [NAME ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import budget, fork, importing, memkv, spawn, status
+from benchmarks.report import main
+
+MEASURES = {
+    "budget": budget.measure,
+    "status": status.measure,
+    "spawn": spawn.measure,
+    "fork": fork.measure,
+    "importing": importing.measure,
+    "memkv": memkv.measure,
+}
+
+sys.exit(main(MEASURES, choose=True))
