@@ -677,6 +677,7 @@ before = set(os.listdir("/proc/self/fd"))
 monitor = PressureMonitor().start()
 heard = []
 monitor.on(PressureLevel.LOW, heard.append)
+monitor.check()  # the first look is over: a file that it has open would be the child's, too
 child = os.fork()
 if child == 0:
     try:
