@@ -198,8 +198,8 @@ class SnapshotJob:
         """End the snapshot; the old file stays. Returns at once.
 
         Returns:
-            True when wait() will raise SnapshotCancelledError; False when it is too late: the image is complete and
-            being put in place, or the job has ended.
+            True when wait() will raise SnapshotCancelledError; False when it is too late, because the image is
+            complete and being put in place, or the job has ended.
         """
         return self._run.cancel()
 
