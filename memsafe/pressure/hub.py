@@ -39,7 +39,7 @@ class Hub:
         self._limits_seen: object = None
         self._polling = sources.Polling()
         self.ahead = ReadAhead()
-        self._poll_after_s: float | None = 0.0
+        self._poll_after_s: float | None = None
         self._waiter = Waiter()
         try:
             self._polling.open(self._waiter, next(self._tokens))

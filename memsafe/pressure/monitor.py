@@ -127,7 +127,8 @@ class PressureMonitor:
         """Open the sources and start the threads. Starting what runs is a no-op; what was closed may start again.
 
         Raises:
-            KernelError: No thread or no descriptor could be had.
+            KernelError: No native thread or no descriptor could be had.
+            RuntimeError: No Python thread could be had.
         """
         with self._lock:
             if self._thread is not None:
@@ -136,9 +137,16 @@ class PressureMonitor:
             self._last_event = None
             self._changes, self._changes_wanted = 0, False
             hub = self._open()
+            self._requests = [_Request()]  # the first look
+            hub.wake()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                self._stopping, self._thread = True, None
+                self._shut(hub)
+                raise
         return self
 
     def close(self) -> None:

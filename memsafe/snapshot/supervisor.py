@@ -115,13 +115,12 @@ class Supervisor:
         """Start the thread, then fork: after the fork nothing that can fail is left to do.
 
         Raises:
-            KernelError: fork failed.
-            RuntimeError: No thread could be started.
+            KernelError: fork failed, or no thread could be started.
         """
         child = SnapshotChild(write, self._file.fd, self._report_write_fd)
         oom_score_adj = _child_oom_score_adj()
         try:
-            self._thread.start()
+            _start(self._thread)
             self._began_s = time.monotonic()
             _native.fork(
                 child,
@@ -135,7 +134,7 @@ class Supervisor:
             )
         except BaseException as error:
             self._abandon()
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, KernelError):
                 raise KernelError(error.errno, "fork", "no child was made, nothing was changed") from None
             raise
 
@@ -385,3 +384,10 @@ def _how_it_ended(status: os.waitid_result | None) -> str:
     with suppress(ValueError):
         return f"the child was ended by {signal.Signals(status.si_status).name}"
     return f"the child was ended by signal {status.si_status}"
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:  # CPython drops the errno; pthread_create(3) fails with this one alone
+        raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

@@ -1214,3 +1214,25 @@ def _remove_cgroup(folder):
             time.sleep(0.01)  # the last process is being taken apart
         else:
             return
+
+
+def without_room_for_a_thread(path):
+    soft_and_hard = resource.getrlimit(resource.RLIMIT_DATA)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            used_bytes = int(line.split()[1]) * 1024
+    memsafe.assess_fork()  # what it imports and caches is there before the limit is
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + (2 << 20), soft_and_hard[1]))
+    try:
+        memsafe.fork_snapshot(path, hello)
+    except memsafe.KernelError as error:
+        refused = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, soft_and_hard)
+    return {"refused": refused, **outcome(memsafe.fork_snapshot(path, hello))}
+
+
+def test_where_no_thread_can_be_started_nothing_is_done_and_the_next_one_works(path):
+    got = scenario.run(without_room_for_a_thread, path)
+    assert "pthread_create" in got["refused"]
+    assert got["result"]["size_bytes"] > 0
