@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import time
@@ -112,7 +111,7 @@ class Persistence:
         self.forks += 1
         _log.info("background saving to %s started", self._config.dump)
         loop = asyncio.get_running_loop()
-        job.add_done_callback(functools.partial(loop.call_soon_threadsafe, self._ended))
+        job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._ended, job))
 
     def _write_in_child(self, out: SnapshotWriter) -> None:
         self._write(out, lambda done, total: out.progress(done, total or 0))
@@ -174,8 +173,8 @@ class Persistence:
         self._on_change()
 
     def _failed(self, why: str, *, refused: bool = False) -> None:
-        self.last_error, self.last_refused = why, refused
         _log.warning("saving failed: %s", why)
+        self.last_error, self.last_refused = why.partition("\n")[0], refused  # a child's traceback is for the log
         self._on_change()
 
     def save_if_due(self) -> None:

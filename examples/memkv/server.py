@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import signal
 import time
@@ -142,7 +141,9 @@ class Server:
             self.store.close()
 
     def _listen_for_pressure(self, loop: asyncio.AbstractEventLoop) -> None:
-        tell = functools.partial(loop.call_soon_threadsafe, self._pressure_changed)
+        def tell(event: PressureEvent) -> None:
+            loop.call_soon_threadsafe(self._pressure_changed, event)
+
         self.monitor.on(PressureLevel.LOW, tell)
         self.monitor.on(PressureLevel.NORMAL, tell)
         try:

@@ -112,6 +112,19 @@ def test_lowering_the_limit_refuses_writes_until_there_is_room(server: Server) -
     assert client.set("n", 1)
 
 
+def test_over_the_limit_a_transaction_and_a_big_request_are_answered_in_redis_words(server: Server) -> None:
+    fill(server.client, keys=1000)
+    server.client.config_set("maxmemory", "4mb")
+    with server.raw() as raw:
+        assert raw.ask(b"MULTI") == b"+OK\r\n"
+        assert raw.ask(b"SET", b"k", b"v") == OUT_OF_MEMORY
+        assert raw.ask(b"EXEC").startswith(b"-EXECABORT ")
+        assert raw.ask(b"MULTI") == b"+OK\r\n"
+        assert raw.ask(b"DISCARD") == b"+OK\r\n"
+        assert raw.ask(b"SET", b"k", b"v" * MIB) == OUT_OF_MEMORY
+        assert raw.ask(b"PING") == b"+PONG\r\n"
+
+
 def test_lowering_the_limit_evicts_under_allkeys_lru(server: Server) -> None:
     client = server.client
     fill(client, keys=1000)
@@ -206,6 +219,24 @@ def test_a_client_that_does_not_read_holds_little(either_server: Server) -> None
             assert len(raw.reply()) == MIB + 12
         assert raw.reply() == b"+PONG\r\n"
     assert server.rss_bytes() - before < 16 * MIB
+
+
+def test_requests_are_not_read_while_their_client_does_not_read_replies(either_server: Server) -> None:
+    server = either_server
+    server.client.set("big", b"x" * MIB)
+    requests = packed(b"GET", b"big") * 10_000
+    with server.raw() as raw:
+        raw.socket.setblocking(False)
+        sent = idle = 0
+        while idle < 20 and sent < 100 * MIB:
+            try:
+                sent += raw.socket.send(requests)
+                idle = 0
+            except BlockingIOError:  # again, after the server has had its turn
+                server.client.ping()
+                idle += 1
+        assert sent < 20 * MIB
+        assert server.info("client_recent_max_output_buffer") > 0
 
 
 def test_one_reply_of_many_big_values_is_never_in_memory_as_a_whole(either_server: Server) -> None:
