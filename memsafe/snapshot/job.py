@@ -190,6 +190,11 @@ class SnapshotJob:
         """Extra memory that private copies took when last measured."""
         return self._run.copy_bytes
 
+    @property
+    def peak_copy_bytes(self) -> int:
+        """The most that copy_bytes was."""
+        return self._run.peak_copy_bytes or 0
+
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
         return self._run.future.done()
