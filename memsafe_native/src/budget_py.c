@@ -7,12 +7,11 @@
 
 PyTypeObject *ms_budget_type;
 
-void ms_budget_tell_soft_limit(BudgetCore *budget)
+int ms_budget_tell_soft_limit(BudgetCore *budget)
 {
     PyObject *result = PyObject_CallMethod((PyObject *)budget, "_soft_limit_passed", NULL);
-    if (!result)
-        PyErr_WriteUnraisable((PyObject *)budget);
     Py_XDECREF(result);
+    return result ? 0 : -1;
 }
 
 /* One attempt: a Reservation, or an int that says which level refused (0: this budget, 1: its parent, ...). */
@@ -23,8 +22,11 @@ static PyObject *attempt(BudgetCore *self, int64_t n)
     if (MS_UNLIKELY(result < 0))
         return PyLong_FromLong(level);
     PyObject *reservation = ms_reservation_new(self, n);
-    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && reservation)
-        ms_budget_tell_soft_limit(self);
+    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && reservation && ms_budget_tell_soft_limit(self)) {
+        ms_reservation_release(reservation);
+        Py_DECREF(reservation);
+        return NULL;
+    }
     return reservation;
 }
 
@@ -163,8 +165,10 @@ static PyObject *core_charge_existing(PyObject *self, PyObject *size)
         return PyErr_SetString(PyExc_OverflowError, "a budget cannot hold 8 EiB or more"), NULL;
     if (result < 0)
         return PyLong_FromLong(level);
-    if (result == MS_BUDGET_SOFT_PASSED)
-        ms_budget_tell_soft_limit((BudgetCore *)self);
+    if (result == MS_BUDGET_SOFT_PASSED && ms_budget_tell_soft_limit((BudgetCore *)self)) {
+        ms_budget_uncharge_existing(((BudgetCore *)self)->node, n);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -218,6 +222,8 @@ static PyObject *core_get(PyObject *self, void *which)
     ms_budget_read(((BudgetCore *)self)->node, &stats);
     if ((intptr_t)which == offsetof(ms_budget_stats, closed))
         return PyBool_FromLong(stats.closed);
+    if (stats.closed && (intptr_t)which == offsetof(ms_budget_stats, used_bytes))
+        stats.used_bytes = 0; /* its closing gave them back; what is left in the count awaits its owners' release */
     return PyLong_FromLongLong(*(int64_t *)((char *)&stats + (intptr_t)which));
 }
 

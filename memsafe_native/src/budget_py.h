@@ -31,11 +31,14 @@ static inline ms_budget *node_of(BudgetCore *self)
     return self->node;
 }
 
-/* Callbacks are the budget's own business; a charge that stands must not fail by them. */
-void ms_budget_tell_soft_limit(BudgetCore *budget);
+/* Returns -1 with the exception set where a callback let one through that is not an Exception (KeyboardInterrupt and
+ * its kind); all others are the budget's own business, a charge that stands must not fail by them. */
+int ms_budget_tell_soft_limit(BudgetCore *budget);
 
 /* A Reservation of size bytes that the budget was charged; gives them back where it cannot be made. */
 PyObject *ms_reservation_new(BudgetCore *budget, int64_t size);
+
+void ms_reservation_release(PyObject *reservation);
 
 int ms_reservation_py_add(PyObject *dict);
 
