@@ -710,7 +710,11 @@ class Budget(BudgetCore):
             self._entered -= 1
             last = self._entered == 0
         if last:
-            self._close_and_tell()
+            try:
+                self._close_and_tell()
+            except ResourceWarning:  # where warnings are errors; the error that ends the block says more
+                if error is None:
+                    raise
 
     def __del__(self) -> None:
         # Only what was charged without a reservation can be left: a reservation or a child keeps its budget alive.

@@ -240,7 +240,8 @@ static PyObject *core_headroom(PyObject *self, void *Py_UNUSED(closure))
 #define FIELD(name) (void *)offsetof(ms_budget_stats, name)
 
 static PyGetSetDef core_getset[] = {
-    {"used_bytes", core_get, NULL, "Bytes charged to this budget and to those below it.", FIELD(used_bytes)},
+    {"used_bytes", core_get, NULL, "Bytes charged to this budget and to those below it; 0 once it was closed.",
+     FIELD(used_bytes)},
     {"peak_bytes", core_get, NULL, "The most that used_bytes ever was.", FIELD(peak_bytes)},
     {"charged_bytes", core_get, NULL, "Bytes charged here by charge(), without a reservation.", FIELD(charged_bytes)},
     {"closed", core_get, NULL, "Whether close() was called.", FIELD(closed)},

@@ -678,6 +678,15 @@ def test_a_closed_budget_holds_nothing():
     assert (query.used_bytes, query.stats().own_bytes, query.peak_bytes) == (0, 0, 10)
 
 
+def test_an_error_that_ends_a_block_is_not_hidden_by_the_report_of_what_is_left():
+    with pytest.raises(BudgetExceededError), Budget(100) as query:
+        held = query.reserve(60)
+        query.reserve(60)  # and warnings are errors here
+    held.release()
+    with pytest.raises(ResourceWarning), Budget(100) as query:
+        query.charge(1)
+
+
 def test_the_warning_of_a_close_names_the_line_that_closed():
     budget, block = Budget(), Budget()
     budget.charge(1)
