@@ -353,7 +353,7 @@ class Connection(asyncio.Protocol):
         self.server = server
         self.store = server.store
         self.id = 0
-        self.name = self.library = self.library_version = b""
+        self.name = self.lib_name = self.lib_ver = b""
         self.address = self.local_address = "?:0"
         self.created_s = self.active_at_s = time.monotonic()
         self.last_command = b"NULL"
@@ -592,7 +592,6 @@ class Connection(asyncio.Protocol):
         """Ask for *need_bytes* for a request that is arriving."""
         if self._held is not None:
             return self._held.try_grow(need_bytes)
-        # Where the limit was lowered below what is used, even nothing is refused.
         self._held = self.server.clients_budget.try_reserve(need_bytes)
         return self._held is not None
 
