@@ -43,7 +43,7 @@ class Command:
 
     Attributes:
         arity: How many words a request has; negative: at least as many.
-        flags: As redis-server names them.
+        flags: As redis-server names them, and "ping" (see PING).
         keys: First key, last key (negative: from the end), step; all 0 if it takes none.
     """
 
@@ -79,9 +79,7 @@ class Family:
         """Register a handler; a *name* such as "config get" is a subcommand of one registered before it."""
 
         def register(handler: Handler) -> Handler:
-            shown = tuple(flag for flag in flags.split() if flag != "ping")
             command = Command(name.replace(" ", "|"), handler, arity, tuple(flags.split()), keys, self.group, summary)
-            assert shown or not flags
             container, _, subcommand = name.encode().partition(b" ")
             if subcommand:
                 self.commands[container].subcommands[subcommand] = command

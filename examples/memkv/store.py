@@ -17,6 +17,7 @@ from memsafe import Budget
 # What CPython and malloc take for an entry, so that what is charged is near what is resident. A bytes object has 33
 # bytes beside its content; objects up to 512 bytes are rounded to 16, larger ones have malloc's 16 bytes on top.
 _TABLE_BYTES: Final = 64  # a slot's share of a dict that is between two thirds and a third full
+_SPARSE_BYTES: Final = 128  # a slot's share of a dict that has lost most of its keys
 _EXPIRY_BYTES: Final = 192  # the same again, an int, a heap slot and its tuple
 _SMALL_BYTES: Final = 512 - 33
 
@@ -296,11 +297,8 @@ class Store:
     def _schedule(self, expires_at_ms: int, key: bytes) -> None:
         heappush(self._due, (expires_at_ms, key))
         if len(self._due) > 2 * len(self._expires) + 64:  # expiries that were changed leave void entries behind
-            self._rebuild_due()
-
-    def _rebuild_due(self) -> None:
-        self._due = [(when_ms, key) for key, when_ms in self._expires.items()]
-        heapify(self._due)
+            self._due = [(when_ms, key) for key, when_ms in self._expires.items()]
+            heapify(self._due)
 
     # ---- making room
 
@@ -331,10 +329,10 @@ class Store:
         return freed + self.evict(need_bytes - freed + min(_EVICTION_STEP_BYTES, before // 64))
 
     def compact(self) -> None:
-        """Give back the room in tables that removed keys have left; a dict does not by itself."""
-        self._slices[:] = [dict(keys) for keys in self._slices]
-        self._expires = dict(self._expires)
-        self._rebuild_due()
+        """Give back the room in tables that removed keys have left; a dict does not by itself. One slice at a time."""
+        for place, keys in enumerate(self._slices):
+            if keys.__sizeof__() > _SPARSE_BYTES * (len(keys) + 2):
+                self._slices[place] = dict(keys)
 
     def clear(self) -> int:
         """Remove every key; return how many there were."""

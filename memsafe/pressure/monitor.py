@@ -70,8 +70,8 @@ class PressureMonitor:
 
     Callbacks, reclaimers and event streams are served by one thread of the monitor's own, never two at once. When a
     level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, to give back to the kernel what both
-    have freed.
+    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
+    a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
@@ -127,7 +127,8 @@ class PressureMonitor:
         """Open the sources and start the threads. Starting what runs is a no-op; what was closed may start again.
 
         Raises:
-            KernelError: No thread or no descriptor could be had.
+            KernelError: No native thread or no descriptor could be had.
+            RuntimeError: No Python thread could be had.
         """
         with self._lock:
             if self._thread is not None:
@@ -140,7 +141,12 @@ class PressureMonitor:
             hub.wake()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                self._stopping, self._thread = True, None
+                self._shut(hub)
+                raise
         return self
 
     def close(self) -> None:

@@ -231,7 +231,8 @@ class StallTrigger(Source):
         total_us = self._total_us()
         growth_us, self._before_us = total_us - self._before_us, total_us
         if growth_us < self._stall_us:
-            # The first signal of an unprivileged trigger may be for all stall since boot.
+            # The first signal of an unprivileged trigger may be for all stall since boot, and the second too: the
+            # kernel's sliding window remembers that growth for one more window (seen on 6.18).
             return None
         detail = f"{self._kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
         return Cause(self._level, self.name, detail, needs_short_headroom=True)

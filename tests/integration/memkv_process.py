@@ -149,12 +149,20 @@ def memkv_command(directory: Path, *arguments: str, limit: str = "64 MiB", port:
     ]
 
 
+_WITHOUT_UVLOOP = """
+import runpy, sys
+sys.modules["uvloop"] = None
+runpy.run_module("examples.memkv", run_name="__main__", alter_sys=True)
+"""
+
+
 @contextlib.contextmanager
 def memkv(
     directory: Path,
     *arguments: str,
     limit: str = "64 MiB",
     enter: Callable[[], object] | None = None,
+    uvloop: bool = True,
 ) -> Iterator[Server]:
     """A memkv on *directory*.
 
@@ -163,12 +171,16 @@ def memkv(
         arguments: More options.
         limit: Its --limit.
         enter: Called in the new process before it is memkv.
+        uvloop: Whether it may use uvloop.
     """
     log = directory / "memkv.log"
+    command = memkv_command(directory, *arguments, limit=limit)
+    if not uvloop:
+        command[1:3] = ["-c", _WITHOUT_UVLOOP]
     with open(log, "ab") as output:
         start = output.tell()
         process = subprocess.Popen(
-            memkv_command(directory, *arguments, limit=limit),
+            command,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -15,9 +15,11 @@ import redis.asyncio
 from tests.integration.memkv_process import WITHIN_S, Server, memkv, tool
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with memkv(tmp_path_factory.mktemp("memkv"), limit="256 MiB") as server:
+@pytest.fixture(scope="module", params=[True, False], ids=["uvloop", "asyncio"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if request.param:
+        pytest.importorskip("uvloop", reason="uvloop is not installed")
+    with memkv(tmp_path_factory.mktemp("memkv"), limit="256 MiB", uvloop=request.param) as server:
         yield server
 
 

@@ -679,8 +679,9 @@ def test_a_closed_budget_holds_nothing():
 
 
 def test_an_error_that_ends_a_block_is_not_hidden_by_the_report_of_what_is_left():
-    with pytest.raises(BudgetExceededError), Budget(100) as query:
-        held = query.reserve(60)
+    query = Budget(100)
+    held = query.reserve(60)
+    with pytest.raises(BudgetExceededError), query:
         query.reserve(60)  # and warnings are errors here
     held.release()
     with pytest.raises(ResourceWarning), Budget(100) as query:

@@ -648,14 +648,20 @@ def test_closing_releases_those_who_wait(monitor):
         assert not thread.is_alive()
 
 
-def test_no_descriptor_is_left_when_a_start_fails(machine, clock, monkeypatch):
+def refuse(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.memory_status", "threading.Thread.start"])
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
     before = sorted(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("memsafe.pressure.monitor.memory_status", lambda **_: 1 / 0)
     monitor = monitored(machine, clock, None)
-    with pytest.raises(ZeroDivisionError):
-        monitor.start()
+    with monkeypatch.context() as broken:
+        broken.setattr(what, refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            monitor.start()
     assert sorted(os.listdir("/proc/self/fd")) == before
-    monkeypatch.undo()
+    monitor.close()
     with monitor:
         monitor.simulate(LOW)
 
@@ -677,6 +683,7 @@ before = set(os.listdir("/proc/self/fd"))
 monitor = PressureMonitor().start()
 heard = []
 monitor.on(PressureLevel.LOW, heard.append)
+monitor.check()  # the first look is over: a file that it has open would be the child's, too
 child = os.fork()
 if child == 0:
     try:
