@@ -345,7 +345,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_backlog", "_charged_bytes", "_held", "_out", "_parser", "_parts", "_paused", "_transport", "active_at_s",
-        "address", "closing", "created_s", "id", "last_command", "library", "library_version", "local_address", "name",
+        "address", "closing", "created_s", "id", "last_command", "lib_name", "lib_ver", "local_address", "name",
         "nil", "protocol", "server", "store", "transaction", "watched",
     )  # fmt: skip
 
