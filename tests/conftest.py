@@ -3,6 +3,11 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is not a defect: no test asserts a duration.
+settings.register_profile("memsafe", deadline=None)
+settings.load_profile("memsafe")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -144,9 +144,9 @@ def client_setname(client: Connection, request: Request) -> bytes:
 def client_setinfo(client: Connection, request: Request) -> bytes:
     attribute = request[2].upper()
     if attribute == b"LIB-NAME":
-        client.library = _checked_name(request[3], "lib-name")
+        client.lib_name = _checked_name(request[3], "lib-name")
     elif attribute == b"LIB-VER":
-        client.library_version = _checked_name(request[3], "lib-ver")
+        client.lib_ver = _checked_name(request[3], "lib-ver")
     else:
         raise CommandError(f"ERR Unrecognized option '{request[2].decode('latin-1')}'")
     return resp.OK

@@ -51,7 +51,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_backlog", "_charged_bytes", "_held", "_out", "_parser", "_parts", "_paused", "_transport", "active_at_s",
-        "address", "closing", "created_s", "id", "last_command", "library", "library_version", "local_address", "name",
+        "address", "closing", "created_s", "id", "last_command", "lib_name", "lib_ver", "local_address", "name",
         "nil", "protocol", "server", "store", "transaction", "watched",
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         self.server = server
         self.store = server.store
         self.id = 0
-        self.name = self.library = self.library_version = b""
+        self.name = self.lib_name = self.lib_ver = b""
         self.address = self.local_address = "?:0"
         self.created_s = self.active_at_s = time.monotonic()
         self.last_command = b"NULL"
@@ -298,7 +298,6 @@ class Connection(asyncio.Protocol):
         """Ask for *need_bytes* for a request that is arriving."""
         if self._held is not None:
             return self._held.try_grow(need_bytes)
-        # Where the limit was lowered below what is used, even nothing is refused.
         self._held = self.server.clients_budget.try_reserve(need_bytes)
         return self._held is not None
 
