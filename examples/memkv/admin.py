@@ -15,7 +15,7 @@ from examples.memkv.transactions import forget
 from memsafe import PressureLevel, trim
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
 
 CONNECTION: Final = Family("connection")
 SERVER: Final = Family("server")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from memsafe import MemsafeError, memory_status
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection, Server
+    from examples.memkv.connection import Connection
+    from examples.memkv.server import Server
 
 REDIS_VERSION: Final = "7.0.15"
 """The server whose replies these are: clients look at it to know what they may ask."""
