@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from memsafe._kernel import cgroup, overcommit, process, tasks
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
-from memsafe.status import Constraint, MemoryStatus, memory_status
+from memsafe.status import Constraint, MemoryStatus, status_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,7 +120,7 @@ class _Facts:
     """What the kernel says about this process's fork; None for what it does not."""
 
     def __init__(self, root: Root) -> None:
-        self.status: MemoryStatus = memory_status(root=root)
+        self.status: MemoryStatus = status_once(root)
         self.problems = list(self.status.warnings)
         self.charge_bytes: int | None = None
         self.largest_charge_bytes: int | None = None

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
-    from memsafe._kernel.ahead import ReadAhead
+    from typing import Protocol
+
+    class Reader(Protocol):
+        """Who has read files already: ahead.py, kept.py. None: read it yourself."""
+
+        def read(self, path: str) -> bytes | None: ...
+        def is_directory(self, path: str) -> bool | None: ...
+
 
 Root: TypeAlias = str | os.PathLike[str]
 """The directory that stands for "/": a tree of proc and sys files is a machine."""
@@ -30,9 +37,9 @@ _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH})
 
 
 class _Ahead(threading.local):
-    """Who answers for this thread from what was read together; see ahead.py."""
+    """Who answers for this thread from what was read together; see ahead.py and kept.py."""
 
-    reader: ReadAhead | None = None
+    reader: Reader | None = None
 
 
 ahead = _Ahead()
@@ -181,17 +188,17 @@ def read_limit(path: str) -> int | None:
 class Flat:
     """A flat keyed file such as memory.stat or memory.events: one ``key value`` a line."""
 
-    __slots__ = ("_values", "path")
+    __slots__ = ("_text", "path")
 
     def __init__(self, text: bytes, path: str) -> None:
         self.path = path
-        words = text.split()
-        self._values = dict(zip(words[::2], words[1::2], strict=False))
+        self._text = b"\n" + text
 
     def get(self, key: bytes) -> int | None:
         """Return the value of *key*, or None where the file has no such key."""
-        value = self._values.get(key)
-        return None if value is None else count(value, self.path)
+        # Few of some sixty lines are ever asked for: they are not all taken apart.
+        _, found, rest = self._text.partition(b"\n" + key + b" ")
+        return count(rest.partition(b"\n")[0], self.path) if found else None
 
     def as_dict(self) -> dict[str, int]:
         """Return every key with its value.
@@ -199,7 +206,9 @@ class Flat:
         Raises:
             KernelError: A value is not a number.
         """
-        return {key.decode("ascii", "replace"): count(value, self.path) for key, value in self._values.items()}
+        words = self._text.split()
+        pairs = zip(words[::2], words[1::2], strict=False)
+        return {key.decode("ascii", "replace"): count(value, self.path) for key, value in pairs}
 
 
 class Labelled:

@@ -276,7 +276,7 @@ def test_an_empty_machine_is_all_none_and_says_why(tmp_path: Path) -> None:
         assert any(name in warning for warning in status.warnings)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_no_content_makes_it_raise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     tree = ProcTree(tmp_path_factory.mktemp("fuzz"))
