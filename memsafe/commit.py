@@ -136,7 +136,7 @@ class _Facts:
         with self._noting():
             self.page_table_bytes = process.status(root).page_table_bytes
         with self._noting():
-            cost = overcommit.fork_cost(process.mappings(root=root), self.page_table_bytes)
+            cost = overcommit.fork_cost(self.page_table_bytes, root=root)
             self.charge_bytes = cost.charge_bytes
             self.largest_charge_bytes = cost.largest_charge_bytes
             self.page_table_bytes = cost.page_table_bytes

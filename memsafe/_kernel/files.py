@@ -121,6 +121,20 @@ def read_link(path: str) -> str:
         raise KernelError(errno.EINVAL, f"readlink {path!r}", "the path holds a NUL byte") from None
 
 
+def names(path: str) -> list[str]:
+    """Return what the directory at *path* holds.
+
+    Raises:
+        KernelError: It is missing, is no directory, or cannot be read.
+    """
+    try:
+        return os.listdir(path)  # noqa: PTH208 - a path under an injected root
+    except OSError as error:
+        raise failed(error, path, "list") from None
+    except ValueError:
+        raise KernelError(errno.EINVAL, f"list {path!r}", "the path holds a NUL byte") from None
+
+
 def is_directory(path: str) -> bool:
     """Whether there is a directory at *path* that this process can see."""
     if ahead.reader is not None and (found := ahead.reader.is_directory(path)) is not None:

@@ -351,3 +351,38 @@ def test_mounts_that_change_and_another_mount_namespace_are_seen_at_once(tmp_pat
     if "skip" in told:
         pytest.skip(f"may not mount: {told['skip']}")
     assert told["told"] == [1 * MIB, 1 * MIB, 2 * MIB, 2 * MIB, 1 * MIB, told["real"]]
+
+
+NPROC = """
+import json, memsafe, os, resource, subprocess, time
+from memsafe._kernel import tasks
+from memsafe._kernel.cgroup import placement
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setresgid(61234, 61234, 61234)
+    os.setresuid(61234, 61234, 61234)
+waiting = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+found = []
+for limit in (3, 4):
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    foretold = tasks.exhausted(placement())
+    try:
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        answer = True
+    except BlockingIOError:
+        answer = False
+    found.append([foretold is None, answer])
+for process in waiting:
+    process.kill()
+    process.wait()
+print(json.dumps(found))
+"""
+
+
+def test_what_rlimit_nproc_answers_is_foretold() -> None:
+    if os.getuid() != 0:
+        pytest.skip("how many tasks this user has is not ours to say; as root the test becomes a user of its own")
+    assert run_child(NPROC) == [[False, False], [True, True]]
