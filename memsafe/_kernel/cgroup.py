@@ -109,6 +109,10 @@ class MemoryCgroup(Cgroup):
         """Return v1's limit of memory and swap together."""
         return files.read_limit(self.file("memory.memsw.limit_in_bytes")) if self.version == 1 else None
 
+    def memsw_usage_bytes(self) -> int | None:
+        """Return what v1 counts of memory and swap together."""
+        return files.read_count(self.file("memory.memsw.usage_in_bytes")) if self.version == 1 else None
+
     def _flat(self, name: str) -> Flat | None:
         path = self.file(name)
         text = files.read_optional(path)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEAD = "00400000-00800000 rw-p 00000000 00:00 0 "
+LONG = "x" * (32768 - len(HEAD)) + "Size: 99 kB"  # its end begins what is read next
 BODY = "Size:   4096 kB\nRss:  16 kB\nAnonymous:  8 kB\nSwap:  4 kB\nVmFlags: rd wr ac \n"
 
 
@@ -30,7 +31,7 @@ def expected(text: bytes) -> overcommit.ForkCost:
     return smaps_oracle.fork_cost(smaps_oracle.mappings(text, "smaps"))
 
 
-@pytest.mark.parametrize("name", ["", "  Size: 99 kB", "/tmp/a\\012Size: 99 kB", "/" + "x" * 100_000, "[heap]"])
+@pytest.mark.parametrize("name", ["", "  Size: 99 kB", "/tmp/a\\012Size: 99 kB", "/" + "x" * 100_000, "[heap]", LONG])
 def test_a_mapped_file_of_any_name_misleads_nobody(tmp_path: Path, name: str) -> None:
     assert cost(tmp_path, f"{HEAD}{name}\n{BODY}" * 3).charge_bytes == 3 * 4096 * 1024
 
