@@ -301,6 +301,7 @@ def _usage_sources(group: MemoryCgroup, status: MemoryStatus, thresholds: Thresh
             for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
                 left_bytes = thresholds.begins_at(level, constraint.limit_bytes)
                 yield UsageThreshold(group, level, constraint.limit_bytes - left_bytes)
+            return  # a second one is memory and swap together, which the usage of memory does not tell of
 
 
 def _stall_sources(root: Root, thresholds: Thresholds) -> Iterator[Source]:
