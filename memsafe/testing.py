@@ -261,8 +261,12 @@ class FakeProcess(_Part):
         show("/proc/self/limits", self._limits())
         self._kernel._show_number("/proc/self/oom_score", self.oom_score)
         self._kernel._show_number("/proc/self/oom_score_adj", self.oom_score_adj)
-        pss = _labelled({"Pss": self.pss})
-        show("/proc/self/smaps_rollup", f"00400000-7fff0000 ---p 00000000 00:00 0  [rollup]\n{pss}")
+        sums = {
+            "Rss": self.rss, "Pss": self.pss, "Shared_Dirty": 0, "Private_Dirty": self.anonymous,
+            "Anonymous": self.anonymous, "Swap": self.swap,
+        }  # fmt: skip
+        head = "00400000-7fff0000 ---p 00000000 00:00 0  [rollup]\n"
+        show("/proc/self/smaps_rollup", head + _labelled(sums))
         smaps, start = "", 0x7F0000000000
         for mapping in self._mappings:
             text, end = mapping._text(start)
@@ -455,6 +459,7 @@ class FakeKernel:
             raise ValueError(f"layout must be one of {', '.join(_MOUNTS)}: {layout!r}")
         self._own = root is None
         self.root = Path(tempfile.mkdtemp(prefix="memsafe-kernel-") if root is None else root)
+        self.root.mkdir(parents=True, exist_ok=True)
         self.layout: Layout = layout
         self._shown: dict[str, str | None] = {}
         self._cgroups: dict[str, FakeCgroup] = {}

@@ -3,6 +3,11 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is; durations belong in benchmarks/.
+settings.register_profile("memsafe", deadline=None)
+settings.load_profile("memsafe")
 
 
 @pytest.hookimpl(wrapper=True)

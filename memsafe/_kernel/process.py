@@ -271,9 +271,12 @@ def _entries(text: bytes, path: str) -> Iterator[Mapping]:
         if flags is None:
             # Without it nothing can be said about the charge (it is there since Linux 3.8).
             raise files.lacking(path, "VmFlags")
+        start, end = int(head[1], 16), int(head[2], 16)
+        if end <= start:
+            raise files.garbage(path, f"a mapping ends at {end:x}, before it starts")
         yield Mapping(
-            start=int(head[1], 16),
-            end=int(head[2], 16),
+            start=start,
+            end=end,
             size_bytes=lines.required_bytes(b"Size"),
             private=head[3].endswith(b"p"),
             resident_bytes=lines.size_bytes(b"Rss") or 0,
