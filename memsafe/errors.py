@@ -120,7 +120,7 @@ class OOMKilledError(SnapshotFailedError):
 
 
 def printable(sentence: str) -> str:
-    """Return *sentence* with what is no UTF-8 escaped: a cgroup's name may hold any byte, and must not break print()."""
+    """Return *sentence* with what is no UTF-8 escaped: a cgroup may have any name, and print() must work."""
     return sentence.encode("utf-8", "backslashreplace").decode()
 
 

@@ -501,11 +501,11 @@ class FakeKernel:
             some_us: The total of what some task waited, in microseconds.
             full_us: The total of what every task waited, in microseconds.
         """
-        self._show("/proc/pressure/memory", _stalls(some, full, some_us, full_us))
+        self._show_again("/proc/pressure/memory", _stalls(some, full, some_us, full_us))
 
     def mounts(self, *lines: str) -> None:
         """Replace /proc/self/mountinfo by *lines*."""
-        self._show("/proc/self/mountinfo", "".join(f"{line}\n" for line in lines))
+        self._show_again("/proc/self/mountinfo", "".join(f"{line}\n" for line in lines))
 
     def write(self, path: str, content: str | bytes) -> Path:
         """Have the file at *path* hold *content*, garbage included, until a setting that it shows is changed.
@@ -543,8 +543,7 @@ class FakeKernel:
         Raises:
             KeyError: No setting is shown there.
         """
-        text = self._shown.pop(path)
-        self._show(path, text)
+        self._show_again(path, self._shown[path])
 
     def close(self) -> None:
         """Remove the folder, if it was made here."""
@@ -564,7 +563,7 @@ class FakeKernel:
         lines = [] if self.layout == "v2" else [f"5:pids:{path}", f"4:memory:{path}", "1:cpu:/"]
         if self.layout != "v1":
             lines.append(f"0::{path}")
-        self._show("/proc/self/cgroup", "".join(f"{line}\n" for line in lines))
+        self._show_again("/proc/self/cgroup", "".join(f"{line}\n" for line in lines))
 
     def _memory_base(self) -> str:
         return "/sys/fs/cgroup" if self.layout == "v2" else "/sys/fs/cgroup/memory"
@@ -586,6 +585,11 @@ class FakeKernel:
         else:
             self.write(path, text)
         self._shown[path] = text
+
+    def _show_again(self, path: str, text: str | None) -> None:
+        """As _show(), also where something else was written over it since."""
+        self._shown.pop(path, None)
+        self._show(path, text)
 
     def _show_number(self, path: str, value: int | None) -> None:
         self._show(path, None if value is None else f"{value}\n")
