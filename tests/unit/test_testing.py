@@ -7,7 +7,7 @@ import os
 import pytest
 
 from memsafe import MemoryStatus, PressureLevel, PressureMonitor, assess_fork, memory_status
-from memsafe._kernel import cgroup, files, overcommit, process, tasks
+from memsafe._kernel import cgroup, files, process, tasks
 from memsafe.testing import FakeKernel, FakeMapping
 
 MIB = 1024 * 1024
@@ -185,8 +185,8 @@ def test_mappings_are_what_fork_is_charged_for(kernel):
         FakeMapping("1 GiB", flags="rd wr mr mw me ac dc"),
         FakeMapping("64 MiB", "64 MiB", permissions="rw-s", flags="rd wr sh"),
     ]
-    cost = overcommit.fork_cost(process.mappings(root=kernel.root))
-    assert (cost.charge_bytes, cost.copyable_bytes) == (300 * MIB, 210 * MIB)
+    fork = assess_fork(root=kernel.root)
+    assert (fork.commit_charge_bytes, fork.copy_forecast_bytes) == (300 * MIB, 210 * MIB)
 
 
 def test_rlimits_refuse(kernel):
