@@ -20,22 +20,20 @@ with atheris.instrument_imports(include=["memsafe"]):
 CORPUS = Path(__file__).parent / "corpus"
 
 
-def fuzz(name: str, seconds: int) -> None:
+def fuzz(name: str, seconds: int, folder: Path) -> None:
     """Fuzz one target in this process; never returns."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        bench = targets.Bench(Path(folder) / "machine")
-        begin = Path(folder) / "seeds"
-        begin.mkdir()
-        for number, seed in enumerate(bench.seeds(name)):
-            (begin / str(number)).write_bytes(seed)
-        kept = CORPUS / name
-        kept.mkdir(exist_ok=True)
-        check = targets.CHECKS[name]
-        # The first corpus is where libFuzzer adds what it finds new; the kept ones are read only.
-        options = [f"-max_total_time={seconds}", f"-artifact_prefix={kept}/", "-max_len=4096", "-verbosity=0"]
-        atheris.Setup([sys.argv[0], *options, "-print_final_stats=1", str(begin), str(kept)],
-                      lambda data: check(bench, data))  # fmt: skip
-        atheris.Fuzz()
+    bench = targets.Bench(folder / "machine")
+    begin, kept = folder / "seeds", CORPUS / name
+    begin.mkdir()
+    for number, seed in enumerate(bench.seeds(name)):
+        (begin / str(number)).write_bytes(seed)
+    kept.mkdir(exist_ok=True)
+    check = targets.CHECKS[name]
+    # The first corpus is where libFuzzer adds what it finds new; the kept ones are read only.
+    options = [f"-max_total_time={seconds}", f"-artifact_prefix={kept}/", "-max_len=4096", "-verbosity=0"]
+    arguments = [sys.argv[0], *options, "-print_final_stats=1", str(begin), str(kept)]
+    atheris.Setup(arguments, lambda data: check(bench, data))
+    atheris.Fuzz()
 
 
 def main() -> int:
@@ -44,14 +42,16 @@ def main() -> int:
     failed = []
     for name in names:
         print(f"{name}: {each_s} s", flush=True)
-        # libFuzzer ends its process at the first failure.
-        if subprocess.run([sys.executable, "-m", "tests.fuzz", name, str(each_s)], check=False).returncode:
-            failed.append(name)
+        # libFuzzer ends its process, at the first failure or when the time is over, and cleans nothing up.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+            command = [sys.executable, "-m", "tests.fuzz", name, str(each_s), folder]
+            if subprocess.run(command, check=False).returncode:
+                failed.append(name)
     print(f"failed: {' '.join(failed)}; the inputs are in {CORPUS}" if failed else "nothing found")
     return bool(failed)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        fuzz(sys.argv[1], int(sys.argv[2]))
+        fuzz(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
     sys.exit(main())
