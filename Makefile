@@ -8,7 +8,7 @@ C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/na
 SOURCES := memsafe memsafe_native tests benchmarks examples docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test bench docs format lint types clean
+.PHONY: help build dev demo test fuzz bench docs format lint types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -31,6 +31,10 @@ $(VENV)/.docs: $(VENV)/.build
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[docs]'
 	touch $@
 
+$(VENV)/.fuzz: $(VENV)/.build
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[fuzz]'
+	touch $@
+
 build: $(VENV)/.build ## build the extension into .venv, with what the tests and the demo need
 
 dev: $(VENV)/.dev ## build, with formatter, linter and type checker
@@ -40,6 +44,9 @@ demo: build ## run the main job on real input: a store under load, refusals, pre
 
 test: build ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.fuzz ## fuzz the readers of the kernel's files, FUZZ_SECONDS (600) for all FUZZ_TARGETS together
+	nice $(PY) -m tests.fuzz
 
 bench: dev ## measure, each figure beside a peer in the same run
 	$(PY) -m benchmarks $(BENCH_ARGS)

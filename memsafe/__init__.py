@@ -30,7 +30,7 @@ _MODULES = {
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = frozenset({"oom"})
+_SUBMODULES = frozenset({"oom", "testing"})
 
 __version__ = "0.1.0"
 __all__ = sorted({*_HOME, *_SUBMODULES})

@@ -1,4 +1,4 @@
-from memsafe import oom as oom
+from memsafe import oom as oom, testing as testing
 from memsafe.budget import (
     Budget as Budget,
     BudgetReport as BudgetReport,

@@ -8,7 +8,7 @@ from math import isnan
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from memsafe._kernel import cgroup, overcommit, process, tasks
-from memsafe.errors import KernelError
+from memsafe.errors import KernelError, printable
 from memsafe.sizes import format_size
 from memsafe.status import Constraint, MemoryStatus, status_once
 
@@ -190,7 +190,7 @@ class _Judgement:
             copy_forecast_bytes=self._forecast_bytes,
             headroom_bytes=fork_headroom_bytes(tightest) if tightest else None,
             binding=self._binding or tightest,
-            reasons=tuple(self._reasons),
+            reasons=tuple(map(printable, self._reasons)),
             forecast_source=self._source,
         )
 

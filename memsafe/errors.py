@@ -135,6 +135,11 @@ class OOMKilledError(SnapshotFailedError):
     """The kernel's OOM killer ended the child."""
 
 
+def printable(sentence: str) -> str:
+    """Return *sentence* with what is no UTF-8 escaped: a cgroup may have any name, and print() must work."""
+    return sentence.encode("utf-8", "backslashreplace").decode()
+
+
 class UnsupportedError(MemsafeError):
     """This machine cannot do what was asked: says which feature, since which kernel, and what to do instead."""
 
@@ -149,7 +154,7 @@ class KernelError(MemsafeError, OSError):
 
     def __init__(self, errno: int, call: str, detail: str = "") -> None:
         text = f"{call}: {os.strerror(errno)}"
-        super().__init__(errno, f"{text} ({detail})" if detail else text)
+        super().__init__(errno, printable(f"{text} ({detail})" if detail else text))
         self.call = call
 
     def __reduce__(self) -> tuple[Any, ...]:

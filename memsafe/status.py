@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 from memsafe._kernel import cgroup, files, kept, machine, overcommit, process, psi
 from memsafe._kernel.files import UNLIMITED
 from memsafe._kernel.psi import Pressure, Stall
-from memsafe.errors import KernelError
+from memsafe.errors import KernelError, printable
 
 __all__ = ["CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status"]
 
@@ -227,7 +227,7 @@ class _Reader:
             return None
 
     def _warn(self, sentence: str) -> None:
-        self._warnings[sentence] = None
+        self._warnings[printable(sentence)] = None
 
     def _told(self, path: str, read: Callable[[Root], T | None]) -> T | None:
         """Return what *read* returns of a file that every machine has, with a warning also where it is missing."""

@@ -27,8 +27,8 @@ import pytest
 import memsafe
 from memsafe._kernel import process
 from memsafe._kernel.cgroup import memory_cgroups
+from memsafe.testing import FakeKernel
 from tests.integration import scenario
-from tests.unit.proc_tree import ProcTree
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
@@ -797,12 +797,10 @@ def test_copies_are_counted_and_a_bound_that_holds_changes_nothing(path):
 
 
 def headroom_gone(path, folder):
-    machine = ProcTree(Path(folder))
-    machine.v2("/app")
-    machine.v2_group("/app", 1024 * MIB, 512 * MIB)
+    app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
     gate = Gate()
     job = memsafe.fork_snapshot(path, gated(gate), root=folder)
-    machine.v2_group("/app", 1024 * MIB, 1020 * MIB)
+    app.usage = 1020 * MIB
     got = outcome(job)
     gate.close()
     return got
@@ -1150,15 +1148,12 @@ def oom_killed(path, folder, limit_file):
 
 
 def killed_while_counter(path, folder, signal_number, oom_kills):
-    machine = ProcTree(Path(folder))
-    machine.v2("/app/db")
-    machine.v2_group("/app", 1024 * MIB, 512 * MIB)
-    machine.v2_group("/app/db", 1024 * MIB, 512 * MIB)
-    machine.write("/sys/fs/cgroup/app/memory.events", "oom 4\noom_kill 4\n")
-    machine.write("/sys/fs/cgroup/app/db/memory.events", "oom 1\noom_kill 1\n")
+    kernel = FakeKernel(folder)
+    kernel.cgroup("/app", limit=1024 * MIB, oom_kills=3)
+    database = kernel.cgroup("/app/db", limit=1024 * MIB, usage=512 * MIB, oom_kills=1).join()
 
     def write(out):
-        machine.write("/sys/fs/cgroup/app/db/memory.events", f"oom 3\noom_kill {oom_kills}\n")
+        database.oom_kills = oom_kills
         os.kill(os.getpid(), signal_number)
 
     return outcome(memsafe.fork_snapshot(path, write, root=folder))
@@ -1177,7 +1172,7 @@ def test_the_oom_killer_is_named_only_for_sigkill_with_a_counter_that_rose(
 ):
     got = scenario.run(killed_while_counter, path, tmp_path / "machine", signal_number, oom_kills)
     assert got["error"] == error
-    assert ("oom_kill of /app/db rose" in got["message"]) == (error == "OOMKilledError")
+    assert ("(oom_kill of /app/db, /app rose)" in got["message"]) == (error == "OOMKilledError")
 
 
 @pytest.mark.cgroup

@@ -10,7 +10,7 @@ from memsafe._kernel import files
 from memsafe._kernel.ahead import ReadAhead
 from memsafe.errors import KernelError
 from memsafe.status import memory_status
-from tests.unit.proc_tree import MIB, ProcTree
+from memsafe.testing import FakeKernel
 
 
 @pytest.fixture
@@ -101,10 +101,9 @@ def test_it_does_not_grow_without_bound(ahead, tmp_path):
 
 
 def test_a_status_is_the_same_read_together(ahead, tmp_path):
-    tree = ProcTree(tmp_path)
-    tree.v2("/pod/app")
-    tree.v2_group("/pod", limit=256 * MIB, used=1)
-    tree.v2_group("/pod/app", limit=128 * MIB, used=32 * MIB, high=100 * MIB, active=5)
+    kernel = FakeKernel(tmp_path)
+    kernel.cgroup("/pod", limit="256 MiB", usage=1)
+    kernel.cgroup("/pod/app", limit="128 MiB", usage="32 MiB", high="100 MiB", active_file=5).join()
     for _ in range(3):
         with ahead:
             together = memory_status(root=tmp_path)

@@ -20,6 +20,7 @@ LAYERS = [
     {"budget", "region", "heap", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
+    {"testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -15,8 +15,9 @@ import pytest
 
 import memsafe
 from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
-from tests.unit.proc_tree import MIB, ProcTree
+from memsafe.testing import FakeKernel
 
+MIB = 1024 * 1024
 NORMAL, LOW, CRITICAL = PressureLevel
 
 # Polling is left to check(): a test decides when the machine is looked at.
@@ -38,10 +39,9 @@ def clock():
 
 @pytest.fixture
 def machine(tmp_path):
-    tree = ProcTree(tmp_path)
-    tree.v2("/app")
-    tree.v2_group("/app", limit=128 * MIB, used=32 * MIB)
-    return tree
+    kernel = FakeKernel(tmp_path)
+    kernel.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
+    return kernel
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def monitor(machine, clock):
 
 
 def use(machine, left_bytes):
-    machine.v2_group("/app", limit=128 * MIB, used=128 * MIB - left_bytes)
+    machine.cgroup("/app").usage = 128 * MIB - left_bytes
 
 
 def listen(monitor, level):
@@ -95,20 +95,19 @@ def test_it_falls_after_the_cooldown_and_says_so(machine, monitor, clock):
 def test_page_cache_alone_raises_nothing(machine, monitor):
     heard = listen(monitor, LOW)
     for inactive, active in [(100 * MIB, 0), (0, 100 * MIB), (50 * MIB, 50 * MIB)]:
-        machine.v2_group("/app", limit=128 * MIB, used=128 * MIB, inactive=inactive, active=active)
+        machine.cgroup("/app", usage=128 * MIB, inactive_file=inactive, active_file=active)
         assert monitor.check() == NORMAL
     assert heard == []
 
 
 def test_a_limit_that_is_lowered_is_noticed(machine, monitor):
-    machine.v2_group("/app", limit=40 * MIB, used=32 * MIB)
+    machine.cgroup("/app").limit = 40 * MIB
     assert monitor.check() == LOW
 
 
 def test_an_ancestor_counts(machine, monitor):
-    machine.v2("/pod/app")
-    machine.v2_group("/pod", limit=256 * MIB, used=255 * MIB)
-    machine.v2_group("/pod/app", limit=128 * MIB, used=32 * MIB)
+    machine.cgroup("/pod", limit=256 * MIB, usage=255 * MIB)
+    machine.cgroup("/pod/app", limit=128 * MIB, usage=32 * MIB).join()
     heard = listen(monitor, CRITICAL)
     assert monitor.check() == CRITICAL
     assert "of /pod)" in heard[0].detail
@@ -118,7 +117,8 @@ def test_a_machine_that_makes_no_sense_is_survived(machine, monitor):
     machine.write("/sys/fs/cgroup/app/memory.max", "lots\n")
     machine.write("/proc/self/cgroup", "nonsense\n")
     assert monitor.check() == NORMAL
-    machine.v2("/app")
+    machine.repair("/sys/fs/cgroup/app/memory.max")
+    machine.repair("/proc/self/cgroup")
     use(machine, 1 * MIB)
     assert monitor.check() == CRITICAL
 
@@ -525,9 +525,9 @@ def sources(monitor):
 
 
 def test_on_a_copy_of_the_files_only_polling_is_used_and_the_files_are_left_alone(machine, clock):
-    pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
-    own = machine.write("/sys/fs/cgroup/app/memory.pressure", pressure)
-    machine.write("/sys/fs/cgroup/app/memory.events", "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
+    machine.cgroup("/app").stall()
+    own = machine.root / "sys/fs/cgroup/app/memory.pressure"
+    pressure = own.read_text()
     with monitored(machine, clock, None) as monitor:
         found = sources(monitor)
         assert [name for name, source in found.items() if source.used] == ["polling"]
@@ -538,9 +538,9 @@ def test_on_a_copy_of_the_files_only_polling_is_used_and_the_files_are_left_alon
     assert not any(source.used for source in monitor.sources)
 
 
-def test_v1_without_a_limit_and_no_controller_at_all_are_told_apart(machine, clock):
-    machine.v1("/app")
-    machine.v1_group("/app", limit=2**63 - 4096)
+def test_v1_without_a_limit_and_no_controller_at_all_are_told_apart(tmp_path, clock):
+    machine = FakeKernel(tmp_path, layout="hybrid")
+    machine.cgroup("/app").join()
     with monitored(machine, clock, None) as monitor:
         assert "has a limit" in sources(monitor)["usage"].reason
         assert "cgroup v1" in sources(monitor)["memory.events"].reason
@@ -549,16 +549,16 @@ def test_v1_without_a_limit_and_no_controller_at_all_are_told_apart(machine, clo
         assert "no memory cgroup" in sources(monitor)["memory.events"].reason
 
 
-def test_usage_thresholds_follow_the_limits(machine, clock):
-    machine.v1("/app")
-    machine.v1_group("/app", limit=128 * MIB, used=32 * MIB)
+def test_usage_thresholds_follow_the_limits(tmp_path, clock):
+    machine = FakeKernel(tmp_path, layout="hybrid")
+    app = machine.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
     with monitored(machine, clock, None) as monitor:
         found = sources(monitor)
         assert not found["usage.low"].used
         before = monitor.sources
         monitor.check()
         assert monitor.sources == before
-        machine.v1_group("/app", limit=2**63 - 4096, used=32 * MIB)
+        app.limit = None
         monitor.check()
         assert "usage.low" not in sources(monitor)
 

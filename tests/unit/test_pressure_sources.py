@@ -12,12 +12,19 @@ from memsafe.errors import KernelError
 from memsafe.pressure import sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.sources import CgroupEvents, OomNotice, StallTrigger
-from tests.unit.proc_tree import MIB, ProcTree
+from memsafe.testing import FakeKernel
+
+MIB = 1024 * 1024
 
 
 @pytest.fixture
 def machine(tmp_path):
-    return ProcTree(tmp_path)
+    return FakeKernel(tmp_path)
+
+
+@pytest.fixture
+def v1_machine(tmp_path):
+    return FakeKernel(tmp_path, layout="hybrid")
 
 
 def pressure(some_us, full_us=0):
@@ -59,8 +66,7 @@ def events(machine, name, **counts):
 
 
 def test_only_ooms_of_the_cgroup_itself_are_critical(machine):
-    machine.v2("/app")
-    machine.v2_group("/app", limit=128 * MIB)
+    machine.cgroup("/app", limit=128 * MIB).join()
     events(machine, "memory.events", oom=7)
     events(machine, "memory.events.local", oom=2)
     source = CgroupEvents(cgroup.memory_cgroups(machine.root)[0])
@@ -77,8 +83,8 @@ def test_only_ooms_of_the_cgroup_itself_are_critical(machine):
 
 
 def test_without_local_counts_those_of_the_subtree_are_taken(machine):
-    machine.v2("/app")
-    machine.v2_group("/app", limit=128 * MIB)
+    machine.cgroup("/app", limit=128 * MIB).join()
+    machine.remove("/sys/fs/cgroup/app/memory.events.local")
     events(machine, "memory.events", oom=7)
     source = CgroupEvents(cgroup.memory_cgroups(machine.root)[0])
     source.hear()
@@ -89,33 +95,27 @@ def test_without_local_counts_those_of_the_subtree_are_taken(machine):
         source.hear()
 
 
-def test_the_last_signal_of_a_removed_v1_cgroup_is_no_oom(machine):
-    machine.v1("/app")
-    machine.v1_group("/app", limit=128 * MIB)
-    machine.write("/sys/fs/cgroup/memory/app/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
-    source = OomNotice(cgroup.memory_cgroups(machine.root)[0])
+def test_the_last_signal_of_a_removed_v1_cgroup_is_no_oom(v1_machine):
+    app = v1_machine.cgroup("/app", limit=128 * MIB, oom_kills=4).join()
+    source = OomNotice(cgroup.memory_cgroups(v1_machine.root)[0])
     assert "4 killed" in source.hear().detail
-    machine.remove("/sys/fs/cgroup/memory/app/memory.oom_control")
+    app.remove()
     assert source.hear() is None
 
 
 def test_every_cgroup_on_the_way_up_is_a_source(machine):
-    machine.v2("/pod/app")
-    machine.v2_group("/pod", limit=256 * MIB)
-    machine.v2_group("/pod/app", limit=128 * MIB)
-    for path in ("pod", "pod/app"):
-        machine.write(f"/sys/fs/cgroup/{path}/memory.events", "oom 0\n")
+    machine.cgroup("/pod", limit=256 * MIB)
+    machine.cgroup("/pod/app", limit=128 * MIB).join()
     chosen = sources.choose(machine.root, memory_status(root=machine.root), Thresholds())
     base = machine.root / "sys/fs/cgroup"
     found = [each.path for each in chosen if each.name == "memory.events"]
     assert found == [f"{base}/pod/app/memory.events", f"{base}/pod/memory.events"]
 
 
-def test_a_v1_limit_has_a_threshold_for_each_level_on_every_limited_ancestor(machine):
-    machine.v1("/pod/app")
-    machine.v1_group("/pod/app", limit=2**63 - 4096)
-    machine.v1_group("/pod", limit=256 * MIB)
-    chosen = sources.choose(machine.root, memory_status(root=machine.root), Thresholds())
+def test_a_v1_limit_has_a_threshold_for_each_level_on_every_limited_ancestor(v1_machine):
+    v1_machine.cgroup("/pod", limit=256 * MIB)
+    v1_machine.cgroup("/pod/app").join()
+    chosen = sources.choose(v1_machine.root, memory_status(root=v1_machine.root), Thresholds())
     found = {each.name: each.usage_bytes for each in chosen if isinstance(each, sources.UsageThreshold)}
     expected = {level: 256 * MIB - Thresholds().begins_at(level, 256 * MIB) for level in PressureLevel if level}
     assert found == {f"usage.{level.name.lower()}": usage_bytes for level, usage_bytes in expected.items()}

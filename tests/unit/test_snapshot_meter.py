@@ -9,14 +9,15 @@ import pytest
 from memsafe._kernel import process
 from memsafe.errors import KernelError
 from memsafe.snapshot.meter import Meter
-from tests.unit.proc_tree import MIB, ProcTree
+from memsafe.testing import FakeKernel
+
+MIB = 1024 * 1024
 
 
 @pytest.fixture
 def machine(tmp_path):
-    machine = ProcTree(tmp_path)
-    machine.v2("/app")
-    machine.v2_group("/app", 1024 * MIB, 512 * MIB)
+    machine = FakeKernel(tmp_path)
+    machine.cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
     return machine
 
 
@@ -46,7 +47,7 @@ def test_faults_that_could_pass_the_bound_make_a_reading_due(machine):
 
 def test_faults_that_could_eat_the_headroom_make_a_reading_due_without_a_bound(machine):
     meter = Meter(machine.root, None)
-    machine.v2_group("/app", 1024 * MIB, 976 * MIB)
+    machine.cgroup("/app").usage = 976 * MIB
     assert meter.measure(os.getpid()).short is None
     in_doubt_only(meter)
     assert not meter.is_due(os.getpid())
@@ -56,21 +57,21 @@ def test_faults_that_could_eat_the_headroom_make_a_reading_due_without_a_bound(m
 
 def test_headroom_below_the_reserve_is_told(machine):
     meter = Meter(machine.root, None)
-    machine.v2_group("/app", 1024 * MIB, 1012 * MIB)
+    machine.cgroup("/app").usage = 1012 * MIB
     assert "12 MiB are left below memory.max of /app (1 GiB)" in meter.measure(os.getpid()).short
 
 
 def test_a_process_that_always_lives_near_its_limit_has_a_smaller_reserve(machine):
-    machine.v2_group("/app", 1024 * MIB, 1012 * MIB)
+    machine.cgroup("/app").usage = 1012 * MIB
     meter = Meter(machine.root, None)
     assert meter.measure(os.getpid()).short is None
-    machine.v2_group("/app", 1024 * MIB, 1022 * MIB)
+    machine.cgroup("/app").usage = 1022 * MIB
     assert meter.measure(os.getpid()).short is not None
 
 
 def test_file_cache_in_use_counts_as_headroom(machine):
     meter = Meter(machine.root, None)
-    machine.v2_group("/app", 1024 * MIB, 1020 * MIB, active=500 * MIB)
+    machine.cgroup("/app", usage=1020 * MIB, active_file=500 * MIB)
     assert meter.measure(os.getpid()).short is None
 
 

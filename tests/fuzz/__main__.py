@@ -1,0 +1,57 @@
+"""Coverage-guided fuzzing of the readers: ``make fuzz``.
+
+FUZZ_SECONDS is the time for all targets together, FUZZ_TARGETS names some of them. What fails is kept in corpus/, where
+the tests replay it for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["memsafe"]):
+    from tests.fuzz import targets
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def fuzz(name: str, seconds: int, folder: Path) -> None:
+    """Fuzz one target in this process; never returns."""
+    bench = targets.Bench(folder / "machine")
+    begin, kept = folder / "seeds", CORPUS / name
+    begin.mkdir()
+    for number, seed in enumerate(bench.seeds(name)):
+        (begin / str(number)).write_bytes(seed)
+    kept.mkdir(exist_ok=True)
+    check = targets.CHECKS[name]
+    # The first corpus is where libFuzzer adds what it finds new; the kept ones are read only.
+    options = [f"-max_total_time={seconds}", f"-artifact_prefix={kept}/", "-max_len=4096", "-verbosity=0"]
+    arguments = [sys.argv[0], *options, "-print_final_stats=1", str(begin), str(kept)]
+    atheris.Setup(arguments, lambda data: check(bench, data))
+    atheris.Fuzz()
+
+
+def main() -> int:
+    names = os.environ.get("FUZZ_TARGETS", "").split() or list(targets.CHECKS)
+    each_s = max(1, int(os.environ.get("FUZZ_SECONDS", "600")) // len(names))
+    failed = []
+    for name in names:
+        print(f"{name}: {each_s} s", flush=True)
+        # libFuzzer ends its process, at the first failure or when the time is over, and cleans nothing up.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+            command = [sys.executable, "-m", "tests.fuzz", name, str(each_s), folder]
+            if subprocess.run(command, check=False).returncode:
+                failed.append(name)
+    print(f"failed: {' '.join(failed)}; the inputs are in {CORPUS}" if failed else "nothing found")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        fuzz(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(main())
