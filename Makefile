@@ -8,7 +8,7 @@ C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/na
 SOURCES := memsafe memsafe_native tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test bench format lint types clean
+.PHONY: help build dev demo test test-kernel bench format lint types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -36,6 +36,9 @@ demo: build ## run the main job on real input: a store under load, refusals, pre
 
 test: build ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-kernel: build ## run the kernel tests in virtual machines; KERNEL=6.1 K=memory_events for one on one kernel
+	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-k '$(K)') $(PYTEST_ARGS)
 
 bench: dev ## measure, each figure beside a peer in the same run
 	$(PY) -m benchmarks $(BENCH_ARGS)
