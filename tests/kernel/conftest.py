@@ -94,7 +94,7 @@ class Lab:
         self._name = None
         self._session = None
         self._boots = []
-        self._tables = []
+        self._tables = {}
 
     def names(self):
         """The kernels to test on; a stand-in where there is none, so that its tests are seen to be skipped."""
@@ -143,7 +143,8 @@ class Lab:
 
     def _noted(self, report):
         if report.when == "call":
-            self._tables += [(report.nodeid, name, value) for name, value in report.user_properties]
+            for name, row in report.user_properties:
+                self._tables.setdefault(name, []).append(row)
         return report
 
     def close(self):
@@ -154,12 +155,23 @@ class Lab:
 
     def summarize(self, terminal):
         self.close()
-        for node, name, lines in self._tables:
-            terminal.section(f"{name} ({node})", "-")
-            for line in lines:
+        for name, rows in self._tables.items():
+            terminal.section(name, "-")
+            for line in _table(rows):
                 terminal.write_line(line)
         for name, boots, failed in self._boots:
             terminal.write_line(f"kernel {name}: {boots} boots, {failed} of them failed before a test began")
+
+
+def _table(rows):
+    """The lines of a table: rows are dicts with the same keys, which tests left with record_property()."""
+    lines = [[str(name) for name in rows[0]], *[[str(value) for value in row.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(
+            f"{text:>{width}}" if text.isdigit() else f"{text:<{width}}"
+            for text, width in zip(line, widths, strict=True)
+        ).rstrip()
 
 
 def _without_report(item, outcome, text):
