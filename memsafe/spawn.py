@@ -253,7 +253,8 @@ def _inherited_env() -> list[bytes]:
 
     A copy, because the native call releases the GIL, under which another thread may change it.
     """
-    environ, env = lib.environ, []
+    env: list[bytes] = []
+    environ = lib.environ
     while environ and (entry := environ[len(env)]):
         env.append(ffi.string(entry))
     return env

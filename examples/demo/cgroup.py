@@ -29,7 +29,7 @@ def own_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup | str]:
     why_not = "no memory controller is to be seen"
     made: MemoryCgroup | None = None
     try:
-        candidates = [cgroup for cgroup in memory_cgroups()[:2] if _may_have_children(cgroup)]
+        candidates = _parents()
     except KernelError as error:
         candidates, why_not = [], str(error)
     for parent in candidates:
@@ -47,10 +47,15 @@ def own_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup | str]:
         _remove(made)
 
 
-def _may_have_children(cgroup: MemoryCgroup) -> bool:
-    """Whether the memory controller reaches what is made below *cgroup*."""
-    if cgroup.version == 1:
-        return True
+def _parents() -> list[MemoryCgroup]:
+    """Return the cgroups below which one may be made: where the memory controller reaches the children."""
+    cgroups = memory_cgroups()[:2]
+    if cgroups and cgroups[0].version == 1:
+        return [cgroups[0]]
+    return [cgroup for cgroup in cgroups if _gives_memory_on(cgroup)]
+
+
+def _gives_memory_on(cgroup: MemoryCgroup) -> bool:
     with contextlib.suppress(OSError):
         return "memory" in Path(cgroup.file("cgroup.subtree_control")).read_text().split()
     return False

@@ -13,20 +13,24 @@ from typing import Protocol
 import psutil
 
 from examples.demo.processes import Ballast, Store
-from memsafe import format_size
+from memsafe import PressureLevel, format_size
 from memsafe._kernel.cgroup import MemoryCgroup
+from memsafe.pressure import Thresholds
 
 MIB = 1 << 20
 _PACE_S = 0.05
+_WAITS_MAX = 100
 
 
 class Squeeze(Protocol):
     """Takes room from a store step by step, and gives it back."""
 
     what: str
+    pace_s: float
+    """How long to wait for the store to notice a step, before the next."""
 
-    def tighten(self) -> bool:
-        """Take the next step; False when no further one is safe."""
+    def tighten(self, level: str) -> bool:
+        """Take the next step from *level*; False when no further one is safe."""
         ...
 
     def told(self) -> str:
@@ -42,18 +46,21 @@ class CgroupSqueeze:
     """Another process takes the memory of the store's cgroup, in steps that shrink with what is left."""
 
     what = "another process in its cgroup takes memory"
-    _LEFT_BYTES_MIN = 8 * MIB
+    pace_s = 0.1  # the kernel tells it of thresholds at once
 
     def __init__(self, cgroup: MemoryCgroup) -> None:
         self._cgroup = cgroup
         self._ballast = Ballast(cgroup.directory)
+        self._waits = 0
 
-    def tighten(self) -> bool:
-        """Take an eighth of what is left."""
+    def tighten(self, level: str) -> bool:
+        """Take an eighth of what is left, but no more than brings the next level; then wait for that."""
         left_bytes = self._left_bytes()
-        if left_bytes < self._LEFT_BYTES_MIN:
-            return False
-        return self._ballast.grow(max(MIB, left_bytes // 8))
+        beyond_bytes = left_bytes - _goal_bytes(level, self._cgroup.limit_bytes() or 0)
+        if beyond_bytes > 0:
+            return self._ballast.grow(min(max(MIB, left_bytes // 8), beyond_bytes))
+        self._waits += 1
+        return self._waits < _WAITS_MAX
 
     def told(self) -> str:
         """Say how much the ballast holds, and how much is left."""
@@ -65,42 +72,56 @@ class CgroupSqueeze:
 
     def _left_bytes(self) -> int:
         cgroup = self._cgroup
-        return (cgroup.limit_bytes() or 0) - (cgroup.usage_bytes() or 0) + sum(cgroup.file_cache_bytes())
+        cache_bytes = sum(cgroup.file_cache_bytes() or (0, 0))
+        return (cgroup.limit_bytes() or 0) - (cgroup.usage_bytes() or 0) + cache_bytes
 
 
 class RlimitSqueeze:
     """Where no cgroup may be made: the kernel is told to refuse the store memory beyond what it has and a little more.
 
-    The soft RLIMIT_DATA of the store is lowered towards the private memory that it has mapped, and put back.
+    The soft RLIMIT_DATA of the store is lowered towards the private memory that it has mapped: to where LOW begins,
+    then to where CRITICAL does, then put back.
     """
 
-    what = "the kernel will give it less and less (RLIMIT_DATA)"
-    _LEFT_RATIO_MIN = 0.03
+    what = "the kernel will give it little more than it has (RLIMIT_DATA)"
+    pace_s = 1.0  # nothing tells it of a limit: it looks, every five seconds while all is well
 
     def __init__(self, store: Store) -> None:
         self._process = psutil.Process(store.process.pid)
         self._before = self._process.rlimit(resource.RLIMIT_DATA)
-        self._left_ratio = 0.5
+        self._waits = 0
 
-    def tighten(self) -> bool:
-        """Take a quarter of what is left."""
-        if self._left_ratio < self._LEFT_RATIO_MIN:
-            return False
-        self._left_ratio *= 0.75
-        mapped_bytes = self._process.memory_info().data
-        self._process.rlimit(resource.RLIMIT_DATA, (int(mapped_bytes * (1 + self._left_ratio)), self._before[1]))
-        return True
+    def tighten(self, level: str) -> bool:
+        """Go to what brings the next level, from what is mapped now; that changes while it is waited for."""
+        mapped_bytes = self._mapped_bytes()
+        limit_bytes = mapped_bytes + _goal_bytes(level, mapped_bytes)
+        self._process.rlimit(resource.RLIMIT_DATA, (limit_bytes, self._before[1]))
+        self._waits += 1
+        return self._waits < _WAITS_MAX
 
     def told(self) -> str:
         """Say what the limit is, and how much of it is left."""
         limit_bytes, _ = self._process.rlimit(resource.RLIMIT_DATA)
-        left_bytes = limit_bytes - self._process.memory_info().data
-        return f"limit {format_size(limit_bytes)}, {format_size(left_bytes)} left"
+        if limit_bytes == resource.RLIM_INFINITY:
+            return f"{format_size(self._mapped_bytes())} mapped, no limit"
+        return f"{format_size(limit_bytes - self._mapped_bytes())} left of {format_size(limit_bytes)}"
 
     def release(self) -> None:
         """Put the limit back."""
         if self._process.is_running():
             self._process.rlimit(resource.RLIMIT_DATA, self._before)
+
+    def _mapped_bytes(self) -> int:
+        return int(self._process.memory_info().data)
+
+
+def _goal_bytes(level: str, limit_bytes: int) -> int:
+    """Return how much to leave so that the level after *level* is sure to come."""
+    thresholds = Thresholds()
+    low_bytes, critical_bytes = (
+        thresholds.begins_at(each, limit_bytes) for each in (PressureLevel.LOW, PressureLevel.CRITICAL)
+    )
+    return critical_bytes * 3 // 4 if level == "LOW" else (low_bytes + critical_bytes) // 2
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 import time
 from dataclasses import dataclass, field
 
@@ -31,7 +33,11 @@ class Report:
     _seconds: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
     _began: float = field(default_factory=time.monotonic)
-    _console: Console | None = field(default_factory=lambda: None if Console is None else Console(highlight=False))
+    _width: int = field(default_factory=lambda: shutil.get_terminal_size((120, 0)).columns)
+    _console: Console | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._console = None if Console is None else Console(highlight=False, width=self._width)
 
     def phase(self, name: str, title: str) -> None:
         """Begin a phase: *name* stands in the table, *title* says what is about to be shown."""
@@ -101,6 +107,10 @@ class Report:
             self._phase = ""
 
     def _line(self, text: str, style: str | None = None) -> None:
+        text = "\n".join(
+            textwrap.fill(line, self._width - 1, subsequent_indent="    ", break_on_hyphens=False)
+            for line in text.split("\n")
+        )
         if self._console:
             self._console.print(text, style=style, markup=False, soft_wrap=True)
         else:

@@ -190,8 +190,6 @@ def client_kill(client: Connection, request: Request) -> bytes:
         if not found:
             raise CommandError("ERR No such client")
         reply = resp.OK
-    elif len(request) == 5 and request[3].upper() in (b"ID", b"ADDR"):
-        raise CommandError(SYNTAX)
     elif len(request) == 4 and request[2].upper() == b"ID":
         other = connections.get(integer_argument(request[3], "ERR client-id should be greater than 0"))
         found = [other] if other is not None and other is not client else []

@@ -43,7 +43,7 @@ class Command:
 
     Attributes:
         arity: How many words a request has; negative: at least as many.
-        flags: As redis-server names them.
+        flags: As redis-server names them, and "ping" (see PING).
         keys: First key, last key (negative: from the end), step; all 0 if it takes none.
     """
 
@@ -79,9 +79,7 @@ class Family:
         """Register a handler; a *name* such as "config get" is a subcommand of one registered before it."""
 
         def register(handler: Handler) -> Handler:
-            shown = tuple(flag for flag in flags.split() if flag != "ping")
             command = Command(name.replace(" ", "|"), handler, arity, tuple(flags.split()), keys, self.group, summary)
-            assert shown or not flags
             container, _, subcommand = name.encode().partition(b" ")
             if subcommand:
                 self.commands[container].subcommands[subcommand] = command
@@ -171,25 +169,33 @@ def glob(pattern: bytes) -> Callable[[bytes], object]:
 
 
 def _glob_expression(pattern: bytes) -> bytes:
-    parts: list[bytes] = []
+    """Return *pattern* as a regular expression that never goes back on what a ``*`` but the last has matched.
+
+    Matching as early as possible loses nothing, since a later ``*`` takes what is left; and it keeps a pattern of many
+    from taking time without bound.
+    """
+    pieces = [b""]  # what stands between the stars
     at = 0
     while at < len(pattern):
         char = pattern[at : at + 1]
         at += 1
         if char == b"*":
-            if not parts or parts[-1] != b".*":
-                parts.append(b".*")
+            pieces.append(b"")
         elif char == b"?":
-            parts.append(b".")
+            pieces[-1] += b"."
         elif char == b"[":
             at, expression = _glob_class(pattern, at)
-            parts.append(expression)
+            pieces[-1] += expression
         else:
             if char == b"\\" and at < len(pattern):
                 char = pattern[at : at + 1]
                 at += 1
-            parts.append(re.escape(char))
-    return b"".join(parts)
+            pieces[-1] += re.escape(char)
+    first, *middle = pieces
+    if not middle:
+        return first
+    *middle, last = middle
+    return first + b"".join(b"(?>.*?%b)" % piece for piece in middle if piece) + b".*" + last
 
 
 def _glob_class(pattern: bytes, at: int) -> tuple[int, bytes]:

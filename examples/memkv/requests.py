@@ -148,7 +148,7 @@ class _StrictParser:
     @property
     def pending_bytes(self) -> int:
         """What is kept of a request that is not complete."""
-        return len(self._buffer) + self._kept_bytes + self._big_bytes
+        return len(self._buffer) + (0 if self._skipping else self._kept_bytes + self._big_bytes)
 
     def feed(self, chunk: bytes | memoryview) -> None:
         """Take *chunk*; next_request() says what it completed."""

@@ -17,6 +17,7 @@ from memsafe import Budget
 # What CPython and malloc take for an entry, so that what is charged is near what is resident. A bytes object has 33
 # bytes beside its content; objects up to 512 bytes are rounded to 16, larger ones have malloc's 16 bytes on top.
 _TABLE_BYTES: Final = 64  # a slot's share of a dict that is between two thirds and a third full
+_SPARSE_BYTES: Final = 128  # a slot's share of a dict that has lost most of its keys
 _EXPIRY_BYTES: Final = 192  # the same again, an int, a heap slot and its tuple
 _SMALL_BYTES: Final = 512 - 33
 
@@ -49,7 +50,8 @@ class Store:
 
     Attributes:
         evicts: Whether the keys longest unused may be dropped to make room (allkeys-lru).
-        changes: Keys written, removed or touched in their expiry since the store was made.
+        changes: Keys written, removed or touched in their expiry since the store was made; as with redis-server, what
+            goes by itself is none.
         hits, misses, expired, evicted: Counts since then, or since reset_stats().
     """
 
@@ -57,6 +59,7 @@ class Store:
         self.evicts = evicts
         self.changes = 0
         self.hits = self.misses = self.expired = self.evicted = 0
+        self._budget = budget
         self._charged = budget.reserve(0)
         self._thread = get_ident()
         self._expires: dict[bytes, int] = {}
@@ -128,11 +131,10 @@ class Store:
         Raises:
             StoreFullError: There is no room; the old value stays.
         """
-        if self._expires:
-            if key in self._expires:
-                self._expire_if_due(key)
-            if keep_expiry:
-                expires_at_ms = self._expires.get(key)
+        if key in self._expires:
+            self._expire_if_due(key)
+        if keep_expiry:
+            expires_at_ms = self._expires.get(key)
         # _cost_change(), written out: this is the path that every SET takes.
         size = len(value)
         grown = size + 48 & -16 if size <= _SMALL_BYTES else size + 64 & -16
@@ -280,7 +282,6 @@ class Store:
             if expires.get(key) == when_ms:
                 self._remove(key)
                 self.expired += 1
-                self.changes += 1
             looked_at += 1
             if looked_at % _CLOCK_STRIDE == 0 and time.perf_counter() > until:
                 return True
@@ -291,17 +292,13 @@ class Store:
             return False
         self._remove(key)
         self.expired += 1
-        self.changes += 1
         return True
 
     def _schedule(self, expires_at_ms: int, key: bytes) -> None:
         heappush(self._due, (expires_at_ms, key))
         if len(self._due) > 2 * len(self._expires) + 64:  # expiries that were changed leave void entries behind
-            self._rebuild_due()
-
-    def _rebuild_due(self) -> None:
-        self._due = [(when_ms, key) for key, when_ms in self._expires.items()]
-        heapify(self._due)
+            self._due = [(when_ms, key) for key, when_ms in self._expires.items()]
+            heapify(self._due)
 
     # ---- making room
 
@@ -318,7 +315,6 @@ class Store:
             if keys:
                 freed += self._remove(next(iter(keys)))
                 self.evicted += 1
-                self.changes += 1
         return freed
 
     def _reclaim(self, need_bytes: int) -> int:
@@ -333,10 +329,10 @@ class Store:
         return freed + self.evict(need_bytes - freed + min(_EVICTION_STEP_BYTES, before // 64))
 
     def compact(self) -> None:
-        """Give back the room in tables that removed keys have left; a dict does not by itself."""
-        self._slices[:] = [dict(keys) for keys in self._slices]
-        self._expires = dict(self._expires)
-        self._rebuild_due()
+        """Give back the room in tables that removed keys have left; a dict does not by itself. One slice at a time."""
+        for place, keys in enumerate(self._slices):
+            if keys.__sizeof__() > _SPARSE_BYTES * (len(keys) + 2):
+                self._slices[place] = dict(keys)
 
     def clear(self) -> int:
         """Remove every key; return how many there were."""
@@ -348,6 +344,12 @@ class Store:
         self._charged.resize(0)
         self.changes += count
         return count
+
+    def close(self) -> None:
+        """Remove every key and give everything back to the budget; nothing can be written afterwards."""
+        self.clear()
+        self._budget.remove_reclaimer(self._reclaim)
+        self._charged.release()
 
     # ---- all keys
 

@@ -36,9 +36,21 @@ class ReadAhead:
         self._keep: list[Any] = []
         self._files: Any = ffi.new("ms_file[]", 0)
         self._asked: dict[str, None] = {}
+        self._fresh = False
+
+    def describe(self, look: Any) -> None:
+        """Write into a native ms_waiter_look what to read; who has had that read says so by was_read()."""
+        look.files, look.file_count = self._files, len(self._known)
+        look.buffer, look.buffer_capacity = self._buffer, _BUFFER_BYTES
+
+    def was_read(self) -> None:
+        """Note that the files were read just now: the next entering reads nothing."""
+        self._fresh = True
 
     def __enter__(self) -> Self:
-        lib.ms_files_read(self._files, len(self._known), self._buffer, _BUFFER_BYTES)
+        if not self._fresh:
+            lib.ms_files_read(self._files, len(self._known), self._buffer, _BUFFER_BYTES)
+        self._fresh = False
         self._asked.clear()
         files.ahead.reader = self
         return self

@@ -35,8 +35,8 @@ def open_watched(path: str) -> int:
 def arm_stall_trigger(path: str, kind: str, stall_us: int, window_us: int = PSI_WINDOW_US) -> int:
     """Return a descriptor that signals POLLPRI when tasks stalled for *stall_us* within *window_us*.
 
-    The kernel signals at most once a window, and with an unprivileged trigger the first signal may count all stall
-    since boot.
+    The kernel signals at most once a window, and with an unprivileged trigger the first two signals may count all
+    stall since boot.
 
     Args:
         path: A memory.pressure, or /proc/pressure/memory.

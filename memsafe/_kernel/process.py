@@ -230,6 +230,20 @@ def pss_bytes(pid: int | str = "self", root: Root = "/") -> int:
     return Labelled(files.read(path), path).required_bytes(b"Pss")
 
 
+def minor_faults(pid: int | str = "self", root: Root = "/") -> int:
+    """Return how many page faults of *pid*, of all its threads, needed no reading: each copy of a page is one.
+
+    Raises:
+        KernelError: /proc/<pid>/stat cannot be read or makes no sense (proc_pid_stat(5), minflt).
+    """
+    path = files.under(root, f"/proc/{pid}/stat")
+    # The name in parentheses may hold anything, parentheses included.
+    fields = files.read(path).rpartition(b")")[2].split()
+    if len(fields) < 8:
+        raise files.lacking(path, "minflt")
+    return files.count(fields[7], path)
+
+
 # "start-end perms …": the head of an entry; every other line begins with a capital's label.
 _HEAD = re.compile(rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][sp]) ", re.MULTILINE)
 

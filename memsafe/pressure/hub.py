@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from memsafe._kernel.ahead import ReadAhead
 from memsafe.errors import KernelError
 from memsafe.pressure import sources
-from memsafe.pressure.waiter import Waiter
+from memsafe.pressure.waiter import Look, Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,9 +39,11 @@ class Hub:
         self._limits_seen: object = None
         self._polling = sources.Polling()
         self.ahead = ReadAhead()
+        self._poll_after_s: float | None = None
         self._waiter = Waiter()
         try:
             self._polling.open(self._waiter, next(self._tokens))
+            self._between = Look(self._polling.timer_fd, self.ahead)
         except BaseException:
             self._waiter.close()
             raise
@@ -57,8 +59,8 @@ class Hub:
         return [each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used]
 
     def poll_after(self, delay_s: float) -> None:
-        """Let the timer signal in *delay_s*, and at no other time."""
-        self._polling.set(delay_s)
+        """Let the timer signal *delay_s* after the next wait() begins, and at no other time."""
+        self._poll_after_s = delay_s
 
     def choose(self, status: MemoryStatus) -> bool:
         """Open the sources that fit the limits in *status*, keep those that still do, close the others.
@@ -86,9 +88,15 @@ class Hub:
         self._limits_seen = limits
         return True
 
-    def wait(self) -> list[Report]:
-        """Wait for signals, or for wake(); in the monitor's thread."""
-        return self._waiter.wait()
+    def wait(self, rest_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake(); in the monitor's thread.
+
+        Args:
+            rest_s: How long to let signals gather first.
+        """
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        self._poll_after_s = None
+        return self._waiter.wait(self._between)
 
     def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
         """Return the names of the sources that signalled, and what they say by themselves."""

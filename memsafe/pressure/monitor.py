@@ -127,7 +127,8 @@ class PressureMonitor:
         """Open the sources and start the threads. Starting what runs is a no-op; what was closed may start again.
 
         Raises:
-            KernelError: No thread or no descriptor could be had.
+            KernelError: No native thread or no descriptor could be had.
+            RuntimeError: No Python thread could be had.
         """
         with self._lock:
             if self._thread is not None:
@@ -136,9 +137,16 @@ class PressureMonitor:
             self._last_event = None
             self._changes, self._changes_wanted = 0, False
             hub = self._open()
+            self._requests = [_Request()]  # the first look
+            hub.wake()
             self._stopping = False
             self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                self._stopping, self._thread = True, None
+                self._shut(hub)
+                raise
         return self
 
     def close(self) -> None:
@@ -169,7 +177,6 @@ class PressureMonitor:
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             hub.choose(memory_status(root=self._root))
-            hub.poll_after(0)
         except BaseException:
             self._shut(hub)
             raise
@@ -318,15 +325,15 @@ class PressureMonitor:
 
     def _run(self, hub: Hub) -> None:
         requests: list[_Request] = []
+        rest_s = 0.0
         try:
             while not self._stopping:
-                reports = hub.wait()
+                reports = hub.wait(rest_s)
                 with self._lock:
                     requests, self._requests = self._requests, []
                 before = self.level
                 self._turn(hub, reports, requests)
-                if self.level is before and not requests:
-                    time.sleep(_REST_S)
+                rest_s = _REST_S if self.level is before and not requests else 0.0
         finally:
             self._end(hub, requests)
 
@@ -346,10 +353,6 @@ class PressureMonitor:
 
     def _turn(self, hub: Hub, reports: list[Report], requests: list[_Request]) -> None:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
-        for request in requests:
-            # Unless an announcement came in between, which the callback has heard.
-            if request.callback and request.missed and request.missed is self._last_event:
-                self._call(request.callback, request.missed)
         wants_look = any(request.level is None and request.callback is None for request in requests)
         try:
             # All files in one native call; it ends before user code runs, which may want to look for itself.
@@ -365,6 +368,10 @@ class PressureMonitor:
             pause_s = self._thresholds.poll_s_max
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
+        for request in requests:
+            # Unless an announcement came in between, which the callback has heard.
+            if request.callback and request.missed and request.missed is self._last_event:
+                self._call(request.callback, request.missed)
         for request in requests:
             request.done.set()
 

@@ -231,7 +231,8 @@ class StallTrigger(Source):
         total_us = self._total_us()
         growth_us, self._before_us = total_us - self._before_us, total_us
         if growth_us < self._stall_us:
-            # The first signal of an unprivileged trigger may be for all stall since boot.
+            # The first signal of an unprivileged trigger may be for all stall since boot, and the second too: the
+            # kernel's sliding window remembers that growth for one more window (seen on 6.18).
             return None
         detail = f"{self._kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
         return Cause(self._level, self.name, detail, needs_short_headroom=True)
@@ -253,10 +254,10 @@ class Polling(Source):
     def __init__(self) -> None:
         super().__init__("polling", None, "looks at the headroom, the oftener the less there is")
 
-    def set(self, delay_s: float) -> None:
-        """Look again in *delay_s*, and at no other time."""
-        if self.used:
-            waiter.set_timer(self._fd, delay_s)
+    @property
+    def timer_fd(self) -> int:
+        """The timer, for waiter.Look."""
+        return self._fd
 
     def _arm(self) -> int:
         return waiter.open_timer()

@@ -38,6 +38,11 @@ class EventStream:
             await self._news.wait()
         return self._events.popleft()
 
+    async def aclose(self) -> None:
+        """End it: what was heard already can still be read."""
+        self._closed = True
+        self._news.set()
+
     def feed(self, event: PressureEvent | None) -> None:
         """Hand over an event, or None for the end; from any thread. A loop that was closed hears nothing."""
         try:
@@ -48,6 +53,6 @@ class EventStream:
     def _deliver(self, event: PressureEvent | None) -> None:
         if event is None:
             self._closed = True
-        else:
+        elif not self._closed:
             self._events.append(event)
         self._news.set()

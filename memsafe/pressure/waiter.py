@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from memsafe._kernel.ahead import ReadAhead
 from memsafe._native import check, ffi, lib
 
 _REPORTS = 64
@@ -37,6 +38,29 @@ class Report:
     first_ns: int
     last_ns: int
     lost_errno: int
+
+
+class Look:
+    """What Waiter.wait() does besides: all that lies between two looks at the machine, in one native call.
+
+    Args:
+        timer_fd: A timer of open_timer().
+        ahead: What is read together when there is something to tell.
+    """
+
+    def __init__(self, timer_fd: int, ahead: ReadAhead) -> None:
+        self.ahead = ahead
+        self._native: Any = ffi.new("ms_waiter_look *", {"timer_fd": timer_fd, "timer_ns": -1})
+
+    def set(self, *, timer_s: float | None = None, rest_s: float = 0.0) -> None:
+        """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*."""
+        self._native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
+        self._native.rest_ns = int(rest_s * 1e9)
+
+    def native(self) -> Any:
+        """Return the ms_waiter_look."""
+        self.ahead.describe(self._native)
+        return self._native
 
 
 class Waiter:
@@ -80,9 +104,13 @@ class Waiter:
         """Return what happened since the last call, and make fileno() unreadable where that was all."""
         return self._reported(lib.ms_waiter_take(self._open(), self._reports, _REPORTS))
 
-    def wait(self) -> list[Report]:
+    def wait(self, look: Look | None = None) -> list[Report]:
         """Wait until fileno() is readable, then take(); nothing, where somebody only wrote to it."""
-        return self._reported(lib.ms_waiter_wait(self._open(), self._reports, _REPORTS))
+        native = ffi.NULL if look is None else look.native()
+        reports = self._reported(lib.ms_waiter_wait(self._open(), native, self._reports, _REPORTS))
+        if look is not None and reports:
+            look.ahead.was_read()
+        return reports
 
     def _reported(self, count: int) -> list[Report]:
         if count == -errno.EINTR:

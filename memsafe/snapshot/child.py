@@ -50,7 +50,7 @@ class SnapshotChild:
         self._write(out)
         if not out.closed:
             out.flush()
-        os.fsync(self._file_fd)
+        os.fsync(self._file_fd)  # here, where it can be cancelled; the parent's own then has little left to do
 
 
 def _copy_bytes() -> int | None:

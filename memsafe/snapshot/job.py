@@ -101,6 +101,7 @@ class SnapshotRun:
         self.pid = os.getpid()
         self._wake = wake
         self._on_progress = on_progress
+        self._reporting_thread: int | None = None
         self._phase = _Phase.RUNNING
         self._lock = threading.RLock()  # guards _phase; re-entered when a signal handler cancels
 
@@ -129,10 +130,24 @@ class SnapshotRun:
         self.progress = SnapshotProgress(done, total)
         if self._on_progress is None:
             return
+        self._reporting_thread = threading.get_ident()
         try:
             self._on_progress(done, total)
         except Exception:
             _log.exception("on_progress of the snapshot of %s failed", os.fsdecode(self.path))
+        finally:
+            self._reporting_thread = None
+
+    def check_can_wait(self) -> None:
+        """Refuse a wait that could never end.
+
+        Raises:
+            RuntimeError: A forked child, where the job's thread does not exist, or on_progress, which keeps it busy.
+        """
+        if self.pid != os.getpid():
+            raise RuntimeError(f"this snapshot belongs to process {self.pid}: a forked child cannot wait for it")
+        if self._reporting_thread == threading.get_ident():
+            raise RuntimeError("on_progress runs on the job's own thread: it cannot wait for the job")
 
     def report_copies(self, copy_bytes: int) -> None:
         """Publish a measurement of private copies, in bytes."""
@@ -199,7 +214,7 @@ class SnapshotJob:
             SnapshotFailedError: It ended without an image; SnapshotCancelledError, SnapshotOverrunError and
                 OOMKilledError say of what.
         """
-        self._check_process()
+        self._run.check_can_wait()
         try:
             return self._run.future.result(timeout_s)
         except TimeoutError:
@@ -210,19 +225,14 @@ class SnapshotJob:
 
     def add_done_callback(self, callback: Callable[[SnapshotJob], object]) -> None:
         """Call *callback* with this job when it has ended: on the job's thread, or here if it has ended already."""
-        self._check_process()
         self._run.future.add_done_callback(lambda _: callback(self))
 
     def __await__(self) -> Generator[Any, None, SnapshotResult]:
         import asyncio
 
-        self._check_process()
+        self._run.check_can_wait()
         return asyncio.wrap_future(self._run.future).__await__()
 
     def __repr__(self) -> str:
         state = "done" if self.done() else "running"
         return f"<SnapshotJob of {os.fsdecode(self.path)!r}, {state}>"
-
-    def _check_process(self) -> None:
-        if self._run.pid != os.getpid():
-            raise RuntimeError(f"this snapshot belongs to process {self._run.pid}: a forked child cannot wait for it")

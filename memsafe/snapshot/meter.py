@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import cgroup, process
@@ -14,65 +17,111 @@ from memsafe.status import memory_status
 
 if TYPE_CHECKING:
     from memsafe._kernel.files import Root
+    from memsafe.status import Constraint
 
-# Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower.
+# Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. Where the
+# page faults say that a bound may have been passed since, it is read sooner.
 _MEASURE_DUTY = 100
-_MEASURE_EVERY_S_MIN = 0.01
+_MEASURE_DUTY_IN_DOUBT = 10
+_LOOK_EVERY_S = 0.01
 
 # The child is ended before the last bytes are gone, as a share of the limit, or of what there was when it began.
 _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
 
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One reading.
+
+    Attributes:
+        copy_bytes: The child's private dirty memory, which is what either side has copied: a page that one of the two
+            writes is copied, and each has its own from then on.
+        short: A sentence when what kills or throttles this process is nearly met, else None.
+    """
+
+    copy_bytes: int
+    short: str | None
+
 
 class Meter:
-    """When to measure, and what: private copies of the child, and what memory is left to this process."""
+    """When to measure, and what: private copies of the child, and what memory is left to this process.
 
-    def __init__(self, root: Root) -> None:
+    Each copy takes a page fault, and faults are cheap to count: they say when the next reading cannot wait. Costs are
+    counted in processor time: waiting for the GIL is no burden to anybody.
+    """
+
+    def __init__(self, root: Root, max_copy_bytes: int | None) -> None:
+        """Begin with what is left now; there are no copies yet."""
         self._root = root
-        self.next_at_s = time.monotonic() + _MEASURE_EVERY_S_MIN
+        self._max_copy_bytes = max_copy_bytes
+        now_s = time.monotonic()
+        self.next_look_s = self._due_s = self._in_doubt_due_s = now_s + _LOOK_EVERY_S
         self._reserves = {
-            (kind, path): min(limit // _RESERVE_SHARE_OF_LIMIT, headroom // _RESERVE_SHARE_OF_START)
-            for kind, path, limit, headroom in self._headrooms()
+            (c.kind, c.path): min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, headroom // _RESERVE_SHARE_OF_START)
+            for c, headroom in self._headrooms()
         }
+        self._faults = 0  # when last measured; the child's begin at 0
+        self._slack_bytes: float = 0  # copies until a bound, when last measured
 
     def stop(self) -> None:
         """Measure no more."""
-        self.next_at_s = math.inf
+        self.next_look_s = self._due_s = self._in_doubt_due_s = math.inf
 
-    def copy_bytes(self, pid: int) -> int:
-        """Return the child's private dirty memory, which is what either side has copied, and plan the next reading.
+    def is_due(self, pid: int) -> bool:
+        """Whether measure() should be called now; plans the next look."""
+        now_s = time.monotonic()
+        self.next_look_s = now_s + _LOOK_EVERY_S
+        if now_s >= self._due_s:
+            return True
+        return now_s >= self._in_doubt_due_s and self._count_faults(pid, self._faults) >= self._slack_bytes
 
-        A page that either process writes is copied, and each has its own from then on: the child's share of the split
-        pages is the number of copies. The cost is counted in processor time: waiting for the GIL is nobody's burden.
+    def measure(self, pid: int) -> Measurement:
+        """Return what the child has copied and whether memory runs short, and plan the next reading.
 
         Raises:
-            KernelError: It cannot be read.
+            KernelError: The child's memory cannot be read.
         """
         began_s = time.thread_time()
         try:
-            return process.smaps_rollup(pid).private_dirty_bytes
+            self._faults = self._count_faults(pid, 0) // _PAGE_BYTES
+            copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
+            short, margin_bytes = self._look_around()
         finally:
             cost_s = time.thread_time() - began_s
-            self.next_at_s = time.monotonic() + max(_MEASURE_EVERY_S_MIN, _MEASURE_DUTY * cost_s)
+            now_s = time.monotonic()
+            self._due_s = now_s + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)
+            self._in_doubt_due_s = now_s + _MEASURE_DUTY_IN_DOUBT * cost_s
+        bound_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
+        self._slack_bytes = min(margin_bytes, bound_bytes)
+        return Measurement(copy_bytes, short)
 
-    def headroom_short(self) -> str | None:
-        """Return a sentence when what kills or throttles this process is nearly met, and plan the next look."""
-        began_s = time.thread_time()
-        short = None
-        for kind, path, limit, headroom in self._headrooms():
-            reserve = self._reserves.get((kind, path), limit // _RESERVE_SHARE_OF_LIMIT)
+    def _count_faults(self, pid: int, since: int) -> int:
+        """Return the most that both processes can have copied since they had taken *since* faults, in bytes."""
+        own = getrusage(RUSAGE_SELF).ru_minflt
+        try:
+            return (own + process.minor_faults(pid) - since) * _PAGE_BYTES
+        except KernelError:
+            return 0  # it has ended; the next reading by the clock finds out
+
+    def _look_around(self) -> tuple[str | None, float]:
+        """Return a sentence where headroom has run short, and how far the nearest reserve is."""
+        margin_bytes = math.inf
+        for c, headroom in self._headrooms():
+            reserve = self._reserves.get((c.kind, c.path), c.limit_bytes // _RESERVE_SHARE_OF_LIMIT)
             if headroom < reserve:
-                where = f"{kind} of {path}" if path else kind
-                short = f"only {format_size(headroom)} are left below {where} ({format_size(limit)})"
-                break
-        self.next_at_s += _MEASURE_DUTY * (time.thread_time() - began_s)
-        return short
+                where = f"{c.kind} of {c.path}" if c.path else c.kind
+                return f"only {format_size(headroom)} are left below {where} ({format_size(c.limit_bytes)})", 0
+            margin_bytes = min(margin_bytes, headroom - reserve)
+        return None, margin_bytes
 
-    def _headrooms(self) -> list[tuple[str, str | None, int, int]]:
-        """Return (kind, path, limit, headroom) of what copies count against: no rlimit of the parent."""
+    def _headrooms(self) -> list[tuple[Constraint, int]]:
+        """Return what copies count against, with its headroom: no rlimit of the parent, and no commit."""
         return [
             # File cache in use is given back too before anybody is killed.
-            (c.kind, c.path, c.limit_bytes, c.headroom_bytes + c.active_file_bytes)
+            (c, c.headroom_bytes + c.active_file_bytes)
             for c in memory_status(root=self._root).constraints
             if c.consequence != "refuse" and c.headroom_bytes is not None
         ]

@@ -102,7 +102,7 @@ class Supervisor:
             self._close_write_end = stack.enter_context(ExitStack())
             self._close_write_end.callback(os.close, self._report_write_fd)
             self._reader = ReportReader(self._report_fd)
-            self._meter = Meter(bounds.root)
+            self._meter = Meter(bounds.root, bounds.max_copy_bytes)
             self._oom_kills_before = oom_kills(bounds.root)
             self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
             self.job = SnapshotJob(self.run)
@@ -115,13 +115,12 @@ class Supervisor:
         """Start the thread, then fork: after the fork nothing that can fail is left to do.
 
         Raises:
-            KernelError: fork failed.
-            RuntimeError: No thread could be started.
+            KernelError: fork failed, or no thread could be started.
         """
         child = SnapshotChild(write, self._file.fd, self._report_write_fd)
         oom_score_adj = _child_oom_score_adj()
         try:
-            self._thread.start()
+            _start(self._thread)
             self._began_s = time.monotonic()
             _native.fork(
                 child,
@@ -135,7 +134,7 @@ class Supervisor:
             )
         except BaseException as error:
             self._abandon()
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, KernelError):
                 raise KernelError(error.errno, "fork", "no child was made, nothing was changed") from None
             raise
 
@@ -162,20 +161,29 @@ class Supervisor:
         result: SnapshotResult | None = None
         error: BaseException | None = None
         self._wait_for_fork()
-        with self._resources:
-            if self._was_forked():
-                try:
-                    result = self._supervise()
-                except BaseException as failure:
-                    error = failure
-                    self._kill()
-                    self._reap()
-                    self.run.seal()
+        if self._was_forked():
+            try:
+                result = self._supervise()
+            except BaseException as failure:
+                error = self._after(failure)
+        with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
+            self._resources.close()
         self._on_end(self.run.peak_copy_bytes, self._done is not None)
         if result is not None:
             self.run.resolve(result)
         elif error is not None:
             self.run.reject(error)
+
+    def _after(self, failure: BaseException) -> BaseException:
+        """Leave no child behind, and return what the owner of the job gets to see."""
+        self._kill()
+        self._reap()
+        self.run.seal()
+        if isinstance(failure, SnapshotFailedError):
+            return failure
+        error = SnapshotFailedError(self._ended(f"the parent could not watch over it: {failure!r}"))
+        error.__cause__ = failure
+        return error
 
     def _wait_for_fork(self) -> None:
         poller = select.poll()
@@ -234,7 +242,7 @@ class Supervisor:
     def _patience_ms(self) -> int | None:
         if self._verdict is not None or self.run.cancelling:
             return None
-        wake_at_s = self._meter.next_at_s
+        wake_at_s = self._meter.next_look_s
         if self._bounds.timeout_s is not None:
             wake_at_s = min(wake_at_s, self._began_s + self._bounds.timeout_s)
         if wake_at_s == math.inf:
@@ -250,6 +258,7 @@ class Supervisor:
                     self._raised = report
                 case Done(copy_bytes, warnings):
                     self._done = report
+                    self._meter.stop()
                     self._warnings += warnings
                     if copy_bytes is not None:
                         self._count_copies(copy_bytes)
@@ -263,12 +272,12 @@ class Supervisor:
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
             self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
-        elif now_s >= self._meter.next_at_s and self._done is None:
+        elif now_s >= self._meter.next_look_s and self._meter.is_due(self._pid):
             self._measure()
 
     def _measure(self) -> None:
         try:
-            copy_bytes = self._meter.copy_bytes(self._pid)
+            measured = self._meter.measure(self._pid)
         except KernelError as error:
             if self._has_ended() or is_missing(error):
                 return
@@ -279,10 +288,10 @@ class Supervisor:
             return
         if self._has_ended():
             return  # where somebody else reaps, the number may be another process's by now
-        self._count_copies(copy_bytes)
-        short = None if self._verdict else self._meter.headroom_short()
-        if short is not None:
-            self._overrun(f"{short}, after {format_size(copy_bytes)} of copies", copy_bytes)
+        self._count_copies(measured.copy_bytes)
+        if measured.short is not None:
+            copied = format_size(measured.copy_bytes)
+            self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
@@ -375,3 +384,10 @@ def _how_it_ended(status: os.waitid_result | None) -> str:
     with suppress(ValueError):
         return f"the child was ended by {signal.Signals(status.si_status).name}"
     return f"the child was ended by signal {status.si_status}"
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:  # CPython drops the errno; pthread_create(3) fails with this one alone
+        raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

@@ -43,10 +43,22 @@ int ms_waiter_fileno(const ms_waiter *waiter);
  * Returns how many were written, -EINVAL, -ECHILD. Thread-safe. Needs no GIL. */
 int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
 
-/* As ms_waiter_take, but first wait until ms_waiter_fileno is readable. One call where poll and take would be two:
- * beside busy Python threads, each return from native code may wait a switch interval for the GIL. Returns as
- * ms_waiter_take, perhaps 0; or -EINTR. Thread-safe. Needs no GIL. */
-int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
+/* What else ms_waiter_wait does: all that lies between two looks at the machine, because beside busy Python threads
+ * each return from native code may wait a switch interval for the GIL. */
+typedef struct ms_waiter_look {
+    int64_t rest_ns;  /* first, let events gather for so long */
+    int timer_fd;     /* of ms_timer_open, set to fire timer_ns after the call; -1: none */
+    int64_t timer_ns; /* less than 0: leave it as it is set */
+    ms_file *files;   /* read together, as by ms_files_read, when there was something to take; may be none */
+    int file_count;
+    char *buffer;
+    size_t buffer_capacity;
+} ms_waiter_look;
+
+/* As ms_waiter_take, but first wait until ms_waiter_fileno is readable, and do what look says; look may be NULL.
+ * Returns as ms_waiter_take, perhaps 0; or -EINTR, or what setting the timer gave. Needs no GIL. Thread-safe where no
+ * other call uses the same look. */
+int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity);
 
 /* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.
  * pre: no other call on this waiter is running or follows. Needs no GIL. */

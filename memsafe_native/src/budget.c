@@ -111,7 +111,10 @@ static inline int would_take(uint64_t word, int64_t limit, int64_t n)
 {
     if (MS_UNLIKELY(word & CLOSED))
         return -ESHUTDOWN;
-    return MS_UNLIKELY(COUNT(word) > limit - n) ? -ENOMEM : 0;
+    if (MS_LIKELY(COUNT(word) <= limit - n))
+        return 0;
+    /* Nothing never passes a limit, though others may have; only an aborted budget (limit < 0) refuses it. */
+    return n == 0 && limit >= 0 ? 0 : -ENOMEM;
 }
 
 static int take(ms_budget *budget, int64_t n, int ask_limit, int64_t *used)

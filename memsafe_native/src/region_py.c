@@ -5,7 +5,8 @@
 #include "python_types_internal.h"
 
 typedef struct {
-    PyObject_HEAD void *address; /* NULL before attach and after detach; the owner maps and unmaps */
+    PyObject_HEAD
+    void *address; /* NULL before attach and after detach; the owner maps and unmaps */
     Py_ssize_t size;
     Py_ssize_t exports;
 } RegionCore;

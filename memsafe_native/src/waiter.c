@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "ms.h"
+#include "files.h"
 #include "waiter.h"
 
 enum {
@@ -386,16 +387,6 @@ int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
     return taken;
 }
 
-int ms_waiter_wait(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
-{
-    struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
-    if (is_foreign(waiter))
-        return -ECHILD;
-    if (poll(&news, 1, -1) < 0)
-        return -errno;
-    return ms_waiter_take(waiter, reports, capacity);
-}
-
 /* --- timers ------------------------------------------------------------------------------------------------------- */
 
 int ms_timer_open(void)
@@ -410,4 +401,33 @@ int ms_timer_set(int fd, int64_t delay_ns)
         delay_ns = 1; /* 0 would disarm it */
     struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
     return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}
+
+/* --- waiting ------------------------------------------------------------------------------------------------------ */
+
+static void rest(int64_t rest_ns)
+{
+    struct timespec span = {.tv_sec = rest_ns / 1000000000, .tv_nsec = rest_ns % 1000000000};
+    if (rest_ns > 0)
+        nanosleep(&span, NULL);
+}
+
+int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (look && look->timer_fd >= 0 && look->timer_ns >= 0) {
+        int result = ms_timer_set(look->timer_fd, look->timer_ns);
+        if (result < 0)
+            return result;
+    }
+    if (look)
+        rest(look->rest_ns);
+    if (poll(&news, 1, -1) < 0)
+        return -errno;
+    int taken = ms_waiter_take(waiter, reports, capacity);
+    if (taken > 0 && look)
+        ms_files_read(look->files, look->file_count, look->buffer, look->buffer_capacity);
+    return taken;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def assert_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    with demo(tmp_path) as process:
+    with demo(tmp_path, "--no-cgroup") as process:  # CI runs the whole of it, in a cgroup where it may
         said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "BROKEN" not in said
@@ -45,10 +46,23 @@ def test_an_interrupted_demo_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     with demo(tmp_path, "--no-cgroup") as process:
         assert process.stdout
         for line in process.stdout:
-            if line.startswith("SNAPSHOT"):
+            if line.startswith("PRESSURE"):
                 process.send_signal(signal.SIGINT)
                 break
         said = process.stdout.read()
     assert process.returncode == 128 + signal.SIGINT, said
     assert "nothing is left behind" in said
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_demo_that_cannot_make_its_case_ends_with_1(tmp_path: Path) -> None:
+    code = "import sys; from examples.demo import __main__ as demo, acts\n"
+    code += "def load(stage): acts.load(stage); stage.report.promise('sabotage', kept=False)\n"
+    code += "demo._ACTS = (load,); sys.exit(demo.main(['--quick', '--no-cgroup']))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "BROKEN in load: sabotage" in done.stdout
     assert_nothing_is_left(tmp_path)

@@ -229,6 +229,34 @@ def test_a_failing_progress_callback_is_logged_and_costs_nothing_else(path):
     assert "display broke" in got["stderr"]
 
 
+def waiting_for_itself(path):
+    jobs, raised = [], []
+
+    def on_progress(done, total):
+        try:
+            jobs[0].wait()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    gate = Gate()
+
+    def write(out):
+        gate.wait()
+        out.progress(1, 1)
+
+    jobs.append(memsafe.fork_snapshot(path, write, on_progress=on_progress))
+    gate.open()
+    got = outcome(jobs[0])
+    gate.close()
+    return {**got, "raised": raised}
+
+
+def test_a_progress_callback_that_waits_for_its_own_job_is_told_instead_of_hanging(path):
+    got = scenario.run(waiting_for_itself, path)
+    assert "result" in got
+    assert len(got["raised"]) == 1
+
+
 def awaited(path):
     async def main():
         job = memsafe.fork_snapshot(path, hello)
@@ -580,13 +608,14 @@ def test_a_folder_without_permission_is_refused():
     assert got["left_in_folder"] == []
 
 
-def file_size_limit(path):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, resource.RLIM_INFINITY))
-    return outcome(memsafe.fork_snapshot(path, lambda out: out.write(bytes(2 * MIB))))
+def file_size_limit(path, size_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    return outcome(memsafe.fork_snapshot(path, lambda out: out.write(bytes(size_bytes))))
 
 
-def test_a_file_that_may_not_grow_is_a_failed_write(path):
-    got = scenario.run(file_size_limit, path)
+@pytest.mark.parametrize("size_bytes", [1001, 2 * MIB], ids=["when flushed", "when written"])
+def test_a_file_that_may_not_grow_is_a_failed_write(path, size_bytes):
+    got = scenario.run(file_size_limit, path, size_bytes)
     assert got["child_type"] == "OSError"
     assert "File too large" in got["message"]
     assert path.read_bytes() == b"old"
@@ -633,6 +662,26 @@ def test_a_path_that_became_a_folder_meanwhile_is_a_failure_with_its_cause(path)
     assert "Is a directory" in got["message"]
     assert os.listdir(path) == []
     assert temporaries(path) == []
+
+
+def junk_on_the_pipe(path):
+    from memsafe.snapshot import reports
+
+    def junk(self, *args):
+        os.write(self._fd, b"junk" * 100)
+        Gate().wait()
+
+    reports.Reporter.done = junk
+    got = outcome(memsafe.fork_snapshot(path, hello))
+    del reports.Reporter.done
+    return got
+
+
+def test_a_child_that_talks_nonsense_is_ended(path):
+    got = scenario.run(junk_on_the_pipe, path)
+    assert got["error"] == "SnapshotFailedError"
+    assert "came from the child" in got["message"]
+    assert path.read_bytes() == b"old"
 
 
 # Bounds.
@@ -789,16 +838,20 @@ def test_one_snapshot_at_a_time_and_the_next_as_soon_as_wait_returns(path):
 
 def refused(path):
     # One mapping larger than RAM and swap: the kernel would answer ENOMEM in mode 0 (and the charge is too much in 2).
-    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    halves = []
+    size_bytes = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.7)
     try:
-        halves = [mmap.mmap(-1, int(total_bytes * 0.7), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+        halves = [mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+    except OSError as error:
+        return {"skip": f"this kernel did not give the address space: {error}"}
+    if memsafe.assess_fork().kernel_would_allow:
+        return {"skip": "the kernel would allow it (vm.overcommit_memory=1, or much swap)"}
+    try:
         memsafe.fork_snapshot(path, hello)
     except memsafe.SnapshotRefusedError as error:
-        return {**describe(error), "decision": error.assessment.decision, "reasons": error.assessment.reasons}
-    except (OSError, ValueError) as error:
-        return {"skip": f"this kernel did not give the address space: {error}"}
-    return {"skip": "the kernel would allow it (vm.overcommit_memory=1, or much swap)", "halves": len(halves)}
+        got = {**describe(error), "decision": error.assessment.decision, "reasons": error.assessment.reasons}
+    for half in halves:
+        half.close()
+    return {**got, "next": outcome(memsafe.fork_snapshot(path + ".next", hello))}
 
 
 def test_what_the_kernel_would_refuse_is_refused_with_the_reason_and_nothing_done(path):
@@ -808,6 +861,7 @@ def test_what_the_kernel_would_refuse_is_refused_with_the_reason_and_nothing_don
     assert got["decision"] == "refuse"
     assert got["reasons"]
     assert got["reasons"][0] in got["message"]
+    assert "result" in got["next"]
     assert path.read_bytes() == b"old"
 
 
@@ -899,7 +953,9 @@ def finishing_parent(path, pipe_fd):
         written.open()
         Gate().wait()
 
-    memsafe.fork_snapshot(path, write)
+    # Exit functions run in reverse order: this one sees what ours has done.
+    atexit.register(lambda: os.write(pipe_fd, type(job._run.future.exception(0)).__name__.encode()))
+    job = memsafe.fork_snapshot(path, write)
     written.wait()
     sys.exit()
 
@@ -919,6 +975,7 @@ def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
             parent.kill()
         else:
             assert parent.wait(PATIENCE_S) == 0
+            assert os.read(read_fd, 64) == b"SnapshotCancelledError"
         assert select.select([child], [], [], PATIENCE_S)[0], "the child outlived its parent"
         os.close(child)
     finally:
@@ -927,6 +984,39 @@ def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
         os.close(read_fd)
     assert path.read_bytes() == b"old"
     assert temporaries(path) == []
+
+
+def undumpable():
+    """As in a daemon that was started by root and changed its user: its /proc/<pid> belongs to root."""
+    if os.geteuid():
+        return {"skip": "only root can change its user"}
+    folder = tempfile.mkdtemp()
+    os.chown(folder, NOBODY, NOBODY)
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    path = folder + "/dump.db"
+    got = {"free": outcome(memsafe.fork_snapshot(path, hello)), "bounded": _bounded(path), "content": content(path)}
+    os.unlink(path)
+    os.rmdir(folder)
+    return got
+
+
+def _bounded(path):
+    gate = Gate()
+    got = outcome(memsafe.fork_snapshot(path, gated(gate), max_copy="1 GiB"))
+    gate.close()
+    return got
+
+
+def test_after_a_change_of_user_what_cannot_be_done_is_told():
+    got = scenario.run(undumpable)
+    if "skip" in got:
+        pytest.skip(got["skip"])
+    assert "result" in got["free"]
+    assert "OOM killer" in " ".join(got["free"]["result"]["warnings"])
+    assert got["bounded"]["error"] == "SnapshotFailedError"
+    assert "max_copy cannot be kept" in got["bounded"]["message"]
+    assert got["content"] == "new"
 
 
 def used_in_another_child(path):
@@ -980,19 +1070,22 @@ def test_an_interrupt_during_the_fork_leaves_no_child_behind(path):
 def descriptors_exhausted(path):
     """Allow one descriptor more each time, until it succeeds."""
     outcomes = []
+    gate = Gate()  # a child that is not ended waits for ever
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     base = max(map(int, os.listdir("/proc/self/fd")))
     for spare in range(40):
         resource.setrlimit(resource.RLIMIT_NOFILE, (base + spare, hard))
         try:
-            job = memsafe.fork_snapshot(path, hello)
+            job = memsafe.fork_snapshot(path, gated(gate))
         except (OSError, memsafe.SnapshotRefusedError) as error:
             outcomes.append(type(error).__name__)
             continue
+        gate.open()
         outcomes.append(next(iter(outcome(job))))
         if outcomes[-1] == "result":
             break
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    gate.close()
     return {"outcomes": outcomes, "content": content(path)}
 
 
@@ -1056,6 +1149,37 @@ def oom_killed(path, folder, limit_file):
     return {**got, "ended": pids, "alive": os.getpid()}
 
 
+def killed_while_counter(path, folder, signal_number, oom_kills):
+    machine = ProcTree(Path(folder))
+    machine.v2("/app/db")
+    machine.v2_group("/app", 1024 * MIB, 512 * MIB)
+    machine.v2_group("/app/db", 1024 * MIB, 512 * MIB)
+    machine.write("/sys/fs/cgroup/app/memory.events", "oom 4\noom_kill 4\n")
+    machine.write("/sys/fs/cgroup/app/db/memory.events", "oom 1\noom_kill 1\n")
+
+    def write(out):
+        machine.write("/sys/fs/cgroup/app/db/memory.events", f"oom 3\noom_kill {oom_kills}\n")
+        os.kill(os.getpid(), signal_number)
+
+    return outcome(memsafe.fork_snapshot(path, write, root=folder))
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "oom_kills", "error"),
+    [
+        (signal.SIGKILL, 2, "OOMKilledError"),
+        (signal.SIGKILL, 1, "SnapshotFailedError"),
+        (signal.SIGTERM, 2, "SnapshotFailedError"),
+    ],
+)
+def test_the_oom_killer_is_named_only_for_sigkill_with_a_counter_that_rose(
+    path, tmp_path, signal_number, oom_kills, error
+):
+    got = scenario.run(killed_while_counter, path, tmp_path / "machine", signal_number, oom_kills)
+    assert got["error"] == error
+    assert ("oom_kill of /app/db rose" in got["message"]) == (error == "OOMKilledError")
+
+
 @pytest.mark.cgroup
 def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path):
     own = memory_cgroups()
@@ -1090,3 +1214,25 @@ def _remove_cgroup(folder):
             time.sleep(0.01)  # the last process is being taken apart
         else:
             return
+
+
+def without_room_for_a_thread(path):
+    soft_and_hard = resource.getrlimit(resource.RLIMIT_DATA)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            used_bytes = int(line.split()[1]) * 1024
+    memsafe.assess_fork()  # what it imports and caches is there before the limit is
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + (2 << 20), soft_and_hard[1]))
+    try:
+        memsafe.fork_snapshot(path, hello)
+    except memsafe.KernelError as error:
+        refused = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, soft_and_hard)
+    return {"refused": refused, **outcome(memsafe.fork_snapshot(path, hello))}
+
+
+def test_where_no_thread_can_be_started_nothing_is_done_and_the_next_one_works(path):
+    got = scenario.run(without_room_for_a_thread, path)
+    assert "pthread_create" in got["refused"]
+    assert got["result"]["size_bytes"] > 0

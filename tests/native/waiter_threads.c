@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "ms.h"
+#include "files.h"
 #include "waiter.h"
 
 enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
@@ -52,8 +53,12 @@ static void take_all(void)
 {
     ms_waiter_report reports[3]; /* fewer than sources: what does not fit must come again */
     uint64_t counted[SOURCES] = {0}, total = 0;
+    char text[4096];
+    ms_file file = {.path = "/proc/self/stat", .result = 0};
+    ms_waiter_look look = {1000, -1, 0, &file, 1, text, sizeof text};
+    int round = 0;
     while (total < SIGNALS) {
-        int count = ms_waiter_wait(waiter, reports, 3);
+        int count = ms_waiter_wait(waiter, round++ % 2 ? &look : NULL, reports, 3);
         CHECK(count >= 0 && count <= 3);
         for (int i = 0; i < count; i++) {
             CHECK(reports[i].lost_errno == 0 && reports[i].first_ns <= reports[i].last_ns);
@@ -65,6 +70,7 @@ static void take_all(void)
     }
     for (int i = 0; i < SOURCES; i++)
         CHECK(counted[i] == ROUNDS);
+    CHECK(file.result > 0 && file.result < (int64_t)sizeof text);
 }
 
 static void fork_beside(void)
@@ -75,7 +81,7 @@ static void fork_beside(void)
     if (child == 0) {
         int refused = ms_waiter_take(waiter, &report, 1) == -ECHILD && ms_waiter_remove(waiter, 0) == -ECHILD &&
                       ms_waiter_add(waiter, counters[0], MS_WAITER_COUNTER, 5) == -ECHILD &&
-                      ms_waiter_wait(waiter, &report, 1) == -ECHILD;
+                      ms_waiter_wait(waiter, NULL, &report, 1) == -ECHILD;
         ms_waiter_close(waiter);
         _exit(refused ? 0 : 1);
     }

@@ -31,7 +31,7 @@ def test_figures_have_the_unit_that_suits_them(value, unit, text):
     assert report.figure(value, unit) == text
 
 
-def test_contenders_alternate_and_each_is_first_in_turn():
+def test_every_contender_runs_once_a_round_in_changing_order():
     order = []
 
     def contender(name):
@@ -41,9 +41,11 @@ def test_contenders_alternate_and_each_is_first_in_turn():
 
         return loop
 
-    seconds = rounds.alternate({"a": contender("a"), "b": contender("b")}, rounds=3)
-    assert seconds == {"a": [2.0] * 3, "b": [2.0] * 3}
-    assert "".join(order) == "ab" + "ba" + "ab" + "ba"
+    seconds = rounds.alternate({"a": contender("a"), "b": contender("b")}, rounds=9)
+    assert seconds == {"a": [2.0] * 9, "b": [2.0] * 9}
+    orders = {tuple(order[turn : turn + 2]) for turn in range(0, len(order), 2)}
+    assert len(order) == 2 * (9 + 1)  # the first round is not counted
+    assert orders == {("a", "b"), ("b", "a")}
 
 
 def test_loops_are_doubled_until_a_round_is_long_enough():

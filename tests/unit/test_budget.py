@@ -250,7 +250,9 @@ def test_charge_may_pass_the_limit_and_then_everything_is_refused():
     budgets[1].charge(150)
     assert used(budgets) == [150, 150]
     assert budgets[1].headroom_bytes == 0
-    assert budgets[1].try_reserve(0) is None
+    assert budgets[1].try_reserve(1) is None
+    with budgets[1].reserve(0) as nothing:  # takes nothing, so there is nothing to refuse
+        assert nothing.try_grow(1) is False
     with pytest.raises(ValueError, match="cannot uncharge 151 bytes"):
         budgets[1].uncharge(151)
     budgets[1].uncharge(150)

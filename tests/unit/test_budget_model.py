@@ -28,7 +28,7 @@ class Model:
         return [self, *(self.parent.path() if self.parent else [])]
 
     def fits(self, size, above=()):
-        return all(m.limit is None or m.used() + size <= m.limit for m in self.path() if m not in above)
+        return size == 0 or all(m.limit is None or m.used() + size <= m.limit for m in self.path() if m not in above)
 
     def is_closed(self):
         return any(m.closed for m in self.path())

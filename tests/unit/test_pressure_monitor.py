@@ -47,6 +47,7 @@ def machine(tmp_path):
 @pytest.fixture
 def monitor(machine, clock):
     with PressureMonitor(root=machine.root, clock=clock, thresholds=QUIET) as running:
+        running.check()  # the look at the start is over: the test may write its files in peace
         yield running
 
 
@@ -207,6 +208,21 @@ def test_a_callback_that_comes_late_hears_what_it_missed_once(machine, monitor):
     monitor.check()
     assert [event.level for event in low] == [LOW]
     assert critical == normal == []
+
+
+def test_a_late_callback_that_heard_something_newer_is_not_told_the_old(machine, monitor):
+    heard = []
+
+    def register_and_escalate(event):
+        if event.level == LOW:
+            monitor.on(LOW, heard.append)
+            monitor.simulate(CRITICAL)
+
+    monitor.on(LOW, register_and_escalate)
+    use(machine, 15 * MIB)
+    monitor.check()
+    monitor.check()
+    assert [event.level for event in heard] == [CRITICAL]
 
 
 def test_a_callback_that_comes_after_a_drill_hears_the_next_change_only(monitor):
@@ -463,6 +479,18 @@ def test_every_stream_hears_and_a_dropped_one_is_forgotten(monitor):
     assert asyncio.run(read()) == ([LOW, LOW], 1)
 
 
+def test_a_stream_may_be_ended_by_its_reader(monitor):
+    async def read():
+        stream = monitor.events()
+        waiting = asyncio.ensure_future(anext(stream, "ended"))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        monitor.simulate(LOW)
+        return await waiting, [event async for event in stream]
+
+    assert asyncio.run(read()) == ("ended", [])
+
+
 def test_a_stream_of_a_closed_loop_does_no_harm(monitor):
     async def make():
         return monitor.events()
@@ -620,14 +648,20 @@ def test_closing_releases_those_who_wait(monitor):
         assert not thread.is_alive()
 
 
-def test_no_descriptor_is_left_when_a_start_fails(machine, clock, monkeypatch):
+def refuse(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.memory_status", "threading.Thread.start"])
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
     before = sorted(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("memsafe.pressure.monitor.memory_status", lambda **_: 1 / 0)
     monitor = monitored(machine, clock, None)
-    with pytest.raises(ZeroDivisionError):
-        monitor.start()
+    with monkeypatch.context() as broken:
+        broken.setattr(what, refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            monitor.start()
     assert sorted(os.listdir("/proc/self/fd")) == before
-    monkeypatch.undo()
+    monitor.close()
     with monitor:
         monitor.simulate(LOW)
 
@@ -649,6 +683,7 @@ before = set(os.listdir("/proc/self/fd"))
 monitor = PressureMonitor().start()
 heard = []
 monitor.on(PressureLevel.LOW, heard.append)
+monitor.check()  # the first look is over: a file that it has open would be the child's, too
 child = os.fork()
 if child == 0:
     try:

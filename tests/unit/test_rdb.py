@@ -11,8 +11,7 @@ from pathlib import Path
 
 import anycrc
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from examples.memkv import rdb
 from examples.memkv.rdb import RDBError

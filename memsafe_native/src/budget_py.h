@@ -1,0 +1,42 @@
+/* Knows CPython (limited API 3.11). What budget_py.c and reservation_py.c share. */
+#ifndef MS_BUDGET_PY_H
+#define MS_BUDGET_PY_H
+#include <Python.h>
+
+#include "ms.h"
+#include "budget.h"
+
+typedef struct {
+    PyObject_HEAD
+    ms_budget *node; /* owned; NULL until __init__ */
+} BudgetCore;
+
+/* Created once a process: subinterpreters share them, as they share the counters. */
+extern PyTypeObject *ms_budget_type, *ms_reservation_type;
+
+/* The size in an exact, non-negative int that fits; -1 for anything that Python has to look at (no error set). */
+static inline int64_t plain_size(PyObject *object)
+{
+    if (!PyLong_CheckExact(object))
+        return -1;
+    int overflow;
+    long long size = PyLong_AsLongLongAndOverflow(object, &overflow);
+    return overflow ? -1 : size;
+}
+
+static inline ms_budget *node_of(BudgetCore *self)
+{
+    if (!self->node)
+        PyErr_SetString(PyExc_RuntimeError, "Budget.__init__ was not called");
+    return self->node;
+}
+
+/* Callbacks are the budget's own business; a charge that stands must not fail by them. */
+void ms_budget_tell_soft_limit(BudgetCore *budget);
+
+/* A Reservation of size bytes that the budget was charged; gives them back where it cannot be made. */
+PyObject *ms_reservation_new(BudgetCore *budget, int64_t size);
+
+int ms_reservation_py_add(PyObject *dict);
+
+#endif

@@ -1,0 +1,142 @@
+"""What the signals of the sources mean by themselves, on trees of files that never signal."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from memsafe import PressureLevel, Thresholds, memory_status
+from memsafe._kernel import cgroup
+from memsafe.errors import KernelError
+from memsafe.pressure import sources
+from memsafe.pressure.hub import Hub
+from memsafe.pressure.sources import CgroupEvents, OomNotice, StallTrigger
+from tests.unit.proc_tree import MIB, ProcTree
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return ProcTree(tmp_path)
+
+
+def pressure(some_us, full_us=0):
+    def line(kind, total_us):
+        return f"{kind} avg10=0.00 avg60=0.00 avg300=0.00 total={total_us}\n"
+
+    return line("some", some_us) + line("full", full_us)
+
+
+def test_a_signal_without_growth_of_the_stall_is_a_false_one(machine):
+    file = machine.write("/proc/pressure/memory", pressure(5_000_000, 9_000_000))
+    some = StallTrigger(str(file), "some", PressureLevel.LOW, 200_000)
+    full = StallTrigger(str(file), "full", PressureLevel.CRITICAL, 200_000)
+    for trigger in (some, full):
+        # As arming it would: what was stalled before is not counted. A copy of the file signals nothing.
+        with pytest.raises(KernelError):
+            trigger._arm()
+        assert trigger.hear() is None
+    file.write_text(pressure(5_100_000, 9_200_000))
+    assert some.hear() is None
+    cause = full.hear()
+    assert (cause.level, cause.source, cause.needs_short_headroom) == (PressureLevel.CRITICAL, "psi.full", True)
+    assert "200 ms" in cause.detail
+    file.write_text(pressure(5_400_000, 9_200_000))
+    assert some.hear().level == PressureLevel.LOW
+    assert full.hear() is None
+
+
+def test_pressure_that_was_turned_off_is_named(machine):
+    trigger = StallTrigger(str(machine.root / "proc/pressure/memory"), "some", PressureLevel.LOW, 1)
+    with pytest.raises(KernelError) as off:
+        trigger.hear()
+    assert off.value.errno == errno.EOPNOTSUPP
+
+
+def events(machine, name, **counts):
+    lines = {"low": 0, "high": 0, "max": 0, "oom": 0, "oom_kill": 0} | counts
+    machine.write(f"/sys/fs/cgroup/app/{name}", "".join(f"{key} {value}\n" for key, value in lines.items()))
+
+
+def test_only_ooms_of_the_cgroup_itself_are_critical(machine):
+    machine.v2("/app")
+    machine.v2_group("/app", limit=128 * MIB)
+    events(machine, "memory.events", oom=7)
+    events(machine, "memory.events.local", oom=2)
+    source = CgroupEvents(cgroup.memory_cgroups(machine.root)[0])
+    source.hear()
+    assert source.hear() is None
+    # Its limit was met and cache was recycled; an OOM in a child is the child's.
+    events(machine, "memory.events", oom=8, max=100, high=100)
+    events(machine, "memory.events.local", oom=2, max=100, high=100)
+    assert source.hear() is None
+    events(machine, "memory.events.local", oom=3, oom_kill=1)
+    cause = source.hear()
+    assert (cause.level, cause.source) == (PressureLevel.CRITICAL, "memory.events")
+    assert cause.detail == "oom +1, oom_kill +1 in /app"
+
+
+def test_without_local_counts_those_of_the_subtree_are_taken(machine):
+    machine.v2("/app")
+    machine.v2_group("/app", limit=128 * MIB)
+    events(machine, "memory.events", oom=7)
+    source = CgroupEvents(cgroup.memory_cgroups(machine.root)[0])
+    source.hear()
+    events(machine, "memory.events", oom=8)
+    assert source.hear().level == PressureLevel.CRITICAL
+    machine.remove("/sys/fs/cgroup/app/memory.events")
+    with pytest.raises(KernelError):
+        source.hear()
+
+
+def test_the_last_signal_of_a_removed_v1_cgroup_is_no_oom(machine):
+    machine.v1("/app")
+    machine.v1_group("/app", limit=128 * MIB)
+    machine.write("/sys/fs/cgroup/memory/app/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
+    source = OomNotice(cgroup.memory_cgroups(machine.root)[0])
+    assert "4 killed" in source.hear().detail
+    machine.remove("/sys/fs/cgroup/memory/app/memory.oom_control")
+    assert source.hear() is None
+
+
+def test_every_cgroup_on_the_way_up_is_a_source(machine):
+    machine.v2("/pod/app")
+    machine.v2_group("/pod", limit=256 * MIB)
+    machine.v2_group("/pod/app", limit=128 * MIB)
+    for path in ("pod", "pod/app"):
+        machine.write(f"/sys/fs/cgroup/{path}/memory.events", "oom 0\n")
+    chosen = sources.choose(machine.root, memory_status(root=machine.root), Thresholds())
+    base = machine.root / "sys/fs/cgroup"
+    found = [each.path for each in chosen if each.name == "memory.events"]
+    assert found == [f"{base}/pod/app/memory.events", f"{base}/pod/memory.events"]
+
+
+def test_a_v1_limit_has_a_threshold_for_each_level_on_every_limited_ancestor(machine):
+    machine.v1("/pod/app")
+    machine.v1_group("/pod/app", limit=2**63 - 4096)
+    machine.v1_group("/pod", limit=256 * MIB)
+    chosen = sources.choose(machine.root, memory_status(root=machine.root), Thresholds())
+    found = {each.name: each.usage_bytes for each in chosen if isinstance(each, sources.UsageThreshold)}
+    expected = {level: 256 * MIB - Thresholds().begins_at(level, 256 * MIB) for level in PressureLevel if level}
+    assert found == {f"usage.{level.name.lower()}": usage_bytes for level, usage_bytes in expected.items()}
+
+
+def test_a_better_source_of_the_same_kind_replaces_the_other(machine, monkeypatch):
+    hub = Hub(machine.root, Thresholds())
+
+    class Pipe(sources.Source):
+        def _arm(self):
+            return sources.waiter.open_timer()
+
+    own, system, broken, fallback = (Pipe(name, name, "") for name in ("own", "system", "broken", "fallback"))
+    broken._arm = lambda: (_ for _ in ()).throw(KernelError(errno.EBUSY, "open it"))
+    system.stands_in_for, fallback.stands_in_for = own.key, broken.key
+    monkeypatch.setattr(sources, "choose", lambda *_: [own, system, broken, fallback])
+    try:
+        assert hub.choose(memory_status(root=machine.root))
+        assert [each.used for each in (own, system, broken, fallback)] == [True, False, False, True]
+        assert "better source" in system.status.reason
+        assert "somebody else has a trigger" in broken.status.reason
+        assert not hub.choose(memory_status(root=machine.root))
+    finally:
+        hub.close()
