@@ -135,7 +135,8 @@ def watch_beside(code, *args):
 
 
 EAT = """
-Path("/proc/self/oom_score_adj").write_text("1000")
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")
 held = bytearray()
 while True:
     held += bytes(1 << 20)
