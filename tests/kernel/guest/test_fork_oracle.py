@@ -107,23 +107,38 @@ def fork_answers():
     return "granted"
 
 
-def draw_sizes(draw, mode):
-    """Sizes in bytes of what is to be mapped, such that about half of all forks are refused."""
-    commit = memsafe.memory_status().commit
-    if mode == overcommit.NEVER:
-        # The fork asks for once more what was mapped.
-        base_bytes = memsafe.assess_fork().commit_charge_bytes
-        most_bytes = max(PAGE, (commit.headroom_bytes - base_bytes) // 2)
-        near = draw.random() < 0.5
-        total_bytes = most_bytes + draw.randint(-32 * MIB, 32 * MIB) if near else most_bytes * draw.uniform(0.2, 1.8)
-        count = draw.randint(1, 12)
-        weights = [draw.random() for _ in range(count)]
-        return [int(max(PAGE, total_bytes * weight / sum(weights))) // PAGE * PAGE for weight in weights]
-    # One mapping alone counts: made of several where it is larger than what one request may be.
+def draw_mappings(draw, mode):
+    """Return (kind, size_bytes, gap_bytes) of what is to be mapped, such that about half of all forks are refused."""
+    return draw_by_sum(draw) if mode == overcommit.NEVER else draw_by_largest(draw)
+
+
+def draw_by_sum(draw):
+    """Mode 2: the fork asks for once more what was mapped."""
+    base_bytes = memsafe.assess_fork().commit_charge_bytes
+    most_bytes = max(PAGE, (memsafe.memory_status().commit.headroom_bytes - base_bytes) // 2)
+    near = draw.random() < 0.5
+    total_bytes = most_bytes + draw.randint(-32 * MIB, 32 * MIB) if near else most_bytes * draw.uniform(0.2, 1.8)
+    weights = [draw.random() for _ in range(draw.randint(1, 12))]
+    gaps = [0] if draw.random() < 0.5 else [0, 0, PAGE]
+    for weight in weights:
+        size_bytes = int(max(PAGE, total_bytes * weight / sum(weights))) // PAGE * PAGE
+        yield draw_kind(draw), size_bytes, draw.choice(gaps)
+
+
+def draw_by_largest(draw):
+    """Modes 0 and 1: one mapping alone counts. The largest is made of two, as one request may not be so large."""
+    for _ in range(draw.randint(0, 6)):
+        yield draw_kind(draw), draw.randint(1, 4096) * PAGE, draw.choice([0, PAGE])
     limit_bytes = _request_limit_bytes()
-    off_bytes = draw.choice([0, PAGE, -PAGE, draw.randint(-64 * MIB, 64 * MIB) // PAGE * PAGE])
-    half_bytes = limit_bytes // 2 // PAGE * PAGE
-    return [half_bytes, limit_bytes - half_bytes + off_bytes, *[draw.randint(1, 4096) * PAGE for _ in range(5)]]
+    off_bytes = draw.choice([0, PAGE, PAGE, -PAGE, draw.randint(-64 * MIB, 64 * MIB) // PAGE * PAGE])
+    half_bytes = draw.randint(limit_bytes // 3, limit_bytes * 2 // 3) // PAGE * PAGE
+    kind = draw.choice(CHARGED)
+    yield kind, half_bytes, PAGE
+    yield kind, limit_bytes - half_bytes + off_bytes, 0 if draw.random() < 0.8 else PAGE
+
+
+def draw_kind(draw):
+    return draw.choice(CHARGED if draw.random() < 0.67 else list(KINDS))
 
 
 def _request_limit_bytes():
@@ -134,18 +149,9 @@ def _request_limit_bytes():
 def draw_case(seed, mode):
     """Map at random; what was foretold, what fork answered, and how near a thing it was."""
     draw = random.Random(seed)
-    sizes = draw_sizes(draw, mode)
-    address = Address(4 * sum(sizes) + 1024 * MIB)
-    kinds = []
-    adjacent = draw.random() < 0.7
-    same = draw.choice(CHARGED)
-    for size_bytes in sizes:
-        kind = draw.choice(CHARGED if draw.random() < 0.67 else list(KINDS))
-        if mode != overcommit.NEVER and adjacent:
-            kind = same
-        gap_bytes = 0 if adjacent else draw.choice([0, 0, PAGE])
-        if address.add(kind, size_bytes, gap_bytes):
-            kinds.append([kind, size_bytes, gap_bytes])
+    wanted = list(draw_mappings(draw, mode))
+    address = Address(sum(size_bytes + gap_bytes for _, size_bytes, gap_bytes in wanted) + 64 * MIB)
+    mapped = [each for each in wanted if address.add(*each)]
     foretold = memsafe.assess_fork()
     answer = fork_answers()
     address.close()
@@ -156,7 +162,7 @@ def draw_case(seed, mode):
         "foretold": foretold.kernel_would_allow,
         "answer": answer,
         "margin_bytes": margin_bytes,
-        "kinds": kinds,
+        "mapped": mapped,
         "reasons": foretold.reasons,
     }
 
@@ -188,7 +194,7 @@ def surroundings(draw, sysctl, group, swap_file, mode):
             sysctl("vm/overcommit_kbytes", draw.randint(600, 4000) * 1024 + draw.randint(0, 1023))
         sysctl("vm/admin_reserve_kbytes", draw.randint(0, 128 * 1024))
         sysctl("vm/user_reserve_kbytes", draw.choice([0, draw.randint(0, 128 * 1024)]))
-    group["pids.max"] = group["pids.current"] if draw.random() < 0.1 else "max"
+    group["pids.max"] = group["pids.current"] if draw.random() < (0.3 if mode == overcommit.ALWAYS else 0.1) else "max"
     if draw.random() < 0.2:
         swaps = "off" if swap_file in Path("/proc/swaps").read_text() else "on"
         subprocess.run([f"swap{swaps}", swap_file], check=True)
