@@ -31,7 +31,12 @@ class GuestSession:
     """
 
     def __init__(
-        self, kernel: Kernel, ids: Sequence[str], arguments: Sequence[str], show: Callable[[str], None]
+        self,
+        kernel: Kernel,
+        ids: Sequence[str],
+        arguments: Sequence[str],
+        show: Callable[[str], None],
+        boot: Callable[[Kernel, Sequence[str], object], Machine] = Machine,
     ) -> None:
         self.boots = 0
         self.boots_failed = 0
@@ -39,6 +44,7 @@ class GuestSession:
         self._ids = list(ids)
         self._arguments = list(arguments)
         self._show = show
+        self._start = boot
         self._machine: Machine | None = None
         self._messages: Iterator[dict[str, Any]] = iter(())
         self._reports: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +89,7 @@ class GuestSession:
         command = [sys.executable, "-m", "tests.kernel.lab.inside"]
         for _ in range(BOOTS_MAX):
             self.boots += 1
-            self._machine = Machine(self._kernel, command, [*self._arguments, *self._ids])
+            self._machine = self._start(self._kernel, command, [*self._arguments, *self._ids])
             self._messages = self._talk(self._machine)
             message = next(self._messages, None)
             if message is not None:
