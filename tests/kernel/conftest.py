@@ -116,7 +116,9 @@ class Lab:
                 raise kernels.UnavailableError(self._unavailable)
             reports = self._session_of(item).reports(item.nodeid)
         except kernels.UnavailableError as error:
-            return [_without_report(item, "skipped", f"Skipped: {error}")]
+            # Whoever names a kernel wants that one.
+            outcome = "failed" if self._config.option.kernel else "skipped"
+            return [_without_report(item, outcome, f"{outcome.capitalize()}: {error}")]
         except BrokenError as error:
             return [_without_report(item, "failed", str(error))]
         from_plain = self._config.hook.pytest_report_from_serializable

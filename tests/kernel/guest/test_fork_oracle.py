@@ -5,6 +5,7 @@ reads a sum of per-CPU counters of which each may be off by a batch (mm/mm_init.
 """
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -114,8 +115,7 @@ def draw_mappings(draw, mode):
 
 def draw_by_sum(draw):
     """Mode 2: the fork asks for once more what was mapped."""
-    base_bytes = memsafe.assess_fork().commit_charge_bytes
-    most_bytes = max(PAGE, (memsafe.memory_status().commit.headroom_bytes - base_bytes) // 2)
+    most_bytes = max(PAGE, (memsafe.memory_status().commit.headroom_bytes - bare_charge_bytes()) // 2)
     near = draw.random() < 0.5
     total_bytes = most_bytes + draw.randint(-32 * MIB, 32 * MIB) if near else most_bytes * draw.uniform(0.2, 1.8)
     weights = [draw.random() for _ in range(draw.randint(1, 12))]
@@ -123,6 +123,11 @@ def draw_by_sum(draw):
     for weight in weights:
         size_bytes = int(max(PAGE, total_bytes * weight / sum(weights))) // PAGE * PAGE
         yield draw_kind(draw), size_bytes, draw.choice(gaps)
+
+
+@functools.cache
+def bare_charge_bytes():
+    return memsafe.assess_fork().commit_charge_bytes
 
 
 def draw_by_largest(draw):
