@@ -5,10 +5,10 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch]) memsafe_native/build.py
 C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/native/*.c)
-SOURCES := memsafe memsafe_native tests benchmarks examples setup.py
+SOURCES := memsafe memsafe_native tests benchmarks examples docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-kernel bench format lint types clean
+.PHONY: help build dev demo test test-kernel bench docs format lint types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -27,6 +27,10 @@ $(VENV)/.dev: $(VENV)/.build
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.build
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[docs]'
+	touch $@
+
 build: $(VENV)/.build ## build the extension into .venv, with what the tests and the demo need
 
 dev: $(VENV)/.dev ## build, with formatter, linter and type checker
@@ -43,6 +47,9 @@ test-kernel: build ## run the kernel tests in virtual machines; KERNEL=6.1 K=mem
 bench: dev ## measure, each figure beside a peer in the same run
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
+docs: $(VENV)/.docs ## build the site into docs/_build/html, warnings as errors
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 format: dev ## format Python and C
 	$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
@@ -57,5 +64,5 @@ types: dev ## check types
 	$(VENV)/bin/mypy
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info memsafe_native/_ext.c memsafe_native/*.so
+	rm -rf $(VENV) build dist docs/_build *.egg-info memsafe_native/_ext.c memsafe_native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

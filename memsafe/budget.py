@@ -278,7 +278,7 @@ class Budget(BudgetCore):
 
     @property
     def limit_bytes(self) -> int | None:
-        """The limit; None: none of its own. May be set at any time, to a size.
+        """The limit, None for none of its own. May be set at any time, to a size.
 
         Lowering it below what is used asks reclaimers for the difference; what they cannot give stays charged, and
         the budget refuses until enough was released.
@@ -295,7 +295,7 @@ class Budget(BudgetCore):
 
     @property
     def soft_limit_bytes(self) -> int | None:
-        """The soft limit; None: there is none. May be set at any time, to a size."""
+        """The soft limit, None for none. May be set at any time, to a size."""
         return self._soft_limit_bytes
 
     @soft_limit_bytes.setter

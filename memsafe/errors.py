@@ -76,6 +76,8 @@ class SnapshotInProgressError(MemsafeError):
 class SnapshotFailedError(MemsafeError):
     """A snapshot ended without an image; the file at its path is the one that was there before.
 
+    Unless the message says that the new one is there: then the very last step failed, the fsync of its folder.
+
     Attributes:
         child_type, child_message, child_traceback: What the child raised, where that is what ended it: the class's
             name, its text and its traceback; else None.

@@ -82,7 +82,7 @@ def protect(*, root: Root = "/") -> int:
         root: What stands for "/".
 
     Returns:
-        The value that was there before: ``set_score_adj`` with it takes the protection back.
+        The value that was there before; ``set_score_adj`` with it takes the protection back.
 
     Raises:
         KernelError: EACCES: CAP_SYS_RESOURCE is missing. The error says who can do it instead.

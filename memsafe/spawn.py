@@ -66,7 +66,8 @@ class Popen(subprocess.Popen[Any]):
     The environment of a child without ``env`` is that of this process when the call is made, as with subprocess.
 
     Args:
-        *args, **kwargs: Those of subprocess.Popen; ``preexec_fn`` is refused, see Raises.
+        *args: Those of subprocess.Popen.
+        **kwargs: Those of subprocess.Popen; ``preexec_fn`` is refused, see Raises.
         oom_score_adj: What the child's oom_score_adj becomes, -1000 to 1000; None leaves it as inherited. An ordinary
             user may raise it; the child cannot lower it below where it was.
         memory_limit: Private writable memory the child may map, in bytes or as a string (RLIMIT_DATA, soft and hard).

@@ -220,6 +220,14 @@ class _Reader:
     def _warn(self, sentence: str) -> None:
         self._warnings[sentence] = None
 
+    def _told(self, path: str, read: Callable[[Root], T | None]) -> T | None:
+        """Return what *read* returns of a file that every machine has, with a warning also where it is missing."""
+        warned = len(self._warnings)
+        value = self._fact(read, self._root)
+        if value is None and len(self._warnings) == warned:
+            self._warn(f"{files.under(self._root, path)} does not exist")
+        return value
+
     def _field(self, source: object, name: str) -> int | None:
         """Return a field of a file that parses itself when asked; None where there is no file."""
         if source is None:
@@ -293,7 +301,7 @@ class _Reader:
 
     def _commit(self, meminfo: MemInfo | None, own: ProcessStatus | None) -> tuple[CommitStatus, int]:
         """Return the commit status, and what the kernel keeps back from this process in mode 2."""
-        mode = self._fact(machine.overcommit_mode, self._root)
+        mode = self._told("/proc/sys/vm/overcommit_memory", machine.overcommit_mode)
         committed_bytes = self._field(meminfo, "committed_bytes")
         limit_bytes = self._fact(overcommit.commit_limit_bytes, meminfo, self._root) if meminfo else None
         headroom_bytes = request_limit_bytes = None
@@ -318,8 +326,8 @@ class _Reader:
             rss_bytes=self._field(own, "rss_bytes"),
             anonymous_bytes=self._field(own, "anonymous_bytes"),
             swap_bytes=self._field(own, "swap_bytes"),
-            oom_score=self._fact(process.oom_score, self._root),
-            oom_score_adj=self._fact(process.oom_score_adj, self._root),
+            oom_score=self._told("/proc/self/oom_score", process.oom_score),
+            oom_score_adj=self._told("/proc/self/oom_score_adj", process.oom_score_adj),
             _root=self._root,
         )
 

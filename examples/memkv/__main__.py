@@ -13,9 +13,9 @@ from typing import Any
 
 from examples.memkv import rdb
 from examples.memkv.config import POLICIES, Config, SettingError, read_save_points
+from examples.memkv.persistence import LoadError
 from examples.memkv.server import Server
-from examples.memkv.store import StoreFullError
-from memsafe import format_size, parse_size
+from memsafe import parse_size
 
 
 def main() -> int:
@@ -31,15 +31,14 @@ def main() -> int:
     # The data holds no cycles, and nothing that a request leaves does: a collector would only walk over it.
     gc.collect()
     gc.freeze()
+    # How long a busy loop may keep the monitor's thread from telling that memory runs low; 5 ms by default.
+    sys.setswitchinterval(0.001)
     try:
         _runner()(server.run())
     except rdb.RDBError as error:
         return _fail(f"the dump cannot be loaded, and is left as it is: {error}")
-    except StoreFullError:
-        return _fail(
-            f"the limit is smaller than the data: {config.dump} does not fit into {format_size(config.limit_bytes)}; "
-            f"{server.persistence.loaded} keys did. The dump is left as it is. Give a larger --limit, or move the dump"
-        )
+    except LoadError as error:
+        return _fail(f"{error}. The dump is left as it is. Give a larger --limit, or more memory, or move the dump")
     except OSError as error:
         return _fail(_os_error(error, config))
     except KeyboardInterrupt:  # before the server listens for signals itself

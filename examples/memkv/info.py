@@ -162,6 +162,7 @@ def _memsafe(server: Server) -> Fields:
         "memsafe_pressure_changes": server.pressure_changes,
         "memsafe_pressure_detail": _line(event.detail) if event else "",
         "memsafe_pressure_sources": ",".join(source.name for source in server.monitor.sources if source.used),
+        "memsafe_ceiling_bytes": server.data_budget.limit_bytes or 0,
         "memsafe_shed_bytes": server.shed_bytes,
         "memsafe_last_save_time": saving.last_save_s,
         "memsafe_last_save_error": _line(saving.last_error or ""),

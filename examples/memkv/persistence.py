@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from examples.memkv import rdb
-from examples.memkv.store import Store
+from examples.memkv.store import Store, StoreFullError
 from memsafe import (
     MemsafeError,
     SnapshotCancelledError,
@@ -20,6 +19,7 @@ from memsafe import (
     SnapshotRefusedError,
     SnapshotResult,
     fork_snapshot,
+    format_size,
 )
 from memsafe.snapshot import AtomicFile, SnapshotWriter
 
@@ -33,6 +33,10 @@ _RETRY_AFTER_S: Final = 5  # a failed automatic save is not tried again sooner (
 
 class SaveError(Exception):
     """There is no new dump; the message says why. The old one is as it was."""
+
+
+class LoadError(Exception):
+    """The dump, though intact, does not fit; the message says into what. It is as it was."""
 
 
 class Persistence:
@@ -112,7 +116,7 @@ class Persistence:
         self.forks += 1
         _log.info("background saving to %s started", self._config.dump)
         loop = asyncio.get_running_loop()
-        job.add_done_callback(functools.partial(loop.call_soon_threadsafe, self._ended))
+        job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._ended, job))
 
     def _write_in_child(self, out: SnapshotWriter) -> None:
         self._write(out, lambda done, total: out.progress(done, total or 0))
@@ -174,8 +178,8 @@ class Persistence:
         self._on_change()
 
     def _failed(self, why: str, *, refused: bool = False) -> None:
-        self.last_error, self.last_refused = why, refused
         _log.warning("saving failed: %s", why)
+        self.last_error, self.last_refused = why.partition("\n")[0], refused  # a child's traceback is for the log
         self._on_change()
 
     def save_if_due(self) -> None:
@@ -216,12 +220,15 @@ class Persistence:
 
     # ---- loading
 
-    def load(self) -> None:
+    def load(self, is_critical: Callable[[], bool]) -> None:
         """Take in the dump, if there is one, whole; keys whose time has come are left out. Nothing is evicted for it.
+
+        Args:
+            is_critical: Whether memory is nearly gone.
 
         Raises:
             rdb.RDBError: It is no intact dump.
-            StoreFullError: The limit is smaller than the data.
+            LoadError: The limit, or the memory that there is, is smaller than the data.
             OSError: It cannot be read.
         """
         dump, store = self._config.dump, self._store
@@ -233,7 +240,18 @@ class Persistence:
             if expires_at_ms is not None and expires_at_ms <= now_ms:
                 self.loaded_expired += 1
                 continue
-            store.set(key, value, expires_at_ms)
+            if is_critical():
+                raise LoadError(f"the memory left is smaller than the data: {self._so_far()}")
+            try:
+                store.set(key, value, expires_at_ms)
+            except StoreFullError:
+                limit = format_size(self._config.limit_bytes)
+                raise LoadError(f"the limit of {limit} is smaller than the data: {self._so_far()}") from None
             self.loaded += 1
         self._saved_changes = store.changes
         _log.info("loaded %d keys from %s in %.2f s", self.loaded, dump, time.monotonic() - began)
+
+    def _so_far(self) -> str:
+        return (
+            f"{self.loaded} keys of {self._config.dump} fit, {format_size(self._store.used_bytes)} with what they cost"
+        )

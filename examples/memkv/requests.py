@@ -36,6 +36,10 @@ _ARGUMENT_BYTES: Final = 48  # of an argument beside its content: the object's h
 _UNUSUAL_ARRAY: Final = re.compile(rb"\*(?:[0-9]{5}|0\r)")
 
 
+# Its own annotation knows tuples of one element only.
+_pack: Callable[[tuple[bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+
 class ProtocolError(Exception):
     """What a client sent is no request. It is told so, and its connection ends: where it would go on nobody can say."""
 
@@ -83,7 +87,7 @@ class RequestParser:
             try:
                 self._reader.feed(chunk)
                 requests: list[Request] = list(iter(self._reader.gets, False))
-                packed = b"".join([hiredis.pack_command(tuple(request)) for request in requests])
+                packed = b"".join([_pack(tuple(request)) for request in requests])
             except (hiredis.HiredisError, TypeError):
                 packed = b""
             if packed == chunk:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, cast
 
 from examples.memkv import resp
@@ -20,7 +20,17 @@ from examples.memkv.requests import REFUSED, Request, RequestParser
 from examples.memkv.store import Store, StoreFullError
 from examples.memkv.strings import STRINGS
 from examples.memkv.transactions import TRANSACTIONS, Transaction, forget, queue
-from memsafe import Budget, MemsafeError, PressureEvent, PressureLevel, PressureMonitor, Reservation, format_size, trim
+from memsafe import (
+    Budget,
+    MemsafeError,
+    PressureEvent,
+    PressureLevel,
+    PressureMonitor,
+    Reservation,
+    format_size,
+    memory_status,
+    trim,
+)
 
 if TYPE_CHECKING:
     from examples.memkv.commands import Handler
@@ -39,6 +49,8 @@ _MISCONF: Final = resp.error(
 _CRON_S: Final = 0.1
 _EXPIRE_CYCLE_S: Final = 0.01  # of each tenth of a second; of each fiftieth while many keys expire at once
 _SHED_AGAIN_S: Final = 1.0
+_LOOK_S: Final = 0.05
+_STEP_BYTES_MIN: Final = 1024 * 1024
 _FOREVER: Final = 2**31
 
 COMMANDS: Final[dict[bytes, Command]] = {
@@ -106,6 +118,7 @@ class Server:
         self.started_s = time.time()
         self._next_id = 0
         self._shed_at_s = 0.0
+        self._step_bytes = _STEP_BYTES_MIN
         self._listener: asyncio.Server | None = None
         self._stopped: asyncio.Event | None = None
 
@@ -115,11 +128,24 @@ class Server:
         """Load the dump, serve until told to end.
 
         Raises:
-            RDBError, StoreFullError, OSError: The dump cannot be loaded, or the port not be had.
+            RDBError, LoadError, OSError: The dump cannot be loaded, or the port not be had.
         """
+        try:
+            await self._serve()
+        finally:
+            self.monitor.close()
+            self.persistence.call_off()
+            if self._listener is not None:
+                self._listener.close()
+            for connection in list(self.connections.values()):
+                connection.close()
+            self.store.close()
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self.persistence.load()
+        self._listen_for_pressure(loop)
+        self.persistence.load(self._is_critical)
         self.store.evicts = self.config.policy == "allkeys-lru"
         self._listener = await loop.create_server(
             lambda: Connection(self), self.config.host, self.config.port, backlog=511
@@ -127,28 +153,26 @@ class Server:
         self.config.port = self._listener.sockets[0].getsockname()[1]
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminated, signal.Signals(number).name)
-        self._listen_for_pressure(loop)
         _log.info("ready to accept connections on %s port %d", self.config.host, self.config.port)
         cron = asyncio.create_task(self._cron())
         try:
             await self._stopped.wait()
         finally:
             cron.cancel()
-            self.monitor.close()
-            self.persistence.call_off()
-            self._listener.close()
-            for connection in list(self.connections.values()):
-                connection.close()
-            self.store.close()
 
     def _listen_for_pressure(self, loop: asyncio.AbstractEventLoop) -> None:
-        tell = functools.partial(loop.call_soon_threadsafe, self._pressure_changed)
+        def tell(event: PressureEvent) -> None:
+            loop.call_soon_threadsafe(self._pressure_changed, event)
+
         self.monitor.on(PressureLevel.LOW, tell)
         self.monitor.on(PressureLevel.NORMAL, tell)
         try:
             self.monitor.start()
         except MemsafeError as error:
             _log.warning("nobody will warn of low memory: %s", error)
+        else:
+            self.budget.on_soft_limit(self._look)
+            self._look(self.budget)
 
     def stop(self) -> None:
         """Have run() return."""
@@ -185,6 +209,7 @@ class Server:
                 self.stats.sample(now_s - last_s)
                 self.persistence.save_if_due()
                 self._shed_on(now_s)
+                self._lower_tripwire()
                 self._close_idle(now_s)
                 self.update_denied()
             except Exception:
@@ -225,6 +250,7 @@ class Server:
         if "policy" in changes or "limit_bytes" in changes:
             self.store.evicts = self.config.policy == "allkeys-lru"
             self.budget.limit_bytes = self.config.limit_bytes
+            self._set_ceiling()
         self.update_denied()
 
     def update_denied(self) -> None:
@@ -241,8 +267,8 @@ class Server:
             if self._is_over_limit():
                 return OUT_OF_MEMORY
             if self._is_critical():
-                assert self.pressure is not None
-                return resp.error(f"OOM command not allowed under critical memory pressure: {self.pressure.detail}")
+                why = self.pressure.detail if self.pressure is not None else "memory is nearly gone"
+                return resp.error(f"OOM command not allowed under critical memory pressure: {why}")
         return _MISCONF if bits & self.denied & (WRITE | PING) else None
 
     def _is_over_limit(self) -> bool:
@@ -258,8 +284,27 @@ class Server:
         """Go to *level* as if memory were so short; does not wait."""
         asyncio.get_running_loop().run_in_executor(None, self.monitor.simulate, level)
 
+    def _look(self, budget: Budget) -> None:
+        """Have the monitor look at the machine before much more is written: its warning may come late on a busy one.
+
+        The budget's soft limit is the tripwire: it is crossed, and so this called, by the very write that grows beyond
+        it, and is set anew to where an eighth of what the machine leaves will be taken.
+        """
+        with suppress(TimeoutError, RuntimeError):  # it is busy with answering already, or closed
+            self.monitor.check(timeout_s=_LOOK_S)
+        available_bytes = memory_status().available_bytes
+        self._step_bytes = _STEP_BYTES_MIN if available_bytes is None else max(_STEP_BYTES_MIN, available_bytes // 8)
+        budget.soft_limit_bytes = budget.used_bytes + self._step_bytes
+        self.update_denied()
+
+    def _lower_tripwire(self) -> None:
+        """What was given back may be written again only under the same watch."""
+        limit_bytes = self.budget.used_bytes + self._step_bytes
+        if (self.budget.soft_limit_bytes or 0) > limit_bytes:
+            self.budget.soft_limit_bytes = limit_bytes
+
     def _is_critical(self) -> bool:
-        return self.pressure is not None and self.pressure.level is PressureLevel.CRITICAL
+        return self.monitor.level is PressureLevel.CRITICAL
 
     def _pressure_changed(self, event: PressureEvent) -> None:
         """Answer a change of level; on the loop, told by the monitor's thread."""
@@ -268,12 +313,19 @@ class Server:
         _log.warning("memory pressure %s, was %s: %s", event.level.name, event.previous.name, event.detail)
         if event.level > event.previous:
             self._shed()
+        self._set_ceiling()
         self.update_denied()
+
+    def _set_ceiling(self) -> None:
+        """While memory is short, let nothing grow if room can be made instead; take that back with the all-clear."""
+        short = self.pressure is not None and self.pressure.level > PressureLevel.NORMAL
+        self.data_budget.limit_bytes = self.data_budget.used_bytes if short and self.store.evicts else None
 
     def _shed_on(self, now_s: float) -> None:
         """Go on shedding while it is critical."""
         if self._is_critical() and now_s - self._shed_at_s >= _SHED_AGAIN_S:
             self._shed()
+            self._set_ceiling()
 
     def _shed(self) -> None:
         """Give back what is kept for speed, a share of the data if that may go, and tell the kernel."""

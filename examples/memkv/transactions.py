@@ -11,7 +11,7 @@ from examples.memkv.store import StoreFullError
 
 if TYPE_CHECKING:
     from examples.memkv.server import Connection
-    from memsafe import Budget
+    from memsafe import Budget, Reservation
 
 TRANSACTIONS: Final = Family("transactions")
 _command = TRANSACTIONS.command
@@ -25,23 +25,27 @@ _REQUEST_BYTES: Final = 64  # of a queued request beside its words, and of each 
 class Transaction:
     """What a connection has queued since MULTI, charged, and whether EXEC may still run it."""
 
-    __slots__ = ("_charged", "broken", "requests")
+    __slots__ = ("_budget", "_charged", "broken", "requests")
 
     def __init__(self, budget: Budget) -> None:
-        self._charged = budget.reserve(0)
+        self._budget = budget
+        self._charged: list[Reservation] = []
         self.requests: list[Request] = []
         self.broken = False
 
     def add(self, request: Request) -> bool:
         """Queue *request*, if there is room."""
-        if not self._charged.try_grow(sum(map(len, request)) + _REQUEST_BYTES * (len(request) + 1)):
+        reservation = self._budget.try_reserve(sum(map(len, request)) + _REQUEST_BYTES * (len(request) + 1))
+        if reservation is None:
             return False
+        self._charged.append(reservation)
         self.requests.append(request)
         return True
 
     def end(self) -> None:
         """Give back what was charged."""
-        self._charged.release()
+        for reservation in self._charged:
+            reservation.release()
 
 
 def queue(client: Connection, request: Request) -> bytes:

@@ -70,8 +70,8 @@ class PressureMonitor:
 
     Callbacks, reclaimers and event streams are served by one thread of the monitor's own, never two at once. When a
     level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, to give back to the kernel what both
-    have freed.
+    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
+    a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 

@@ -60,6 +60,7 @@ class AtomicFile:
         self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._temporary: str | None = None
         self.fd = -1
+        self.renamed = False
         try:
             mode = self._mode_of_old()
             self._remove_leftovers()
@@ -94,6 +95,7 @@ class AtomicFile:
         size_bytes = os.fstat(self.fd).st_size
         os.rename(self._temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
         self._temporary = None
+        self.renamed = True
         try:
             os.fsync(self._folder_fd)
         except OSError as error:

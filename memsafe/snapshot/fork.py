@@ -67,8 +67,9 @@ def fork_snapshot(
         write: Called in the child. It must return, not exit.
         max_copy: Bound on the bytes of memory that both processes copy by writing; passing it ends the child. The
             child's interpreter needs 2 to 4 MiB of it. With or without a bound, the child is ended when the memory
-            left to this process is nearly gone. Copies are measured at a duty cycle of 1 %, so a bound may be passed
-            by what is written between two measurements (at least 10 ms; the more memory is mapped, the longer).
+            left to this process is nearly gone. Copies are measured at a duty cycle of 1 %, up to 10 % while page
+            faults come fast, so a bound may be passed by what is written between two measurements (at least 10 ms
+            apart; the more memory is mapped, the further).
         on_progress: Called as ``on_progress(done, total)`` in this process, on the job's thread, for what *write*
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.

@@ -190,6 +190,11 @@ class SnapshotJob:
         """Extra memory that private copies took when last measured."""
         return self._run.copy_bytes
 
+    @property
+    def peak_copy_bytes(self) -> int:
+        """The most that copy_bytes was."""
+        return self._run.peak_copy_bytes or 0
+
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
         return self._run.future.done()
@@ -198,8 +203,8 @@ class SnapshotJob:
         """End the snapshot; the old file stays. Returns at once.
 
         Returns:
-            True when wait() will raise SnapshotCancelledError; False when it is too late: the image is complete and
-            being put in place, or the job has ended.
+            True when wait() will raise SnapshotCancelledError; False when it is too late, because the image is
+            complete and being put in place, or the job has ended.
         """
         return self._run.cancel()
 

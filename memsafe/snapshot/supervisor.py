@@ -207,7 +207,12 @@ class Supervisor:
         try:
             size_bytes = self._file.commit()
         except OSError as cause:
-            raise SnapshotFailedError(f"the image is complete, but could not be put at {path}: {cause}") from cause
+            what = (
+                f"the new image is at {path}, but may not survive a power cut: its folder could not be synced"
+                if self._file.renamed
+                else f"the image is complete, but could not be put at {path}"
+            )
+            raise SnapshotFailedError(f"{what}: {cause}") from cause
         return SnapshotResult(
             path=self.run.path,
             size_bytes=size_bytes,

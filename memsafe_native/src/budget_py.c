@@ -108,13 +108,13 @@ static PyObject *core_obtain(PyObject *self, PyObject *const *args, Py_ssize_t n
 }
 
 PyDoc_STRVAR(core_reserve_doc,
-             "reserve(size, /)\n--\n\n"
+             "reserve($self, size, /)\n--\n\n"
              "Promise *size* bytes, in this budget and in every ancestor, before they are allocated.\n\n"
              "Where a limit stands in the way, reclaimers are asked to make room first.\n\n"
              "Args:\n"
              "    size: An int of bytes, or a string such as \"64 MiB\".\n\n"
              "Returns:\n"
-             "    A Reservation: a context manager, or released by its release().\n\n"
+             "    A Reservation, which is a context manager; or call its release().\n\n"
              "Raises:\n"
              "    BudgetExceededError: The limit of this budget or of an ancestor would be passed. Nothing was\n"
              "        changed.\n"
@@ -127,7 +127,7 @@ static PyObject *core_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     return core_obtain(self, args, nargs, kwnames, "_reserve");
 }
 
-PyDoc_STRVAR(core_try_reserve_doc, "try_reserve(size, /)\n--\n\n"
+PyDoc_STRVAR(core_try_reserve_doc, "try_reserve($self, size, /)\n--\n\n"
                                    "As reserve(), but None where that raises BudgetExceededError.\n");
 
 static PyObject *core_try_reserve(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
@@ -135,7 +135,7 @@ static PyObject *core_try_reserve(PyObject *self, PyObject *const *args, Py_ssiz
     return core_obtain(self, args, nargs, kwnames, "_try_reserve");
 }
 
-PyDoc_STRVAR(core_attempt_doc, "_attempt(size_bytes, /)\n--\n\n"
+PyDoc_STRVAR(core_attempt_doc, "_attempt($self, size_bytes, /)\n--\n\n"
                                "A Reservation, or how many levels up it was refused. Asks nobody for room.\n");
 
 static PyObject *core_attempt(PyObject *self, PyObject *size)
@@ -147,7 +147,7 @@ static PyObject *core_attempt(PyObject *self, PyObject *size)
 }
 
 PyDoc_STRVAR(core_charge_existing_doc,
-             "_charge_existing(size_bytes, /)\n--\n\n"
+             "_charge_existing($self, size_bytes, /)\n--\n\n"
              "Charge bytes that exist. None, or how many levels up it met a closed budget.\n");
 
 static PyObject *core_charge_existing(PyObject *self, PyObject *size)
@@ -168,7 +168,7 @@ static PyObject *core_charge_existing(PyObject *self, PyObject *size)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(core_uncharge_existing_doc, "_uncharge_existing(size_bytes, /)\n--\n\n"
+PyDoc_STRVAR(core_uncharge_existing_doc, "_uncharge_existing($self, size_bytes, /)\n--\n\n"
                                          "Whether so many bytes were charged, and now are not any more.\n");
 
 static PyObject *core_uncharge_existing(PyObject *self, PyObject *size)
@@ -249,7 +249,8 @@ static PyMethodDef core_methods[] = {
     {"_attempt", core_attempt, METH_O, core_attempt_doc},
     {"_charge_existing", core_charge_existing, METH_O, core_charge_existing_doc},
     {"_uncharge_existing", core_uncharge_existing, METH_O, core_uncharge_existing_doc},
-    {"_close", core_close, METH_NOARGS, "_close()\n--\n\nBytes that were still charged, given back to the ancestors."},
+    {"_close", core_close, METH_NOARGS,
+     "_close($self, /)\n--\n\nBytes that were still charged, given back to the ancestors."},
     {"_set_limit", core_set_limit, METH_O, NULL},
     {"_set_soft_limit", core_set_soft_limit, METH_O, NULL},
     {"_take_soft_passed", core_take_soft_passed, METH_NOARGS, NULL},

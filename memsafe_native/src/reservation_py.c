@@ -154,7 +154,7 @@ static PyObject *obtain_more(Reservation *self, PyObject *const *args, Py_ssize_
     return reservation_policy(self, policy, args[0]);
 }
 
-PyDoc_STRVAR(reservation_grow_doc, "grow(size, /)\n--\n\n"
+PyDoc_STRVAR(reservation_grow_doc, "grow($self, size, /)\n--\n\n"
                                    "Reserve *size* bytes more, or change nothing. Errors as of Budget.reserve(), and\n"
                                    "ReservationClosedError.\n");
 
@@ -163,7 +163,7 @@ static PyObject *reservation_grow(PyObject *self, PyObject *const *args, Py_ssiz
     return obtain_more((Reservation *)self, args, nargs, "grow", "_grow", Py_None);
 }
 
-PyDoc_STRVAR(reservation_try_grow_doc, "try_grow(size, /)\n--\n\n"
+PyDoc_STRVAR(reservation_try_grow_doc, "try_grow($self, size, /)\n--\n\n"
                                        "Reserve *size* bytes more: True, or False where grow() raises\n"
                                        "BudgetExceededError.\n");
 
@@ -194,7 +194,7 @@ static PyObject *shrink_by(Reservation *self, int64_t n)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(reservation_shrink_doc, "shrink(size, /)\n--\n\n"
+PyDoc_STRVAR(reservation_shrink_doc, "shrink($self, size, /)\n--\n\n"
                                      "Give *size* bytes back.\n\n"
                                      "Raises:\n"
                                      "    ValueError: *size* is more than is reserved, or not a size.\n"
@@ -209,7 +209,7 @@ static PyObject *reservation_shrink(PyObject *self, PyObject *const *args, Py_ss
                              : reservation_policy((Reservation *)self, "_shrink", args[0]);
 }
 
-PyDoc_STRVAR(reservation_resize_doc, "resize(size, /)\n--\n\n"
+PyDoc_STRVAR(reservation_resize_doc, "resize($self, size, /)\n--\n\n"
                                      "Grow or shrink to *size* bytes. Errors as of grow().\n");
 
 static PyObject *reservation_resize(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
@@ -231,7 +231,7 @@ static PyObject *reservation_resize(PyObject *object, PyObject *const *args, Py_
     return result;
 }
 
-PyDoc_STRVAR(reservation_release_doc, "release()\n--\n\n"
+PyDoc_STRVAR(reservation_release_doc, "release($self, /)\n--\n\n"
                                       "Give everything back. Releasing twice is a no-op.\n");
 
 static PyObject *reservation_release(PyObject *self, PyObject *Py_UNUSED(none))
@@ -240,7 +240,7 @@ static PyObject *reservation_release(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(reservation_split_doc, "split(size, /)\n--\n\n"
+PyDoc_STRVAR(reservation_split_doc, "split($self, size, /)\n--\n\n"
                                     "Return a Reservation of *size* bytes taken out of this one; the budget sees no\n"
                                     "change. Errors as of shrink().\n");
 
@@ -286,7 +286,7 @@ static PyObject *reservation_move_once(PyObject *object, PyObject *target)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(reservation_move_to_doc, "move_to(budget, /)\n--\n\n"
+PyDoc_STRVAR(reservation_move_to_doc, "move_to($self, budget, /)\n--\n\n"
                                       "Charge these bytes to another budget instead. Ancestors that both have see no\n"
                                       "change. Errors as of *budget*.reserve(); on failure nothing was changed.\n");
 

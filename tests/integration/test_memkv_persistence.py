@@ -340,8 +340,7 @@ def test_a_dump_that_is_not_whole_is_refused_and_left_alone(dump: Path, damage: 
 def test_a_limit_smaller_than_the_data_is_refused_and_the_dump_left_alone(dump: Path, policy: str) -> None:
     before = dump.read_bytes()
     said = fails_to_start(dump.parent, "--policy", policy, limit="4 MiB")
-    assert "the limit is smaller than the data" in said
-    assert "4 MiB" in said
+    assert "the limit of 4 MiB is smaller than the data" in said
     assert dump.read_bytes() == before
     with memkv(dump.parent, "--policy", policy, limit="16 MiB") as server:
         assert server.client.dbsize() == 1000

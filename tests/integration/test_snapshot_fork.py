@@ -1236,3 +1236,23 @@ def test_where_no_thread_can_be_started_nothing_is_done_and_the_next_one_works(p
     got = scenario.run(without_room_for_a_thread, path)
     assert "pthread_create" in got["refused"]
     assert got["result"]["size_bytes"] > 0
+
+
+def with_a_folder_that_cannot_be_synced(path):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    os.fsync = fsync
+    return {**outcome(memsafe.fork_snapshot(path, hello)), "content": content(path)}
+
+
+def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(path):
+    path.write_text("old")
+    got = scenario.run(with_a_folder_that_cannot_be_synced, path)
+    assert got["error"] == "SnapshotFailedError"
+    assert "may not survive a power cut" in got["message"]
+    assert got["content"] == "new"

@@ -21,7 +21,7 @@ keys = st.sampled_from(KEYS)
 values = st.integers(0, 700).map(bytes) | st.sampled_from([b"", b"x"])
 FAR_MS = 10**14
 expiries = st.none() | st.integers(FAR_MS, FAR_MS + 5)
-LIMIT_BYTES = 4000
+LIMIT_BYTES = 2000
 
 
 class StoreAndDict(RuleBasedStateMachine):
@@ -193,10 +193,14 @@ def test_an_overwritten_value_may_be_smaller_when_there_is_no_room_left(open_sto
 def test_making_room_may_take_the_very_key_that_is_written(open_store: OpenStore) -> None:
     budget = Budget(10_000)
     store = open_store(budget, evicts=True)
-    store.set(b"k", bytes(5_000))
-    store.set(b"k", bytes(9_500))
-    assert store.peek(b"k") == bytes(9_500)
-    assert budget.used_bytes == store.memory_usage(b"k")
+    store.set(b"k", bytes(6_000))
+    store.set(b"other", bytes(3_000))
+    store.set(b"k", bytes(7_000))
+    assert store.evicted > 0
+    assert store.peek(b"k") == bytes(7_000)
+    assert budget.used_bytes == sum(store.memory_usage(key) or 0 for key in (b"k", b"other"))
+    store.write([(b"k", bytes(7_500), None), (b"new", bytes(1_500), None)])
+    assert budget.used_bytes == sum(store.memory_usage(key) or 0 for key in (b"k", b"new", b"other"))
 
 
 def test_lowering_the_budget_evicts_at_once(open_store: OpenStore) -> None:

@@ -272,7 +272,7 @@ def test_an_empty_machine_is_all_none_and_says_why(tmp_path: Path) -> None:
     status = memory_status(root=tmp_path)
     assert (status.limit_bytes, status.available_bytes, status.binding, status.constraints) == (None, None, None, ())
     assert (status.commit.mode, status.process.rss_bytes) == (None, None)
-    for name in ("meminfo", "self/status", "self/cgroup", "self/limits"):
+    for name in ("meminfo", "self/status", "self/cgroup", "self/limits", "overcommit_memory", "oom_score", "score_adj"):
         assert any(name in warning for warning in status.warnings)
 
 
