@@ -145,6 +145,10 @@ class Lab:
             terminal.flush()
 
     def _noted(self, report):
+        # JSON has no tuples, and pytest wants these to be some.
+        report.location = tuple(report.location)
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)
         if report.when == "call":
             for name, row in report.user_properties:
                 self._tables.setdefault(name, []).append(row)

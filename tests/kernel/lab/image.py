@@ -52,11 +52,11 @@ class Archive:
         self._parents(path)
         self._entry(path, stat.S_IFLNK | 0o777, os.fsencode(target), 0)
 
-    def folder(self, path: str, mode: int = 0o755) -> None:
+    def folder(self, path: str) -> None:
         if path not in self._folders:
             self._parents(path)
             self._folders.add(path)
-            self._entry(path, stat.S_IFDIR | mode, b"", 0)
+            self._entry(path, stat.S_IFDIR | (0o1777 if path == "/tmp" else 0o755), b"", 0)
 
     def device(self, path: str, major: int, minor: int) -> None:
         self._parents(path)
@@ -98,7 +98,7 @@ def base() -> Path:
         raise UnavailableError("a static busybox is needed: apt-get install busybox-static")
     paths = sorted({*_interpreter(), *_distributions()})
     listed = [(path, os.lstat(path).st_mtime_ns) for path in [busybox, *paths]]
-    name = hashlib.sha256(json.dumps([listed, INIT.read_text(), 1]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([listed, INIT.read_text(), 2]).encode()).hexdigest()[:16]
     target = CACHE / f"base-{name}.cpio"
     if not target.exists():
         for old in CACHE.glob("base-*.cpio"):
@@ -134,9 +134,8 @@ def _write_base(archive: Archive, busybox: str, paths: Iterable[str]) -> None:
     applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
     for applet in {*applets} - {"busybox"}:
         archive.link(f"/bin/{applet}", "busybox")
-    for folder in ("/dev", "/proc", "/sys", "/etc", "/run", "/scratch"):
+    for folder in ("/dev", "/proc", "/sys", "/etc", "/run", "/scratch", "/tmp"):
         archive.folder(folder)
-    archive.folder("/tmp", 0o1777)
     archive.device("/dev/console", 5, 1)
     archive.file("/etc/passwd", b"root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/tmp:/bin/sh\n")
     archive.file("/etc/group", b"root:x:0:\nnogroup:x:65534:\n")
