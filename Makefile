@@ -8,7 +8,7 @@ C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/na
 SOURCES := memsafe memsafe_native tests benchmarks examples docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test fuzz bench docs format lint types clean
+.PHONY: help build dev demo test test-kernel fuzz bench docs format lint types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -47,6 +47,9 @@ test: build ## run the tests
 
 fuzz: $(VENV)/.fuzz ## fuzz the readers of the kernel's files, FUZZ_SECONDS (600) for all FUZZ_TARGETS together
 	nice $(PY) -m tests.fuzz
+
+test-kernel: build ## run the kernel tests in virtual machines; KERNEL=6.1 K=memory_events for one on one kernel
+	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-k '$(K)') $(PYTEST_ARGS)
 
 bench: dev ## measure, each figure beside a peer in the same run
 	$(PY) -m benchmarks $(BENCH_ARGS)

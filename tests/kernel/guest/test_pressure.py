@@ -1,0 +1,248 @@
+"""PressureMonitor where cgroup v2 has the memory controller."""
+
+import mmap
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import memsafe
+from memsafe import PressureLevel
+from memsafe._kernel import notify
+from tests.kernel.guest import child
+
+MIB = 1024 * 1024
+PATIENCE_S = 60
+
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+class Hoard:
+    """Memory that grows MiB by MiB."""
+
+    def __init__(self, limit_bytes):
+        self._map = mmap.mmap(-1, limit_bytes, PRIVATE)
+        self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self.size_bytes = 0
+
+    def grow(self):
+        self._map[self.size_bytes : self.size_bytes + MIB] = bytes(MIB)
+        self.size_bytes += MIB
+
+
+def sources():
+    with memsafe.PressureMonitor() as monitor:
+        return [each.as_dict() for each in monitor.sources]
+
+
+def used(told, name):
+    return [source["path"] for source in told if source["name"] == name and source["used"]]
+
+
+# memory.events
+
+
+def read_through(path, size_bytes):
+    with open(path, "rb") as file:
+        while file.read(MIB):
+            pass
+    return size_bytes
+
+
+def exceed(limit_bytes):
+    hoard = Hoard(4 * limit_bytes)
+    while True:
+        hoard.grow()
+
+
+@pytest.mark.parametrize("event", ["high", "max", "oom_kill"])
+def test_memory_events_signals(group, scratch, event):
+    own = group.child("own", **{"memory_high" if event == "high" else "memory_max": 32 * MIB})
+    events_fd = notify.open_watched(f"{own.path}/memory.events")
+    before = own.flat("memory.events")
+    os.pread(events_fd, 4096, 0)  # until it is read, it is news
+    with select.epoll() as poller:
+        poller.register(events_fd, select.EPOLLPRI)
+        assert not poller.poll(0)
+        if event == "max":
+            (scratch / "file").write_bytes(bytes(64 * MIB))
+            subprocess.run(["sh", "-c", "sync; echo 1 >/proc/sys/vm/drop_caches"], check=True)
+            child.run(read_through, str(scratch / "file"), 64 * MIB, cgroup=own)
+            assert poller.poll(PATIENCE_S)
+        else:
+            with child.start(exceed, 32 * MIB, cgroup=own) as hog:
+                assert poller.poll(PATIENCE_S)
+                while own.flat("memory.events")[event] == before[event]:  # an "oom" comes before its "oom_kill"
+                    os.pread(events_fd, 4096, 0)
+                    assert poller.poll(PATIENCE_S)
+                hog.kill()  # or it would crawl on, throttled
+    os.close(events_fd)
+    assert own.flat("memory.events")[event] > before[event]
+
+
+def test_memory_events_of_self_and_ancestors_are_watched_and_the_root_has_none(group):
+    own = group.child("own", memory_max=256 * MIB)
+    told = child.run(sources, cgroup=own)
+    assert used(told, "memory.events") == [f"{own.path}/memory.events", f"{group.path}/memory.events"]
+    assert used(child.run(sources), "memory.events") == []
+
+
+def grow_until_told(limit_bytes, pace_s):
+    """Grow at a pace until LOW was heard; the levels, each with what was held when it came."""
+    hoard, heard, low = Hoard(limit_bytes), [], threading.Event()
+    with memsafe.PressureMonitor() as monitor:
+
+        @monitor.on(PressureLevel.LOW)
+        def shed(event):
+            heard.append([event.level.name, hoard.size_bytes, event.available_bytes, event.source])
+            low.set()
+
+        while not low.is_set() and hoard.size_bytes < limit_bytes:
+            hoard.grow()
+            time.sleep(pace_s)
+    return heard
+
+
+def test_low_is_heard_before_the_limit_of_a_small_cgroup(group):
+    own = group.child("own", memory_max=64 * MIB)
+    heard = child.run(grow_until_told, 64 * MIB, 0.02, cgroup=own)
+    level, held_bytes, available_bytes, _ = heard[0]
+    assert level == "LOW"
+    assert 16 * MIB < held_bytes < 62 * MIB
+    assert available_bytes > 4 * MIB
+    assert own.flat("memory.events")["oom_kill"] == 0
+
+
+def test_low_is_heard_before_memory_high_throttles(group):
+    own = group.child("own", memory_max=256 * MIB, memory_high=64 * MIB)
+    (heard, *_) = child.run(grow_until_told, 64 * MIB, 0.02, cgroup=own)
+    assert heard[0] == "LOW"
+    assert own.flat("memory.events")["high"] == 0
+
+
+def watch_beside(code, *args, deaf=False):
+    """Run *code* in a process of its own, watched; every level that is announced, until it has ended.
+
+    A deaf monitor takes no headroom for too little: only what the kernel says by itself raises a level.
+    """
+    heard = []
+    deafness = dict.fromkeys(("low_ratio", "low_bytes_min", "critical_ratio", "critical_bytes_min"), 0)
+    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(**deafness) if deaf else None) as monitor:
+        monitor.on(PressureLevel.LOW, lambda event: heard.append([event.level.name, event.source, event.detail]))
+        done = subprocess.run([sys.executable, "-c", code, *args], check=False)
+        monitor.check()
+    return {"status": done.returncode, "heard": heard}
+
+
+EAT = """
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")
+held = bytearray()
+while True:
+    held += bytes(1 << 20)
+"""
+
+
+def watch_a_kill():
+    return watch_beside(EAT, deaf=True)
+
+
+def test_a_kill_in_the_own_cgroup_is_critical(group):
+    own = group.child("own", memory_max=96 * MIB)
+    told = child.run(watch_a_kill, cgroup=own)
+    assert told["status"] == -9
+    assert [level for level, _, _ in told["heard"]] == ["CRITICAL"]
+    assert own.flat("memory.events")["oom_kill"] == 1
+
+
+WRITE = """
+import sys
+with open(sys.argv[1], "wb") as file:
+    for _ in range(192):
+        file.write(bytes(1 << 20))
+with open(sys.argv[1], "rb") as file:
+    while file.read(1 << 20):
+        pass
+"""
+
+
+def test_page_cache_alone_raises_no_level(group, scratch):
+    own = group.child("own", memory_max=96 * MIB)
+    told = child.run(watch_beside, WRITE, str(scratch / "file"), cgroup=own)
+    assert told == {"status": 0, "heard": []}
+    assert own.flat("memory.events")["max"] > 0, "the limit was met"
+
+
+# PSI
+
+
+def hear_stall(path, kind):
+    """Whether a trigger fires while *path*'s cgroup stalls; True, or the errno of its refusal."""
+    try:
+        fd = notify.arm_stall_trigger(path, kind, 100_000)
+    except memsafe.KernelError as error:
+        return error.errno
+    print("armed", flush=True)
+    with select.epoll() as poller:
+        poller.register(fd, select.EPOLLPRI)
+        (ready,) = poller.poll(PATIENCE_S) or [(fd, 0)]
+    os.close(fd)
+    return bool(ready[1] & select.EPOLLPRI)
+
+
+@pytest.mark.parametrize("user", [child.ROOT, child.ORDINARY])
+def test_a_stall_trigger_hears_a_throttled_cgroup(group, kernel, user):
+    stalled = group.child("stalled", memory_high=24 * MIB)
+    pressure = stalled.path / "memory.pressure"
+    if user == child.ORDINARY:
+        os.chown(pressure, child.NOBODY, child.NOBODY)  # as a delegated cgroup's
+    listener = child.start(hear_stall, str(pressure), "some", user=user)
+    with listener, child.start(exceed, 64 * MIB, cgroup=stalled) as hog:
+        try:
+            told = listener.communicate(timeout=PATIENCE_S)
+        finally:
+            hog.kill()
+            listener.kill()
+    assert told[0].split() == ["armed", "true"], told
+
+
+@pytest.mark.parametrize("user", [child.ROOT, child.ORDINARY])
+def test_the_systems_trigger_is_used_outside_of_cgroups(user):
+    """By an ordinary user too: since 6.5, and in 6.1's later updates. The root cgroup's file is the system's, too."""
+    told = child.run(sources, user=user)
+    path = "/sys/fs/cgroup/memory.pressure" if user == child.ROOT else "/proc/pressure/memory"
+    assert used(told, "psi.some") == used(told, "psi.full") == [path]
+
+
+@pytest.mark.parametrize("delegated", [True, False])
+def test_the_own_cgroups_trigger_comes_first_and_the_systems_where_that_may_not_be_written(group, delegated):
+    own = group.child("own")
+    if delegated:
+        os.chown(own.path / "memory.pressure", child.NOBODY, child.NOBODY)
+    told = child.run(sources, cgroup=own, user=child.ORDINARY)
+    if delegated:
+        assert used(told, "psi.some") == [f"{own.path}/memory.pressure"]
+    else:
+        assert used(told, "psi.some") == ["/proc/pressure/memory"]
+        assert any(
+            "Permission denied" in each["reason"] for each in told if each["path"] == f"{own.path}/memory.pressure"
+        )
+
+
+def throttled_beside_a_monitor():
+    """Grow beyond memory.high until CRITICAL was heard."""
+    hoard, critical = Hoard(256 * MIB), threading.Event()
+    with memsafe.PressureMonitor() as monitor:
+        monitor.on(PressureLevel.CRITICAL, lambda event: critical.set())
+        while not critical.is_set():
+            hoard.grow()
+        return hoard.size_bytes
+
+
+def test_throttling_by_memory_high_is_critical(group):
+    own = group.child("own", memory_max=256 * MIB, memory_high=64 * MIB)
+    assert child.run(throttled_beside_a_monitor, cgroup=own) < 80 * MIB

@@ -1,0 +1,148 @@
+"""A virtual machine that boots one kernel with one task, and says what happens in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.kernel.lab import image
+from tests.kernel.lab.kernels import CACHE, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Self
+
+    from tests.kernel.lab.kernels import Kernel
+
+QEMU = "qemu-system-x86_64"
+MEMORY_MIB = 1024
+DISK_MIB = 512
+
+# Emulated, a boot takes some seconds and the slowest test a minute: this much silence is a machine that stands still.
+BOOT_S = 90
+SILENCE_S = 240
+
+_PARAMETERS = (
+    "console=ttyS0 quiet loglevel=4 psi=1 cryptomgr.notests mitigations=off audit=0 "
+    # An oops ends the machine, and the machine ends QEMU: none is to be overlooked.
+    "oops=panic panic=-1"
+)
+
+
+def require() -> None:
+    """Raise UnavailableError where a program is missing."""
+    if shutil.which(QEMU) is None:
+        raise UnavailableError(f"{QEMU} is needed: apt-get install qemu-system-x86 busybox-static")
+
+
+class Machine:
+    """One boot. Iterating gives what comes from it, as it comes, until it is off.
+
+    Yields:
+        A str for each line of its console, a dict for each message of the task (see tests/kernel/lab/inside.py).
+
+    Raises:
+        UnavailableError: A program or a kernel is missing.
+    """
+
+    def __init__(self, kernel: Kernel, command: Sequence[str], work: object = None) -> None:
+        require()
+        self.console: list[str] = []
+        self._heard_s = time.monotonic()
+        self._patience_s: float = BOOT_S
+        with ExitStack() as stack:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="boot-")))
+            image.write_initrd(folder / "initrd", command, work)
+            with (folder / "disk").open("wb") as disk:
+                disk.truncate(DISK_MIB * 2**20)
+            self._messages_fd, write_fd = os.pipe()
+            stack.callback(os.close, self._messages_fd)
+            self._qemu = subprocess.Popen(
+                _command(kernel, folder, f"/dev/fd/{write_fd}"),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write_fd],
+            )
+            os.close(write_fd)
+            stack.enter_context(self._qemu)
+            stack.callback(self._end)
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Switch it off. Twice is a no-op."""
+        self._resources.close()
+
+    def began(self) -> None:
+        """It is up: from now on, be patient with it."""
+        self._patience_s = SILENCE_S
+
+    def __iter__(self) -> Iterator[str | dict[str, Any]]:
+        assert self._qemu.stdout is not None
+        console, messages = _Lines(self._qemu.stdout.fileno()), _Lines(self._messages_fd)
+        with selectors.DefaultSelector() as selector:
+            selector.register(console.fd, selectors.EVENT_READ, console)
+            selector.register(messages.fd, selectors.EVENT_READ, messages)
+            while selector.get_map():
+                ready = selector.select(self._patience_s)
+                if not ready:
+                    yield self._note(f"nothing was heard for {self._patience_s:.0f} s: the machine is switched off")
+                    self._end()
+                for key, _ in ready:
+                    lines = key.data.read()
+                    if lines is None:
+                        selector.unregister(key.fd)
+                        continue
+                    for line in lines:
+                        yield json.loads(line) if key.data is messages else self._note(line.decode(errors="replace"))
+
+    def _note(self, line: str) -> str:
+        self.console.append(line)
+        return line
+
+    def _end(self) -> None:
+        with suppress(ProcessLookupError):
+            self._qemu.kill()
+
+
+class _Lines:
+    """The lines of a pipe, as far as they are whole."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._rest = b""
+
+    def read(self) -> list[bytes] | None:
+        """Return the lines that are there; None at the end."""
+        data = os.read(self.fd, 65536)
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n")
+        return lines
+
+
+def _command(kernel: Kernel, folder: Path, messages: str) -> list[str]:
+    return [
+        *("nice", "-n", "10", QEMU),
+        *("-machine", "pc", "-accel", "tcg", "-cpu", "Nehalem", "-smp", "1", "-m", f"{MEMORY_MIB}M"),
+        *("-kernel", str(kernel.image), "-initrd", str(folder / "initrd"), "-append", _PARAMETERS),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-serial", "stdio", "-serial", f"file:{messages}"),
+        *("-drive", f"file={folder / 'disk'},if=none,id=disk,format=raw,cache=unsafe"),
+        *("-device", "nvme,drive=disk,serial=lab"),
+    ]
