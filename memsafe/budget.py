@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     SoftLimitCallbackT = TypeVar("SoftLimitCallbackT", bound=SoftLimitCallback)
 
 _log = logging.getLogger("memsafe.budget")
-_current: ContextVar[Budget | None] = ContextVar("memsafe.current_budget", default=None)
+_current: ContextVar[_Scope | None] = ContextVar("memsafe.current_budget", default=None)
 
 # A limit that no charge can meet, not even one of 0 bytes: how the C path learns of an abort at no cost of its own.
 _REFUSE_ALL = -1
@@ -40,6 +40,22 @@ _REFUSE_ALL = -1
 # A request that fits only after this many rounds of reclaiming is losing a race against other requesters.
 _ROUNDS_MAX = 8
 _TOP_CONSUMERS = 5
+
+# The registry of a tree is cleared of lost reclaimers each time that it has doubled, from this length on.
+_REGISTRY_MIN = 32
+
+
+class _Scope(NamedTuple):
+    """A with block of a budget and the one around it. Kept in the context alone: blocks of other tasks are not seen."""
+
+    budget: Budget
+    outer: _Scope | None
+
+    def without(self, budget: Budget) -> _Scope | None:
+        """Leave the innermost block of *budget*, which need not be the last entered: generators end in any order."""
+        if self.budget is budget:
+            return self.outer
+        return _Scope(self.budget, self.outer and self.outer.without(budget))
 
 
 class Consumer(NamedTuple):
@@ -166,8 +182,9 @@ class Budget(BudgetCore):
     be passed, before the kernel has to. Budgets form a tree; a reservation is charged to its budget and to every
     ancestor, or, when one of them refuses, to none.
 
-    As a context manager it is the current budget of its block (see current_budget()) and is closed at the end. All of
-    it is thread-safe. A forked child has a copy of its own, which the parent never sees.
+    As a context manager it is the current budget of its block (see current_budget()) and is closed at the end, of the
+    last block where several are in it at once. All of it is thread-safe. A forked child has a copy of its own, which
+    the parent never sees.
 
     Args:
         limit: The most that may be reserved, in bytes or as a string such as "512 MiB"; None: no limit of its own.
@@ -188,13 +205,14 @@ class Budget(BudgetCore):
         "__weakref__",
         "_abort_reason",
         "_children",
+        "_entered",
         "_limit_bytes",
-        "_previous",
         "_reclaimed_bytes",
         "_reclaimers",
         "_reclaims",
         "_refusals",
         "_registry",
+        "_registry_prune_at",
         "_soft_callbacks",
         "_soft_limit_bytes",
         "name",
@@ -207,18 +225,20 @@ class Budget(BudgetCore):
     def _open(self, parent: Budget | None, name: str, limit: Size | None, soft_limit: Size | None) -> None:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a budget's name must be a string, not empty and without '/': {name!r}")
-        self._limit_bytes = _optional_size(limit, "a limit")
-        self._soft_limit_bytes = _optional_size(soft_limit, "a soft limit")
-        super().__init__(parent, _native_limit(self._limit_bytes))
-        if self._soft_limit_bytes is not None:
-            self._set_soft_limit(self._soft_limit_bytes)
+        limit_bytes = _optional_size(limit, "a limit")
+        soft_limit_bytes = _optional_size(soft_limit, "a soft limit")
+        super().__init__(parent, _native_limit(limit_bytes))
+        self._set_soft_limit(_native_limit(soft_limit_bytes))
+        self._limit_bytes = limit_bytes
+        self._soft_limit_bytes = soft_limit_bytes
         self.name = name
         self.parent = parent
         self._abort_reason: str | None = None
         self._children: dict[str, weakref.ref[Budget]] = {}
-        self._previous: Budget | None = None
+        self._entered = 0  # with blocks that are in it
         self._reclaimers: tuple[_ReclaimerEntry, ...] = ()
         self._registry: list[weakref.ref[_ReclaimerEntry]] = []  # of the whole tree; used at the root only
+        self._registry_prune_at = _REGISTRY_MIN
         self._soft_callbacks: tuple[SoftLimitCallback, ...] = ()
         self._refusals = self._reclaims = self._reclaimed_bytes = 0
 
@@ -257,8 +277,11 @@ class Budget(BudgetCore):
     @property
     def children(self) -> tuple[Budget, ...]:
         """The open budgets directly below this one."""
+        if not self._children:
+            return ()
         with _shape_lock:
-            found = [reference() for reference in self._children.values()]
+            references = list(self._children.values())  # in one step: the collector may close a child between two
+        found = [reference() for reference in references]
         return tuple(child for child in found if child is not None and not child.closed)
 
     def _upwards(self) -> Iterator[Budget]:
@@ -267,12 +290,15 @@ class Budget(BudgetCore):
             yield budget
             budget = budget.parent
 
-    def _downwards(self) -> Iterator[Budget]:
+    def _holders(self) -> Iterator[tuple[int, Budget]]:
+        """Yield the budgets at and below this one that hold something themselves, each after its own_bytes."""
         pending: list[Budget] = [self]
         while pending:
             budget = pending.pop()
-            yield budget
-            pending += budget.children
+            children = budget.children
+            if own_bytes := budget._own_bytes(children):
+                yield own_bytes, budget
+            pending += children
 
     # ------------------------------------------------------------------------------------------------ limits
 
@@ -287,9 +313,11 @@ class Budget(BudgetCore):
 
     @limit_bytes.setter
     def limit_bytes(self, limit: Size | None) -> None:
-        self._limit_bytes = limit_bytes = _optional_size(limit, "a limit")
-        if self._abort_reason is None:
-            self._set_limit(_native_limit(limit_bytes))
+        limit_bytes = _optional_size(limit, "a limit")
+        with _shape_lock:  # else an abort that comes between is undone
+            self._limit_bytes = limit_bytes
+            if self._abort_reason is None:
+                self._set_limit(_native_limit(limit_bytes))
         if limit_bytes is not None and (over_bytes := self.used_bytes - limit_bytes) > 0:
             self.reclaim(over_bytes)
 
@@ -300,14 +328,17 @@ class Budget(BudgetCore):
 
     @soft_limit_bytes.setter
     def soft_limit_bytes(self, soft_limit: Size | None) -> None:
-        self._soft_limit_bytes = _optional_size(soft_limit, "a soft limit")
-        self._set_soft_limit(_native_limit(self._soft_limit_bytes))
+        soft_limit_bytes = _optional_size(soft_limit, "a soft limit")
+        with _shape_lock:
+            self._soft_limit_bytes = soft_limit_bytes
+            self._set_soft_limit(_native_limit(soft_limit_bytes))
 
     def on_soft_limit(self, callback: SoftLimitCallbackT) -> SoftLimitCallbackT:
         """Have *callback* called with this budget each time that used_bytes passes the soft limit.
 
         Once a crossing: it is armed again when used_bytes has fallen to nine tenths of the soft limit. It runs in the
-        thread whose reservation passed it, after that stands; a failure is logged. Usable as a decorator.
+        thread whose reservation passed it, after that stands; a failure is logged, but KeyboardInterrupt and its kind
+        pass through reserve(), which then holds nothing. Usable as a decorator.
         """
         with _shape_lock:
             self._soft_callbacks = (*self._soft_callbacks, callback)
@@ -394,7 +425,10 @@ class Budget(BudgetCore):
         reservation.shrink(parse_size(size, what="the shrinking of a reservation"))
 
     def _resize(self, reservation: Reservation, size: Size) -> None:
-        reservation.resize(parse_size(size, what="the size of a reservation"))
+        size_bytes = parse_size(size, what="the size of a reservation")
+        more_bytes = max(0, size_bytes - reservation.size_bytes)
+        # From its size at each attempt: a reclaimer may well shrink this very reservation.
+        self._obtain_or_raise(more_bytes, lambda: reservation._resize_once(size_bytes))
 
     def _split(self, reservation: Reservation, size: Size) -> Reservation:
         return reservation.split(parse_size(size, what="a part of a reservation"))
@@ -432,7 +466,8 @@ class Budget(BudgetCore):
                     return outcome, None
             if not asked:
                 break
-        refused_by._refusals += 1
+        with _shape_lock:
+            refused_by._refusals += 1
         return None, refused_by
 
     def _at(self, level: int) -> Budget:
@@ -455,7 +490,8 @@ class Budget(BudgetCore):
 
     def _exceeded(self, requested_bytes: int, refused_by: Budget) -> BudgetExceededError:
         limit_bytes = _native_limit(refused_by._limit_bytes)
-        available_bytes = max(0, limit_bytes - refused_by.used_bytes)
+        # It was less than what was asked for, whatever other threads have released since.
+        available_bytes = max(0, min(limit_bytes - refused_by.used_bytes, requested_bytes - 1))
         consumers = refused_by.top_consumers()
         held = ", ".join(f"{path} {format_size(used_bytes)}" for path, used_bytes in consumers) or "nobody"
         remedy = (
@@ -497,9 +533,14 @@ class Budget(BudgetCore):
             return lambda decorated: self.reclaimer(decorated, priority=priority)
         entry = _ReclaimerEntry(self, function, priority)
         *_, root = self._upwards()
+        alive: list[_ReclaimerEntry] = []  # outlives the lock: the last reference to somebody's function may be here
         with _shape_lock:
             self._reclaimers = (*self._reclaimers, entry)
-            root._registry = [known for known in root._registry if known() is not None] + [weakref.ref(entry)]
+            root._registry.append(weakref.ref(entry))
+            if len(root._registry) >= root._registry_prune_at:
+                alive += [known for reference in root._registry if (known := reference()) is not None]
+                root._registry = [weakref.ref(known) for known in alive]
+                root._registry_prune_at = max(_REGISTRY_MIN, 2 * len(alive))
         return function
 
     def remove_reclaimer(self, function: Reclaimer) -> None:
@@ -508,11 +549,15 @@ class Budget(BudgetCore):
         Raises:
             ValueError: It is not registered here.
         """
-        with _shape_lock:
-            rest = tuple(entry for entry in self._reclaimers if entry.function != function)
-            if len(rest) == len(self._reclaimers):
+        while True:
+            before = self._reclaimers
+            rest = tuple(entry for entry in before if entry.function != function)
+            if len(rest) == len(before):
                 raise ValueError(f"{function!r} is not a reclaimer of budget {self.path!r}")
-            self._reclaimers = rest
+            with _shape_lock:
+                if self._reclaimers is before:
+                    self._reclaimers = rest
+                    return
 
     def reclaim(self, need: Size) -> int:
         """Ask the reclaimers of this budget and of those below it to free *need* bytes.
@@ -535,36 +580,45 @@ class Budget(BudgetCore):
             return []
         *_, root = self._upwards()
         ranked = []
-        for known in root._registry:
+        for known in tuple(root._registry):
             entry = known()
             budget = entry.budget() if entry else None
-            if entry and budget and not budget.closed and any(above is self for above in budget._upwards()):
+            if entry is None or budget is None or budget.closed:
+                continue
+            if self is root or any(above is self for above in budget._upwards()):
                 ranked.append(((budget is requester, entry.priority, -budget.used_bytes), entry))
         ranked.sort(key=lambda pair: pair[0])
         return [entry for _, entry in ranked]
 
     def _count_reclaim(self, freed_bytes: int) -> None:
-        self._reclaims += 1
-        self._reclaimed_bytes += freed_bytes
+        with _shape_lock:
+            self._reclaims += 1
+            self._reclaimed_bytes += freed_bytes
 
     # ------------------------------------------------------------------------------------------------ telling
 
     @property
     def own_bytes(self) -> int:
         """The part of used_bytes that is not in a child."""
-        return max(0, self.used_bytes - sum(child.used_bytes for child in self.children))
+        return self._own_bytes(self.children)
+
+    def _own_bytes(self, children: tuple[Budget, ...]) -> int:
+        return max(0, self.used_bytes - sum(child.used_bytes for child in children))
 
     def top_consumers(self, count: int = _TOP_CONSUMERS) -> tuple[Consumer, ...]:
         """Return the *count* largest holders among this budget and those below it, each with its own part."""
-        consumers = [Consumer(budget.path, own) for budget in self._downwards() if (own := budget.own_bytes)]
-        return tuple(sorted(consumers, key=lambda consumer: -consumer.used_bytes)[:count])
+        largest = sorted(self._holders(), key=lambda holder: -holder[0])[:count]
+        return tuple(Consumer(budget.path, own_bytes) for own_bytes, budget in largest)
 
     def stats(self) -> BudgetStats:
         """Return what this budget holds and did."""
+        return self._stats(self.path, self.children)
+
+    def _stats(self, path: str, children: tuple[Budget, ...]) -> BudgetStats:
         return BudgetStats(
-            path=self.path,
+            path=path,
             used_bytes=self.used_bytes,
-            own_bytes=self.own_bytes,
+            own_bytes=self._own_bytes(children),
             peak_bytes=self.peak_bytes,
             limit_bytes=self.limit_bytes,
             soft_limit_bytes=self.soft_limit_bytes,
@@ -576,8 +630,13 @@ class Budget(BudgetCore):
 
     def report(self) -> BudgetReport:
         """Return the tree at and below this budget, top consumers first; print() it, or take its as_dict()."""
-        children = sorted((child.report() for child in self.children), key=lambda report: -report.stats.used_bytes)
-        return BudgetReport(self.name, self.stats(), tuple(children))
+        return self._report(self.path)
+
+    def _report(self, path: str) -> BudgetReport:
+        children = self.children
+        reports = [child._report(f"{path}/{child.name}") for child in children]
+        reports.sort(key=lambda report: -report.stats.used_bytes)
+        return BudgetReport(self.name, self._stats(path, children), tuple(reports))
 
     def __repr__(self) -> str:
         limit = "no limit" if self._limit_bytes is None else f"limit {format_size(self._limit_bytes)}"
@@ -591,8 +650,10 @@ class Budget(BudgetCore):
 
         What is reserved stays so until it is released. There is no way back.
         """
-        self._abort_reason = str(reason)
-        self._set_limit(_REFUSE_ALL)
+        reason = str(reason)
+        with _shape_lock:
+            self._abort_reason = reason
+            self._set_limit(_REFUSE_ALL)
 
     def close(self) -> int:
         """Close this budget and those below it: nothing more can be reserved from them.
@@ -603,23 +664,27 @@ class Budget(BudgetCore):
         Returns:
             The bytes that were still charged.
         """
+        return self._close_and_tell()
+
+    def _close_and_tell(self) -> int:
         if self.closed:
             return 0
-        consumers = self.top_consumers()
+        consumers = self.top_consumers() if self.used_bytes else ()
         left_bytes = self._close_tree()
-        if left_bytes:
+        told = self.parent is not None and any(above.closed for above in self.parent._upwards())
+        if left_bytes and not told:
             held = ", ".join(f"{path} {format_size(used_bytes)}" for path, used_bytes in consumers)
             warn(
                 f"budget {self.path!r} was closed with {format_size(left_bytes)} still charged: {held}",
                 ResourceWarning,
-                stacklevel=3,
+                stacklevel=3,  # whoever called close(), left the block or dropped the budget
             )
         return left_bytes
 
     def _close_tree(self) -> int:
         left_bytes = sum(child._close_tree() for child in self.children) + self._close()
         with _shape_lock:
-            self._reclaimers = ()
+            _dropped, self._reclaimers = self._reclaimers, ()  # they go when the lock is free again
             siblings = self.parent._children if self.parent else {}
             mine = siblings.get(self.name)
             if mine is not None and mine() in (self, None):
@@ -628,8 +693,9 @@ class Budget(BudgetCore):
 
     def __enter__(self) -> Self:
         self._raise_if_unusable()
-        self._previous = _current.get()
-        _current.set(self)
+        with _shape_lock:
+            self._entered += 1
+        _current.set(_Scope(self, _current.get()))
         return self
 
     def __exit__(
@@ -638,14 +704,22 @@ class Budget(BudgetCore):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _current.set(self._previous)
-        self._previous = None
-        self.close()
+        if scope := _current.get():
+            _current.set(scope.without(self))
+        with _shape_lock:
+            self._entered -= 1
+            last = self._entered == 0
+        if last:
+            try:
+                self._close_and_tell()
+            except ResourceWarning:  # where warnings are errors; the error that ends the block says more
+                if error is None:
+                    raise
 
     def __del__(self) -> None:
         # Only what was charged without a reservation can be left: a reservation or a child keeps its budget alive.
         if hasattr(self, "_refusals"):  # else __init__ failed
-            self.close()
+            self._close_and_tell()
 
     def __reduce__(self) -> Any:
         raise TypeError("a Budget belongs to one process: it cannot be pickled or copied")
@@ -656,7 +730,8 @@ def current_budget() -> Budget | None:
 
     Context-local: asyncio tasks and asyncio.to_thread inherit it, new threads do not.
     """
-    return _current.get()
+    scope = _current.get()
+    return scope.budget if scope else None
 
 
 def _optional_size(size: Size | None, what: str) -> int | None:

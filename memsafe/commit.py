@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from memsafe._kernel import cgroup, overcommit, process, tasks
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
-from memsafe.status import Constraint, MemoryStatus, memory_status
+from memsafe.status import Constraint, MemoryStatus, status_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,7 +120,7 @@ class _Facts:
     """What the kernel says about this process's fork; None for what it does not."""
 
     def __init__(self, root: Root) -> None:
-        self.status: MemoryStatus = memory_status(root=root)
+        self.status: MemoryStatus = status_once(root)
         self.problems = list(self.status.warnings)
         self.charge_bytes: int | None = None
         self.largest_charge_bytes: int | None = None
@@ -136,7 +136,7 @@ class _Facts:
         with self._noting():
             self.page_table_bytes = process.status(root).page_table_bytes
         with self._noting():
-            cost = overcommit.fork_cost(process.mappings(root=root), self.page_table_bytes)
+            cost = overcommit.fork_cost(self.page_table_bytes, root=root)
             self.charge_bytes = cost.charge_bytes
             self.largest_charge_bytes = cost.largest_charge_bytes
             self.page_table_bytes = cost.page_table_bytes

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
 
 
 class MemsafeError(Exception):
-    """The root of all errors that memsafe raises on purpose."""
+    """The root of all errors that memsafe raises on purpose. All can be pickled, so that they cross processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_restore, (type(self), self.args, self._state()))
+
+    def _state(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+def _restore(kind: type[MemsafeError], args: tuple[Any, ...], state: dict[str, Any]) -> MemsafeError:
+    error = Exception.__new__(kind, *args)  # not __init__, which may ask for more
+    error.__dict__.update(state)
+    return error
 
 
 class BudgetExceededError(MemsafeError, MemoryError):
@@ -22,7 +34,8 @@ class BudgetExceededError(MemsafeError, MemoryError):
     Attributes:
         requested_bytes: What was asked for.
         budget: The budget that was asked.
-        refused_by: The budget whose limit would have been passed: *budget* itself or one of its ancestors.
+        refused_by: The budget whose limit would have been passed: *budget* itself or one of its ancestors. In a copy
+            that was pickled both are None: a budget belongs to one process.
         available_bytes: What *refused_by* had left when it refused.
         top_consumers: The largest holders under *refused_by*, largest first.
     """
@@ -43,6 +56,9 @@ class BudgetExceededError(MemsafeError, MemoryError):
         self.refused_by = refused_by
         self.available_bytes = available_bytes
         self.top_consumers = tuple(top_consumers)
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.__dict__, "budget": None, "refused_by": None}
 
 
 class BudgetAbortedError(MemsafeError):
@@ -137,15 +153,16 @@ class KernelError(MemsafeError, OSError):
         self.call = call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_kernel_error, (self.args, self.call))
+        return (_restore_kernel_error, (self.args, self._state()))
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
-def _kernel_error(args: tuple[int, str], call: str) -> KernelError:
-    error = KernelError(args[0], call)
-    error.args = args
+def _restore_kernel_error(args: tuple[Any, ...], state: dict[str, Any]) -> KernelError:
+    error = KernelError.__new__(KernelError)
+    OSError.__init__(error, *args)
+    error.__dict__.update(state)
     return error
 
 

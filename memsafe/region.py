@@ -83,8 +83,9 @@ class Region(RegionCore):
         """
         if advice not in _ADVICE:
             raise ValueError(f"{advice!r} is no advice for a region; there are {', '.join(sorted(_ADVICE))}")
-        start, size_bytes = self._range(offset, size)
-        check(lib.ms_region_advise(start, size_bytes, _ADVICE[advice]), f"madvise({advice})")
+        with memoryview(self):  # so that no other thread can close it, and what is mapped there next be advised
+            start, size_bytes = self._range(offset, size)
+            check(lib.ms_region_advise(start, size_bytes, _ADVICE[advice]), f"madvise({advice})")
 
     def decommit(self, offset: int = 0, size: Size | None = None) -> None:
         """Give the pages of a range back to the kernel: they read as zeros, and stay mapped and charged.
@@ -93,12 +94,11 @@ class Region(RegionCore):
             ValueError: The range is not within the region, or not of whole pages.
             KernelError: The kernel refused.
         """
-        start, size_bytes = self._range(offset, size)
-        check(lib.ms_region_decommit(start, size_bytes), "madvise(dontneed)")
+        with memoryview(self):  # as in advise()
+            start, size_bytes = self._range(offset, size)
+            check(lib.ms_region_decommit(start, size_bytes), "madvise(dontneed)")
 
     def _range(self, offset: int, size: Size | None) -> tuple[Any, int]:
-        if self._address is None:
-            raise ValueError("the region was closed")
         size_bytes = self.size_bytes - offset if size is None else parse_size(size, what="the length of a range")
         if offset < 0 or offset % PAGE_BYTES or size_bytes % PAGE_BYTES or offset + size_bytes > self.size_bytes:
             raise ValueError(
@@ -113,11 +113,11 @@ class Region(RegionCore):
         Raises:
             BufferError: A view of it is still in use; nothing was changed.
         """
-        if self._address is None:
+        address = self._detach()  # the address for one thread alone, 0 for all others
+        if address == 0:
             return
-        self._detach()
-        address, self._address = self._address, None
-        check(lib.ms_region_unmap(address, self.size_bytes), "munmap")
+        self._address = None
+        check(lib.ms_region_unmap(ffi.cast("void *", address), self.size_bytes), "munmap")
         self._reservation.release()
 
     def __enter__(self) -> Self:
@@ -133,7 +133,10 @@ class Region(RegionCore):
     def __del__(self) -> None:
         if getattr(self, "_address", None) is not None:
             path = self.budget.path
-            self.close()
+            try:
+                self.close()
+            except BufferError:  # views that are garbage too; the memory goes when the last of them is gone
+                self._reservation.release()
             warn(f"a region of {format_size(self.size_bytes)} from budget {path!r} was never closed; it is now",
                  ResourceWarning, stacklevel=2)  # fmt: skip
 

@@ -31,8 +31,8 @@ def parse_size(size: Size, *, what: str = "a size") -> int:
         what: What the size is for; it begins the error's sentence.
 
     Raises:
-        ValueError: It is negative, not a whole number of bytes, larger than 2**63 - 1, or no size at all.
-        TypeError: It is neither an int nor a string.
+        ValueError: It is negative, not a whole number of bytes, larger than 2**63 - 1, or no size at all, of
+            whatever type.
     """
     if isinstance(size, str):
         size_bytes = _parse(size, what)
@@ -43,7 +43,7 @@ def parse_size(size: Size, *, what: str = "a size") -> int:
             size_bytes = int(index(size))
         except TypeError:
             kind = type(size).__name__
-            raise TypeError(f"{what} must be an int of bytes or a string such as '64 MiB', not {kind}") from None
+            raise ValueError(f"{what} must be an int of bytes or a string such as '64 MiB', not {kind}") from None
     if size_bytes < 0:
         raise ValueError(f"{what} must not be negative: {size!r}")
     if size_bytes > MAX_SIZE_BYTES:

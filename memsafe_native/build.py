@@ -28,7 +28,7 @@ COMPILE_ARGS = [
 for folder in ("cdef", "src"):
     COMPILE_ARGS += ["-iquote", os.path.relpath(HERE / folder, HERE.parent)]
 if os.environ.get("MEMSAFE_WERROR"):
-    COMPILE_ARGS.append("-Werror")
+    COMPILE_ARGS += ["-Werror", "-DMS_WERROR"]
 
 macros = [("_GNU_SOURCE", "1")]
 if not sysconfig.get_config_var("Py_GIL_DISABLED"):

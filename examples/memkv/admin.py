@@ -15,7 +15,7 @@ from examples.memkv.transactions import forget
 from memsafe import PressureLevel, trim
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
 
 CONNECTION: Final = Family("connection")
 SERVER: Final = Family("server")
@@ -144,9 +144,9 @@ def client_setname(client: Connection, request: Request) -> bytes:
 def client_setinfo(client: Connection, request: Request) -> bytes:
     attribute = request[2].upper()
     if attribute == b"LIB-NAME":
-        client.library = _checked_name(request[3], "lib-name")
+        client.lib_name = _checked_name(request[3], "lib-name")
     elif attribute == b"LIB-VER":
-        client.library_version = _checked_name(request[3], "lib-ver")
+        client.lib_ver = _checked_name(request[3], "lib-ver")
     else:
         raise CommandError(f"ERR Unrecognized option '{request[2].decode('latin-1')}'")
     return resp.OK

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from examples.memkv.requests import Request, parse_integer
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
 
 Handler: TypeAlias = "Callable[[Connection, Request], bytes]"
 """Does the command and returns the reply. The request has the right number of arguments."""

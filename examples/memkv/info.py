@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from memsafe import MemsafeError, memory_status
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection, Server
+    from examples.memkv.connection import Connection
+    from examples.memkv.server import Server
 
 REDIS_VERSION: Final = "7.0.15"
 """The server whose replies these are: clients look at it to know what they may ask."""
@@ -103,7 +104,7 @@ def _persistence(server: Server) -> Fields:
     return {
         "loading": 0,
         "async_loading": 0,
-        "current_cow_peak": job.copy_bytes if job else 0,
+        "current_cow_peak": job.peak_copy_bytes if job else 0,
         "current_cow_size": job.copy_bytes if job else 0,
         "current_fork_perc": 100 * progress.ratio if progress else 0.0,
         "current_save_keys_processed": progress.done if progress else 0,
@@ -258,8 +259,8 @@ def client_line(client: Connection) -> str:
         "user": "default",
         "redir": -1,
         "resp": client.protocol,
-        "lib-name": client.library.decode("latin-1"),
-        "lib-ver": client.library_version.decode("latin-1"),
+        "lib-name": client.lib_name.decode("latin-1"),
+        "lib-ver": client.lib_ver.decode("latin-1"),
     }
     return " ".join(f"{name}={value}" for name, value in fields.items())
 

@@ -19,7 +19,7 @@ from examples.memkv.commands import (
 from examples.memkv.requests import Request
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
 
 KEYS: Final = Family("generic")
 _command = KEYS.command

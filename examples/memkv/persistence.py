@@ -141,7 +141,7 @@ class Persistence:
         try:
             result = job.wait(0)
         except MemsafeError as error:
-            self.copy_peak_bytes = max(self.copy_peak_bytes, job.copy_bytes)
+            self.copy_peak_bytes = max(self.copy_peak_bytes, job.peak_copy_bytes)
             self._failed(str(error))
             return
         self.last_result = result

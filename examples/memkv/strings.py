@@ -20,7 +20,7 @@ from examples.memkv.commands import (
 from examples.memkv.requests import BULK_BYTES_MAX, Request
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
 
 STRINGS: Final = Family("string")
 _command = STRINGS.command

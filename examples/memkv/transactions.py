@@ -10,7 +10,7 @@ from examples.memkv.requests import Request
 from examples.memkv.store import StoreFullError
 
 if TYPE_CHECKING:
-    from examples.memkv.server import Connection
+    from examples.memkv.connection import Connection
     from memsafe import Budget, Reservation
 
 TRANSACTIONS: Final = Family("transactions")

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from memsafe._kernel import files
 from memsafe._kernel.files import Flat, Root
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +109,10 @@ class MemoryCgroup(Cgroup):
         """Return v1's limit of memory and swap together."""
         return files.read_limit(self.file("memory.memsw.limit_in_bytes")) if self.version == 1 else None
 
+    def memsw_usage_bytes(self) -> int | None:
+        """Return what v1 counts of memory and swap together."""
+        return files.read_count(self.file("memory.memsw.usage_in_bytes")) if self.version == 1 else None
+
     def _flat(self, name: str) -> Flat | None:
         path = self.file(name)
         text = files.read_optional(path)
@@ -186,10 +187,10 @@ def placement(root: Root = "/", pid: int | str = "self") -> Placement:
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    path = files.under(root, f"/proc/{pid}/cgroup")
-    lines = os.fsdecode(files.read(path)).split("\n")
-    memberships = tuple(parse_membership(line, path) for line in lines if line)
-    return Placement(root, memberships, tuple(_mounts(root, pid)))
+    path, mounts_path = files.under(root, f"/proc/{pid}/cgroup"), files.under(root, f"/proc/{pid}/mountinfo")
+    memberships = _memberships(files.read(path), path)
+    # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
+    return Placement(root, memberships, _mounts(files.read(mounts_path, max_bytes=2**26), mounts_path))
 
 
 def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
@@ -254,13 +255,16 @@ def parse_mount(line: str, file: str) -> Mount | None:
     return Mount(version, _unescape(before[3]), _unescape(before[4]), frozenset(after[2].split(",")))
 
 
-def _mounts(root: Root, pid: int | str) -> Iterator[Mount]:
-    path = files.under(root, f"/proc/{pid}/mountinfo")
-    # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
-    lines = files.read(path, max_bytes=2**26).split(b"\n")
-    for line in lines:
-        if b" - cgroup" in line and (mount := parse_mount(os.fsdecode(line), path)) is not None:
-            yield mount
+# Both texts change seldom and are asked for often: the same text need not be parsed twice.
+@lru_cache(maxsize=2)
+def _memberships(text: bytes, path: str) -> tuple[Membership, ...]:
+    return tuple(parse_membership(line, path) for line in os.fsdecode(text).split("\n") if line)
+
+
+@lru_cache(maxsize=2)
+def _mounts(text: bytes, path: str) -> tuple[Mount, ...]:
+    lines = (os.fsdecode(line) for line in text.split(b"\n") if b" - cgroup" in line)
+    return tuple(mount for line in lines if (mount := parse_mount(line, path)) is not None)
 
 
 _ESCAPES = {"040": " ", "011": "\t", "012": "\n", "134": "\\"}

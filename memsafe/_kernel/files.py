@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
-    from memsafe._kernel.ahead import ReadAhead
+    from typing import Protocol
+
+    class Reader(Protocol):
+        """Who has read files already: ahead.py, kept.py. None: read it yourself."""
+
+        def read(self, path: str) -> bytes | None: ...
+        def is_directory(self, path: str) -> bool | None: ...
+
 
 Root: TypeAlias = str | os.PathLike[str]
 """The directory that stands for "/": a tree of proc and sys files is a machine."""
@@ -30,9 +37,9 @@ _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH})
 
 
 class _Ahead(threading.local):
-    """Who answers for this thread from what was read together; see ahead.py."""
+    """Who answers for this thread from what was read together; see ahead.py and kept.py."""
 
-    reader: ReadAhead | None = None
+    reader: Reader | None = None
 
 
 ahead = _Ahead()
@@ -114,6 +121,20 @@ def read_link(path: str) -> str:
         raise KernelError(errno.EINVAL, f"readlink {path!r}", "the path holds a NUL byte") from None
 
 
+def names(path: str) -> list[str]:
+    """Return what the directory at *path* holds.
+
+    Raises:
+        KernelError: It is missing, is no directory, or cannot be read.
+    """
+    try:
+        return os.listdir(path)  # noqa: PTH208 - a path under an injected root
+    except OSError as error:
+        raise failed(error, path, "list") from None
+    except ValueError:
+        raise KernelError(errno.EINVAL, f"list {path!r}", "the path holds a NUL byte") from None
+
+
 def is_directory(path: str) -> bool:
     """Whether there is a directory at *path* that this process can see."""
     if ahead.reader is not None and (found := ahead.reader.is_directory(path)) is not None:
@@ -181,17 +202,17 @@ def read_limit(path: str) -> int | None:
 class Flat:
     """A flat keyed file such as memory.stat or memory.events: one ``key value`` a line."""
 
-    __slots__ = ("_values", "path")
+    __slots__ = ("_text", "path")
 
     def __init__(self, text: bytes, path: str) -> None:
         self.path = path
-        words = text.split()
-        self._values = dict(zip(words[::2], words[1::2], strict=False))
+        self._text = b"\n" + text
 
     def get(self, key: bytes) -> int | None:
         """Return the value of *key*, or None where the file has no such key."""
-        value = self._values.get(key)
-        return None if value is None else count(value, self.path)
+        # Few of some sixty lines are ever asked for: they are not all taken apart.
+        _, found, rest = self._text.partition(b"\n" + key + b" ")
+        return count(rest.partition(b"\n")[0], self.path) if found else None
 
     def as_dict(self) -> dict[str, int]:
         """Return every key with its value.
@@ -199,7 +220,9 @@ class Flat:
         Raises:
             KernelError: A value is not a number.
         """
-        return {key.decode("ascii", "replace"): count(value, self.path) for key, value in self._values.items()}
+        words = self._text.split()
+        pairs = zip(words[::2], words[1::2], strict=False)
+        return {key.decode("ascii", "replace"): count(value, self.path) for key, value in pairs}
 
 
 class Labelled:

@@ -5,17 +5,19 @@ Source: mm/util.c, __vm_enough_memory() and vm_commit_limit(); Documentation/mm/
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import machine, process
+from memsafe._kernel import files, machine, process
+from memsafe._native import ffi, lib
+from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from memsafe._kernel.files import Root
     from memsafe._kernel.machine import MemInfo
-    from memsafe._kernel.process import Mapping, ProcessStatus
+    from memsafe._kernel.process import ProcessStatus
 
 GUESS, ALWAYS, NEVER = 0, 1, 2
 
@@ -50,41 +52,32 @@ class ForkCost:
     copyable_bytes: int
 
 
-def fork_cost(mappings: Iterable[Mapping], page_table_bytes: int | None = None) -> ForkCost:
-    """Return what fork() would ask for.
-
-    Source: kernel/fork.c, dup_mmap(): MADV_DONTFORK (``dc``) skips a mapping whole; MADV_WIPEONFORK (``wf``) is
-    charged but starts empty; page tables are copied only where anonymous pages are (vma_needs_copy()).
+def fork_cost(page_table_bytes: int | None = None, *, root: Root = "/", pid: int | str = "self") -> ForkCost:
+    """Return what fork() would ask for, by a walk over the page tables of *pid*: see memsafe_native/src/smaps.c.
 
     Args:
-        mappings: All mappings of the process that would fork.
-        page_table_bytes: What its own page tables take, where known: the child's take no more.
+        page_table_bytes: What the process's own page tables take, where known: the child's take no more.
+        root: The directory that stands for "/".
+        pid: The process that would fork.
+
+    Raises:
+        KernelError: smaps cannot be read, makes no sense, or has no VmFlags (there since Linux 3.8).
     """
-    charge_bytes = largest_bytes = tables = copyable_bytes = 0
-    for mapping in mappings:
-        if "dc" in mapping.flags:
-            continue
-        if "ac" in mapping.flags:
-            charge_bytes += mapping.size_bytes
-            largest_bytes = max(largest_bytes, mapping.size_bytes)
-        private_bytes = mapping.anonymous_bytes + mapping.swap_bytes
-        if not mapping.private or "wf" in mapping.flags or not private_bytes:
-            continue
-        tables += _tables(mapping)
-        if "wr" in mapping.flags:
-            copyable_bytes += private_bytes
-    tables_bytes = tables * machine.PAGE_BYTES
+    path = files.under(root, f"/proc/{pid}/smaps")
+    if "\0" in path:
+        raise KernelError(errno.EINVAL, f"open {path!r}", "the path holds a NUL byte")
+    sums, line = ffi.new("ms_smaps *"), ffi.new("uint64_t *")
+    result = lib.ms_smaps_read(os.fsencode(path), machine.PAGE_BYTES, sums, line)
+    if result == -errno.EBADMSG:
+        raise files.garbage(path, f"line {line[0]} makes no sense" if line[0] else "it has no mapping")
+    if result == -errno.ENODATA:
+        raise files.lacking(path, f"Size or no VmFlags for the mapping before line {line[0]}")
+    if result < 0:
+        raise KernelError(-result, f"read {path}")
+    tables_bytes = sums.table_pages * machine.PAGE_BYTES
     if page_table_bytes is not None:
         tables_bytes = min(tables_bytes, page_table_bytes)
-    return ForkCost(charge_bytes, largest_bytes, tables_bytes, copyable_bytes)
-
-
-def _tables(mapping: Mapping) -> int:
-    """Return the most last-level page tables that the pages of *mapping* can need: one a page, one a slot."""
-    table_span_bytes = machine.PAGE_BYTES * (machine.PAGE_BYTES // 8)
-    slots = -(-mapping.end // table_span_bytes) - mapping.start // table_span_bytes
-    pages = (mapping.resident_bytes + mapping.swap_bytes) // machine.PAGE_BYTES
-    return min(pages, slots)
+    return ForkCost(sums.charge_bytes, sums.largest_charge_bytes, tables_bytes, sums.copyable_bytes)
 
 
 def commit_limit_bytes(meminfo: MemInfo, root: Root = "/") -> int | None:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from memsafe._kernel import files
 from memsafe._kernel.files import UNLIMITED, Labelled, Root
 from memsafe.errors import KernelError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 
 # The inode that the kernel gives the first user namespace (include/uapi/linux/nsfs.h, USER_NS_INIT_INO).
 _INITIAL_USER_NAMESPACE = "user:[4026531837]"
-
-# 10,000 mappings take some 10 MB of smaps; max_map_count may be raised to any number.
-_SMAPS_BYTES_MAX = 2**31
 
 
 class ProcessStatus:
@@ -69,6 +62,11 @@ class ProcessStatus:
         """Its real user."""
         uids = self._lines.get(b"Uid")
         return files.count(uids.split()[0], self._lines.path) if uids else None
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads it has."""
+        return self._lines.count(b"Threads")
 
     @property
     def effective_capabilities(self) -> int:
@@ -127,29 +125,6 @@ class SmapsRollup:
     swap_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """One entry of smaps.
-
-    Attributes:
-        start, end: Addresses.
-        size_bytes: What it spans: Size, which is end - start.
-        private: Not MAP_SHARED.
-        resident_bytes, swap_bytes: In RAM; swapped out.
-        anonymous_bytes: Resident and of this process alone to keep: private pages, a file's written ones included.
-        flags: The two-letter VmFlags, such as ``ac`` (its commit is accounted) and ``dc`` (not copied by fork).
-    """
-
-    start: int
-    end: int
-    size_bytes: int
-    private: bool
-    resident_bytes: int
-    anonymous_bytes: int
-    swap_bytes: int
-    flags: frozenset[str]
-
-
 def status(root: Root = "/", pid: int | str = "self") -> ProcessStatus:
     """Return /proc/<pid>/status.
 
@@ -158,6 +133,15 @@ def status(root: Root = "/", pid: int | str = "self") -> ProcessStatus:
     """
     path = files.under(root, f"/proc/{pid}/status")
     return ProcessStatus(Labelled(files.read(path), path))
+
+
+def pids(root: Root = "/") -> list[int]:
+    """Return the processes that can be seen.
+
+    Raises:
+        KernelError: /proc cannot be listed.
+    """
+    return [int(name) for name in files.names(files.under(root, "/proc")) if name.isascii() and name.isdigit()]
 
 
 def in_initial_user_namespace(root: Root = "/", pid: int | str = "self") -> bool:
@@ -242,42 +226,3 @@ def minor_faults(pid: int | str = "self", root: Root = "/") -> int:
     if len(fields) < 8:
         raise files.lacking(path, "minflt")
     return files.count(fields[7], path)
-
-
-# "start-end perms …": the head of an entry; every other line begins with a capital's label.
-_HEAD = re.compile(rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][sp]) ", re.MULTILINE)
-
-
-def mappings(pid: int | str = "self", root: Root = "/") -> list[Mapping]:
-    """Return every mapping of *pid*, by a walk over its page tables.
-
-    Raises:
-        KernelError: smaps cannot be read or makes no sense.
-    """
-    path = files.under(root, f"/proc/{pid}/smaps")
-    text = files.read(path, max_bytes=_SMAPS_BYTES_MAX)
-    return list(_entries(text, path))
-
-
-def _entries(text: bytes, path: str) -> Iterator[Mapping]:
-    heads = list(_HEAD.finditer(text))
-    if not heads:
-        # A live process has some: this is a zombie, a kernel thread, or no smaps.
-        raise files.garbage(path, "it has no mapping")
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    for head, end in zip(heads, ends, strict=True):
-        lines = Labelled(text[head.end() : end], path)
-        flags = lines.get(b"VmFlags")
-        if flags is None:
-            # Without it nothing can be said about the charge (it is there since Linux 3.8).
-            raise files.lacking(path, "VmFlags")
-        yield Mapping(
-            start=int(head[1], 16),
-            end=int(head[2], 16),
-            size_bytes=lines.required_bytes(b"Size"),
-            private=head[3].endswith(b"p"),
-            resident_bytes=lines.size_bytes(b"Rss") or 0,
-            anonymous_bytes=lines.size_bytes(b"Anonymous") or 0,
-            swap_bytes=lines.size_bytes(b"Swap") or 0,
-            flags=frozenset(flags.decode("ascii", "replace").split()),
-        )

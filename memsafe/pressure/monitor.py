@@ -14,7 +14,7 @@ from memsafe.heap import trim
 from memsafe.pressure import levels
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
-from memsafe.status import memory_status
+from memsafe.status import status_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +176,7 @@ class PressureMonitor:
         hub = Hub(self._root, self._thresholds)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            hub.choose(memory_status(root=self._root))
+            hub.choose(status_once(self._root))
         except BaseException:
             self._shut(hub)
             raise
@@ -358,7 +358,7 @@ class PressureMonitor:
             # All files in one native call; it ends before user code runs, which may want to look for itself.
             with hub.ahead:
                 heard, causes = hub.hear(reports)
-                status = memory_status(root=self._root) if heard or wants_look else None
+                status = status_once(self._root) if heard or wants_look else None
             if status is not None:
                 self._decide(hub, status, heard, causes)
             for request in requests:
@@ -394,7 +394,7 @@ class PressureMonitor:
         previous, now_s = self._ladder.level, self._clock()
         if level == previous:
             return
-        status = memory_status(root=self._root)
+        status = status_once(self._root)
         judgement = levels.judge(status, self._thresholds)
         self._ladder.force(level, now_s)
         drill = replace(judgement, raised=level, held=level, detail=f"simulated; {judgement.detail}")

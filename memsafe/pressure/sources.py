@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from memsafe._kernel import cgroup, notify, psi
-from memsafe.errors import KernelError
+from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import waiter
 from memsafe.pressure.levels import Cause, PressureLevel, Thresholds
 from memsafe.pressure.waiter import How
@@ -47,7 +48,7 @@ class SourceStatus:
         return asdict(self)
 
 
-class Source:
+class Source(ABC):
     """A descriptor to wait for, and what its signal means. Used by one thread at a time.
 
     Attributes:
@@ -92,6 +93,8 @@ class Source:
                 raise
         except KernelError as error:
             self._reason = _explain(error)
+        except UnsupportedError as error:
+            self._reason = str(error)
         else:
             self.token = token
 
@@ -116,9 +119,9 @@ class Source:
         """
         return None
 
+    @abstractmethod
     def _arm(self) -> int:
         """Return the descriptor, ready to signal."""
-        raise NotImplementedError
 
     def _close_fd(self) -> None:
         fd, self._fd = self._fd, -1
@@ -132,8 +135,8 @@ class Unavailable(Source):
         super().__init__(name, path, "")
         self._reason = reason
 
-    def open(self, native: Waiter, token: int) -> None:
-        """Do nothing."""
+    def _arm(self) -> int:
+        raise UnsupportedError(self._reason)
 
 
 class CgroupEvents(Source):
@@ -298,6 +301,7 @@ def _usage_sources(group: MemoryCgroup, status: MemoryStatus, thresholds: Thresh
             for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
                 left_bytes = thresholds.begins_at(level, constraint.limit_bytes)
                 yield UsageThreshold(group, level, constraint.limit_bytes - left_bytes)
+            return  # a second one is memory and swap together, which the usage of memory does not tell of
 
 
 def _stall_sources(root: Root, thresholds: Thresholds) -> Iterator[Source]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from memsafe._kernel import cgroup, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
-from memsafe.status import memory_status
+from memsafe.status import status_once
 
 if TYPE_CHECKING:
     from memsafe._kernel.files import Root
@@ -122,7 +122,7 @@ class Meter:
         return [
             # File cache in use is given back too before anybody is killed.
             (c, c.headroom_bytes + c.active_file_bytes)
-            for c in memory_status(root=self._root).constraints
+            for c in status_once(self._root).constraints
             if c.consequence != "refuse" and c.headroom_bytes is not None
         ]
 

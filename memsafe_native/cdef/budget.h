@@ -52,6 +52,9 @@ int ms_budget_move(ms_budget *from, ms_budget *to, int64_t n, int *level);
  * back; 0 when it was closed before. Close children first. */
 int64_t ms_budget_close(ms_budget *budget);
 
+/* 1 where this level or one above was closed, else 0. */
+int ms_budget_is_closed(const ms_budget *budget);
+
 /* Set a limit: takes effect for the next charge, whatever is used. soft: hysteresis, armed again at 9/10 of it. */
 void ms_budget_set_limit(ms_budget *budget, int64_t limit);
 void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit);

@@ -234,6 +234,14 @@ int64_t ms_budget_close(ms_budget *budget)
     return COUNT(before);
 }
 
+int ms_budget_is_closed(const ms_budget *budget)
+{
+    for (; budget; budget = parent_of(budget))
+        if (atomic_load(&budget->used) & CLOSED)
+            return 1;
+    return 0;
+}
+
 void ms_budget_set_limit(ms_budget *budget, int64_t limit)
 {
     atomic_store(&budget->limit, limit);

@@ -7,12 +7,11 @@
 
 PyTypeObject *ms_budget_type;
 
-void ms_budget_tell_soft_limit(BudgetCore *budget)
+int ms_budget_tell_soft_limit(BudgetCore *budget)
 {
     PyObject *result = PyObject_CallMethod((PyObject *)budget, "_soft_limit_passed", NULL);
-    if (!result)
-        PyErr_WriteUnraisable((PyObject *)budget);
     Py_XDECREF(result);
+    return result ? 0 : -1;
 }
 
 /* One attempt: a Reservation, or an int that says which level refused (0: this budget, 1: its parent, ...). */
@@ -23,8 +22,11 @@ static PyObject *attempt(BudgetCore *self, int64_t n)
     if (MS_UNLIKELY(result < 0))
         return PyLong_FromLong(level);
     PyObject *reservation = ms_reservation_new(self, n);
-    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && reservation)
-        ms_budget_tell_soft_limit(self);
+    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && reservation && ms_budget_tell_soft_limit(self)) {
+        ms_reservation_release(reservation);
+        Py_DECREF(reservation);
+        return NULL;
+    }
     return reservation;
 }
 
@@ -70,41 +72,19 @@ static void core_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-static PyObject *slow(PyObject *self, const char *method, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
-{
-    PyObject *function = PyObject_GetAttrString(self, method);
-    Py_ssize_t named = kwnames ? PyTuple_Size(kwnames) : 0;
-    PyObject *positional = function ? PyTuple_New(nargs) : NULL;
-    PyObject *keywords = positional && named ? PyDict_New() : NULL;
-    PyObject *result = NULL;
-    if (!positional || (named && !keywords))
-        goto done;
-    for (Py_ssize_t i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        PyTuple_SetItem(positional, i, args[i]);
-    }
-    for (Py_ssize_t i = 0; i < named; i++)
-        if (PyDict_SetItem(keywords, PyTuple_GetItem(kwnames, i), args[nargs + i]))
-            goto done;
-    result = PyObject_Call(function, positional, keywords);
-done:
-    Py_XDECREF(keywords);
-    Py_XDECREF(positional);
-    Py_XDECREF(function);
-    return result;
-}
-
-static PyObject *core_obtain(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames,
+static PyObject *core_obtain(PyObject *self, PyObject *const *args, Py_ssize_t nargs, const char *name,
                              const char *policy)
 {
-    int64_t n = MS_LIKELY(nargs == 1 && !kwnames) ? plain_size(args[0]) : -1;
+    if (require_one(nargs, name))
+        return NULL;
+    int64_t n = plain_size(args[0]);
     if (MS_LIKELY(n >= 0) && ((BudgetCore *)self)->node) {
         PyObject *result = attempt((BudgetCore *)self, n);
         if (MS_LIKELY(!result || Py_IS_TYPE(result, ms_reservation_type)))
             return result;
         Py_DECREF(result);
     }
-    return slow(self, policy, args, nargs, kwnames);
+    return PyObject_CallMethod(self, policy, "O", args[0]);
 }
 
 PyDoc_STRVAR(core_reserve_doc,
@@ -122,17 +102,17 @@ PyDoc_STRVAR(core_reserve_doc,
              "    BudgetClosedError: This budget was closed.\n"
              "    ValueError: *size* is not a size.\n");
 
-static PyObject *core_reserve(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+static PyObject *core_reserve(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return core_obtain(self, args, nargs, kwnames, "_reserve");
+    return core_obtain(self, args, nargs, "reserve", "_reserve");
 }
 
 PyDoc_STRVAR(core_try_reserve_doc, "try_reserve($self, size, /)\n--\n\n"
                                    "As reserve(), but None where that raises BudgetExceededError.\n");
 
-static PyObject *core_try_reserve(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+static PyObject *core_try_reserve(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return core_obtain(self, args, nargs, kwnames, "_try_reserve");
+    return core_obtain(self, args, nargs, "try_reserve", "_try_reserve");
 }
 
 PyDoc_STRVAR(core_attempt_doc, "_attempt($self, size_bytes, /)\n--\n\n"
@@ -163,8 +143,10 @@ static PyObject *core_charge_existing(PyObject *self, PyObject *size)
         return PyErr_SetString(PyExc_OverflowError, "a budget cannot hold 8 EiB or more"), NULL;
     if (result < 0)
         return PyLong_FromLong(level);
-    if (result == MS_BUDGET_SOFT_PASSED)
-        ms_budget_tell_soft_limit((BudgetCore *)self);
+    if (result == MS_BUDGET_SOFT_PASSED && ms_budget_tell_soft_limit((BudgetCore *)self)) {
+        ms_budget_uncharge_existing(((BudgetCore *)self)->node, n);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -218,6 +200,8 @@ static PyObject *core_get(PyObject *self, void *which)
     ms_budget_read(((BudgetCore *)self)->node, &stats);
     if ((intptr_t)which == offsetof(ms_budget_stats, closed))
         return PyBool_FromLong(stats.closed);
+    if (stats.closed && (intptr_t)which == offsetof(ms_budget_stats, used_bytes))
+        stats.used_bytes = 0; /* its closing gave them back; what is left in the count awaits its owners' release */
     return PyLong_FromLongLong(*(int64_t *)((char *)&stats + (intptr_t)which));
 }
 
@@ -234,7 +218,8 @@ static PyObject *core_headroom(PyObject *self, void *Py_UNUSED(closure))
 #define FIELD(name) (void *)offsetof(ms_budget_stats, name)
 
 static PyGetSetDef core_getset[] = {
-    {"used_bytes", core_get, NULL, "Bytes charged to this budget and to those below it.", FIELD(used_bytes)},
+    {"used_bytes", core_get, NULL, "Bytes charged to this budget and to those below it; 0 once it was closed.",
+     FIELD(used_bytes)},
     {"peak_bytes", core_get, NULL, "The most that used_bytes ever was.", FIELD(peak_bytes)},
     {"charged_bytes", core_get, NULL, "Bytes charged here by charge(), without a reservation.", FIELD(charged_bytes)},
     {"closed", core_get, NULL, "Whether close() was called.", FIELD(closed)},
@@ -244,8 +229,8 @@ static PyGetSetDef core_getset[] = {
 };
 
 static PyMethodDef core_methods[] = {
-    {"reserve", (PyCFunction)(void (*)(void))core_reserve, METH_FASTCALL | METH_KEYWORDS, core_reserve_doc},
-    {"try_reserve", (PyCFunction)(void (*)(void))core_try_reserve, METH_FASTCALL | METH_KEYWORDS, core_try_reserve_doc},
+    {"reserve", (PyCFunction)(void (*)(void))core_reserve, METH_FASTCALL, core_reserve_doc},
+    {"try_reserve", (PyCFunction)(void (*)(void))core_try_reserve, METH_FASTCALL, core_try_reserve_doc},
     {"_attempt", core_attempt, METH_O, core_attempt_doc},
     {"_charge_existing", core_charge_existing, METH_O, core_charge_existing_doc},
     {"_uncharge_existing", core_uncharge_existing, METH_O, core_uncharge_existing_doc},

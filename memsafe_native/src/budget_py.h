@@ -31,11 +31,22 @@ static inline ms_budget *node_of(BudgetCore *self)
     return self->node;
 }
 
-/* Callbacks are the budget's own business; a charge that stands must not fail by them. */
-void ms_budget_tell_soft_limit(BudgetCore *budget);
+static inline int require_one(Py_ssize_t nargs, const char *name)
+{
+    if (nargs == 1)
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%s() takes exactly one argument (%zd given)", name, nargs);
+    return -1;
+}
+
+/* Returns -1 with the exception set where a callback let one through that is not an Exception (KeyboardInterrupt and
+ * its kind); all others are the budget's own business, a charge that stands must not fail by them. */
+int ms_budget_tell_soft_limit(BudgetCore *budget);
 
 /* A Reservation of size bytes that the budget was charged; gives them back where it cannot be made. */
 PyObject *ms_reservation_new(BudgetCore *budget, int64_t size);
+
+void ms_reservation_release(PyObject *reservation);
 
 int ms_reservation_py_add(PyObject *dict);
 

@@ -8,10 +8,16 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Our own code is held to more than the code that cffi writes. */
+/* Our own code is held to more than the code that cffi writes. -Werror does not reach what a pragma has set. */
+#ifdef MS_WERROR
+#pragma GCC diagnostic error "-Wconversion"
+#pragma GCC diagnostic error "-Wstrict-prototypes"
+#pragma GCC diagnostic error "-Wmissing-prototypes"
+#else
 #pragma GCC diagnostic warning "-Wconversion"
 #pragma GCC diagnostic warning "-Wstrict-prototypes"
 #pragma GCC diagnostic warning "-Wmissing-prototypes"
+#endif
 
 #define MS_LIKELY(x)   __builtin_expect(!!(x), 1)
 #define MS_UNLIKELY(x) __builtin_expect(!!(x), 0)

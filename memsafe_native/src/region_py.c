@@ -3,10 +3,11 @@
 
 #include "ms.h"
 #include "python_types_internal.h"
+#include "region.h"
 
 typedef struct {
     PyObject_HEAD
-    void *address; /* NULL before attach and after detach; the owner maps and unmaps */
+    void *address; /* NULL before attach and after detach; who detaches it unmaps it */
     Py_ssize_t size;
     Py_ssize_t exports;
 } RegionCore;
@@ -62,6 +63,9 @@ static Py_ssize_t region_length(PyObject *object)
 static void region_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
+    RegionCore *self = (RegionCore *)object;
+    if (self->address) /* lost in a cycle with its views, which kept it from being closed and now are gone */
+        ms_region_unmap(self->address, (size_t)self->size);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);

@@ -17,25 +17,18 @@ PyTypeObject *ms_reservation_type;
 
 PyObject *ms_reservation_new(BudgetCore *budget, int64_t size)
 {
+    Py_INCREF((PyObject *)budget); /* before the allocation: that may run the collector, and so anybody's code */
     Reservation *self = PyObject_GC_New(Reservation, ms_reservation_type);
     if (!self) {
         ms_budget_uncharge(budget->node, size, NULL);
+        Py_DECREF((PyObject *)budget);
         return NULL;
     }
-    Py_INCREF((PyObject *)budget);
     self->budget = budget;
     self->weakrefs = NULL;
     atomic_init(&self->size, size);
     PyObject_GC_Track(self);
     return (PyObject *)self;
-}
-
-static int require_one(Py_ssize_t nargs, const char *name)
-{
-    if (nargs == 1)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%s() takes exactly one argument (%zd given)", name, nargs);
-    return -1;
 }
 
 /* Give everything back, once. Returns the bytes, RELEASED if that was done before. */
@@ -45,6 +38,11 @@ static int64_t give_back(Reservation *self)
     if (size > 0)
         ms_budget_uncharge(self->budget->node, size, NULL);
     return size;
+}
+
+void ms_reservation_release(PyObject *reservation)
+{
+    give_back((Reservation *)reservation);
 }
 
 static int closed_error(void)
@@ -63,10 +61,8 @@ static void lose(Reservation *self)
 {
     if (!self->budget)
         return;
-    ms_budget_stats stats;
     int64_t size = give_back(self);
-    ms_budget_read(self->budget->node, &stats);
-    if (size <= 0 || stats.closed) /* a budget's close() has already told */
+    if (size <= 0 || ms_budget_is_closed(self->budget->node)) /* a budget's close() has already told */
         return;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
@@ -123,8 +119,8 @@ static PyObject *grow_once(Reservation *self, int64_t n)
             return closed_error(), NULL;
         }
     } while (!atomic_compare_exchange_weak(&self->size, &size, size + n));
-    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED))
-        ms_budget_tell_soft_limit(self->budget);
+    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && ms_budget_tell_soft_limit(self->budget))
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -209,6 +205,23 @@ static PyObject *reservation_shrink(PyObject *self, PyObject *const *args, Py_ss
                              : reservation_policy((Reservation *)self, "_shrink", args[0]);
 }
 
+/* One attempt to resize, from the size that it has now: None, or how many levels up it was refused. */
+static PyObject *resize_once(Reservation *self, int64_t target)
+{
+    int64_t size = atomic_load(&self->size);
+    if (size == RELEASED)
+        return closed_error(), NULL;
+    return target <= size ? shrink_by(self, size - target) : grow_once(self, target - size);
+}
+
+static PyObject *reservation_resize_once(PyObject *self, PyObject *size)
+{
+    int64_t n = plain_size(size);
+    if (n < 0)
+        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
+    return resize_once((Reservation *)self, n);
+}
+
 PyDoc_STRVAR(reservation_resize_doc, "resize($self, size, /)\n--\n\n"
                                      "Grow or shrink to *size* bytes. Errors as of grow().\n");
 
@@ -218,17 +231,13 @@ static PyObject *reservation_resize(PyObject *object, PyObject *const *args, Py_
     if (require_one(nargs, "resize"))
         return NULL;
     int64_t target = plain_size(args[0]);
-    int64_t size = atomic_load(&self->size);
-    if (size == RELEASED)
-        return closed_error(), NULL;
-    if (target < 0)
-        return reservation_policy(self, "_resize", args[0]);
-    if (target <= size)
-        return shrink_by(self, size - target);
-    PyObject *more = PyLong_FromLongLong(target - size);
-    PyObject *result = more ? obtain_more(self, &more, 1, "resize", "_grow", Py_None) : NULL;
-    Py_XDECREF(more);
-    return result;
+    if (MS_LIKELY(target >= 0)) {
+        PyObject *refused = resize_once(self, target);
+        if (MS_LIKELY(!refused || refused == Py_None))
+            return refused;
+        Py_DECREF(refused);
+    }
+    return reservation_policy(self, "_resize", args[0]);
 }
 
 PyDoc_STRVAR(reservation_release_doc, "release($self, /)\n--\n\n"
@@ -281,8 +290,8 @@ static PyObject *reservation_move_once(PyObject *object, PyObject *target)
     Py_INCREF((PyObject *)to);
     self->budget = to;
     Py_DECREF((PyObject *)from);
-    if (result == MS_BUDGET_SOFT_PASSED)
-        ms_budget_tell_soft_limit(to);
+    if (result == MS_BUDGET_SOFT_PASSED && ms_budget_tell_soft_limit(to))
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -363,6 +372,7 @@ static PyMethodDef reservation_methods[] = {
     {"grow", (PyCFunction)(void (*)(void))reservation_grow, METH_FASTCALL, reservation_grow_doc},
     {"try_grow", (PyCFunction)(void (*)(void))reservation_try_grow, METH_FASTCALL, reservation_try_grow_doc},
     {"_grow_once", reservation_grow_once, METH_O, NULL},
+    {"_resize_once", reservation_resize_once, METH_O, NULL},
     {"_move_once", reservation_move_once, METH_O, NULL},
     {"shrink", (PyCFunction)(void (*)(void))reservation_shrink, METH_FASTCALL, reservation_shrink_doc},
     {"resize", (PyCFunction)(void (*)(void))reservation_resize, METH_FASTCALL, reservation_resize_doc},

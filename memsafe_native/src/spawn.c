@@ -71,13 +71,19 @@ static int write_files(struct child *child)
     return 0;
 }
 
+#ifdef __GLIBC__ /* an enum there, an int elsewhere */
+#define RESOURCE(number) ((__rlimit_resource_t)(number))
+#else
+#define RESOURCE(number) (number)
+#endif
+
 static int set_rlimits(struct child *child)
 {
     for (size_t i = 0; i < child->plan->rlimits_count; i++) {
         const struct ms_spawn_rlimit *limit = &child->plan->rlimits[i];
         struct rlimit value = {.rlim_cur = (rlim_t)limit->soft, .rlim_max = (rlim_t)limit->hard};
         child->failed_index = (int)i;
-        if (setrlimit(limit->resource, &value))
+        if (setrlimit(RESOURCE(limit->resource), &value))
             return last_error();
     }
     return 0;

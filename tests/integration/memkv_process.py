@@ -127,6 +127,19 @@ class Server:
         """Return the child that saves, if there is one."""
         return next(iter(psutil.Process(self.process.pid).children()), None)
 
+    def bgsave(self) -> None:
+        """Begin a save in the background; what else runs here may have memsafe put it off for a moment."""
+
+        def begun() -> bool:
+            try:
+                return bool(self.client.bgsave(schedule=False))
+            except redis.ResponseError as error:
+                if "(defer)" not in str(error):
+                    raise
+                return False
+
+        until(begun, "a save may begin")
+
     def until_saved(self) -> None:
         until(lambda: not self.info("rdb_bgsave_in_progress"), "the background save ends")
 

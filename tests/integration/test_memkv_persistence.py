@@ -66,6 +66,14 @@ def large(client: redis.Redis, size_bytes: int = 64 * MIB) -> None:
         client.set(f"large:{i}", block)
 
 
+def save(server: Server, command: str) -> None:
+    if command == "SAVE":
+        server.client.save()
+    else:
+        server.bgsave()
+        server.until_saved()
+
+
 # ---- saving and loading
 
 
@@ -76,8 +84,7 @@ def test_what_was_saved_is_there_after_a_restart(tmp_path: Path, command: str) -
         values = fill(server.client)
         server.client.set("expiring", "v", pxat=far_ms)
         server.client.set("gone by then", "v", px=1)
-        assert server.client.execute_command(command) in (True, b"OK", b"Background saving started")
-        server.until_saved()
+        save(server, command)
         assert server.info("rdb_last_bgsave_status") == "ok"
         assert server.info("rdb_changes_since_last_save") == 0
         assert server.end() == 0
@@ -92,7 +99,7 @@ def test_bgsave_saves_one_moment_while_writes_go_on(server: Server) -> None:
     client = server.client
     large(client)
     client.set("counter", 0)
-    client.bgsave(schedule=False)
+    server.bgsave()
     during = 0
     while server.info("rdb_bgsave_in_progress"):
         during = client.incr("counter")
@@ -109,11 +116,17 @@ def test_info_tells_of_the_save_as_clients_poll_it(server: Server) -> None:
     large(client, 32 * MIB)
     before = client.lastsave()
     assert client.info("persistence")["rdb_saves"] == 0
-    client.bgsave(schedule=False)
+    server.bgsave()
+    child = until(server.saving_child, "there is a saving child")
+    child.suspend()
+    told = client.info("everything")
+    assert told["rdb_bgsave_in_progress"] == 1
+    assert told["rdb_current_bgsave_time_sec"] >= 0
     with pytest.raises(redis.ResponseError, match="Background save already in progress"):
         client.bgsave(schedule=False)
     with pytest.raises(redis.ResponseError, match="Background save already in progress"):
         client.save()
+    child.resume()
     server.until_saved()
     told = client.info("everything")
     assert told["rdb_saves"] == 1
@@ -162,12 +175,12 @@ def test_shutdown_saves_when_told_to(server: Server) -> None:
 def test_flushall_calls_off_the_save_that_runs(server: Server) -> None:
     client = server.client
     large(client)
-    client.bgsave(schedule=False)
+    server.bgsave()
     client.flushall()
     assert server.info("rdb_bgsave_in_progress") == 0
     assert psutil.Process(server.process.pid).children() == []
     assert client.set("a", 1)
-    assert client.bgsave(schedule=False)
+    server.bgsave()
     server.until_saved()
     assert [key for key, _, _ in rdb.read(server.dump)] == [b"a"]
 
@@ -182,8 +195,7 @@ def test_redis_check_rdb_accepts_the_dump_and_redis_server_serves_it(tmp_path: P
     with memkv(tmp_path) as server:
         values = fill(server.client)
         server.client.set("expiring", "v", pxat=far_ms)
-        server.client.execute_command(command)
-        server.until_saved()
+        save(server, command)
         dump = server.dump
     said = subprocess.run([tool("redis-check-rdb"), str(dump)], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout
@@ -212,7 +224,7 @@ def test_a_saving_child_that_is_killed_leaves_the_old_dump(server: Server) -> No
     client.save()
     old = server.dump.read_bytes()
     large(client)
-    client.bgsave(schedule=False)
+    server.bgsave()
     child = until(server.saving_child, "there is a saving child")
     child.kill()
     server.until_saved()
@@ -231,7 +243,7 @@ def test_a_saving_child_that_is_killed_leaves_the_old_dump(server: Server) -> No
     client.config_set("stop-writes-on-bgsave-error", "yes")
     with pytest.raises(redis.ResponseError, match="MISCONF"):
         client.set("more", "v")
-    client.bgsave(schedule=False)
+    server.bgsave()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "ok"
     assert client.set("more", "v")
@@ -250,7 +262,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_old_dump(server: Server, comm
         with pytest.raises(redis.ResponseError, match="File too large"):
             client.save()
     else:
-        client.bgsave(schedule=False)
+        server.bgsave()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "err"
     assert server.dump.read_bytes() == old
@@ -270,14 +282,14 @@ def test_a_save_that_copies_too_much_is_ended_alone(server: Server) -> None:
     old = server.dump.read_bytes()
     large(client)
     client.config_set("snapshot-max-copy", "1")
-    client.bgsave(schedule=False)
+    server.bgsave()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "err"
     assert "max_copy" in str(server.info("memsafe_last_save_error"))
     assert server.dump.read_bytes() == old
     assert client.exists("large:0")
     client.config_set("snapshot-max-copy", "auto")
-    client.bgsave(schedule=False)
+    server.bgsave()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "ok"
 

@@ -209,3 +209,181 @@ def test_a_status_read_in_a_forked_child_is_the_childs() -> None:
         "    print(json.dumps(memsafe.memory_status().process.anonymous_bytes), flush=True)\n    os._exit(0)\n"
     )
     assert run_child(script) > 64 * MIB
+
+
+WARM = """
+import json, memsafe, os, resource
+for _ in range(3):
+    memsafe.memory_status()
+before = memsafe.memory_status()
+resource.setrlimit(resource.RLIMIT_NOFILE, (1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+warm = memsafe.memory_status()
+kinds = [[(c.kind, c.path, c.limit_bytes) for c in status.constraints] for status in (before, warm)]
+print(json.dumps({"warnings": warm.warnings, "kinds": kinds, "pressure": [bool(before.pressure), bool(warm.pressure)]}))
+"""
+
+
+def test_a_warm_call_needs_no_descriptor_that_it_has_not_yet() -> None:
+    told = run_child(WARM)
+    assert told["warnings"] == []
+    assert told["kinds"][0] == told["kinds"][1]
+    assert told["pressure"][0] == told["pressure"][1]
+
+
+IN_CHILD = """
+import json, memsafe, os
+def kernel_files():
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            pass
+    return sorted(link for link in links if link.startswith(("/proc", "/sys")) and not link.endswith("/fd"))
+for _ in range(3):
+    memsafe.memory_status()
+kept = kernel_files()
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+else:
+    at_first = kernel_files()
+    for _ in range(3):
+        memsafe.memory_status()
+    print(json.dumps({"parent": kept, "at_first": at_first, "child": kernel_files(), "pid": os.getpid()}), flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_forked_child_keeps_its_own_descriptors_and_none_of_its_parents() -> None:
+    told = run_child(IN_CHILD)
+    assert told["parent"]
+    assert told["at_first"] == []
+    assert len(told["child"]) == len(told["parent"])
+    assert f"/proc/{told['pid']}/status" in told["child"]
+
+
+MOVED = """
+import json, memsafe, os, sys
+from pathlib import Path
+group = Path(sys.argv[1])
+def own():
+    first = memsafe.memory_status().constraints[0]
+    return first.path.rpartition("/")[2], first.limit_bytes >> 20
+def numbers():
+    return len(os.listdir("/proc/self/fd"))
+def join(where):
+    (where / "cgroup.procs").write_text(str(os.getpid()))
+def make(name, mib):
+    (group / name).mkdir()
+    (group / name / "memory.limit_in_bytes").write_text(str(mib << 20))
+told, opened = [], []
+make("a", 64)
+make("b", 65)
+join(group / "a")
+for _ in range(3):
+    own()
+opened.append(numbers())
+told.append(own())
+(group / "a" / "memory.limit_in_bytes").write_text(str(66 << 20))
+told.append(own())
+join(group / "b")
+for _ in range(3):
+    own()
+told.append(own())
+opened.append(numbers())
+(group / "a").rmdir()
+make("a", 67)
+join(group / "a")
+told.append(own())
+(join(group / "b"), (group / "a").rmdir(), make("a", 68), join(group / "a"))
+told.append(own())
+told.append(own())
+join(group)
+os.system(f"rmdir {group}/a {group}/b")
+warnings = memsafe.memory_status().warnings
+print(json.dumps({"told": told, "opened": opened, "warnings": warnings}))
+"""
+
+
+@pytest.mark.cgroup
+def test_a_process_that_is_moved_and_a_cgroup_made_anew_are_seen_at_once(own_group: Path) -> None:
+    (own_group / "memory.limit_in_bytes").write_text(str(256 * MIB))
+    told = run_child(MOVED, own_group, procs=str(own_group / "cgroup.procs"))
+    assert told["told"] == [["a", 64], ["a", 66], ["b", 65], ["a", 67], ["a", 68], ["a", 68]]
+    assert told["opened"][0] == told["opened"][1]
+    assert told["warnings"] == []
+
+
+MOUNTS = """
+import ctypes, json, memsafe, os, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+NEWNS, BIND, PRIVATE, REC, DETACH = 0x20000, 0x1000, 1 << 18, 0x4000, 2
+def must(result):
+    if result:
+        print(json.dumps({"skip": os.strerror(ctypes.get_errno())}))
+        sys.exit()
+def total():
+    (physical,) = (c for c in memsafe.memory_status().constraints if c.kind == "physical")
+    return physical.limit_bytes
+def fake(kilobytes, name):
+    path = os.path.join(sys.argv[1], name)
+    with open(path, "w") as file:
+        file.write(f"MemTotal: {kilobytes} kB\\nMemFree: 1 kB\\nMemAvailable: 1 kB\\n")
+    return path.encode()
+for _ in range(3):
+    real = total()
+must(libc.unshare(NEWNS))
+must(libc.mount(b"none", b"/", None, REC | PRIVATE, None))
+must(libc.mount(fake(1024, "first"), b"/proc/meminfo", None, BIND, None))
+told = [total(), total()]
+must(libc.mount(fake(2048, "second"), b"/proc/meminfo", None, BIND, None))
+told += [total(), total()]
+must(libc.umount2(b"/proc/meminfo", DETACH))
+told.append(total())
+must(libc.umount2(b"/proc/meminfo", DETACH))
+told.append(total())
+print(json.dumps({"told": told, "real": real}))
+"""
+
+
+def test_mounts_that_change_and_another_mount_namespace_are_seen_at_once(tmp_path: Path) -> None:
+    told = run_child(MOUNTS, tmp_path)
+    if "skip" in told:
+        pytest.skip(f"may not mount: {told['skip']}")
+    assert told["told"] == [1 * MIB, 1 * MIB, 2 * MIB, 2 * MIB, 1 * MIB, told["real"]]
+
+
+NPROC = """
+import json, memsafe, os, resource, subprocess, time
+from memsafe._kernel import tasks
+from memsafe._kernel.cgroup import placement
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setresgid(61234, 61234, 61234)
+    os.setresuid(61234, 61234, 61234)
+waiting = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+found = []
+for limit in (3, 4):
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    foretold = tasks.exhausted(placement())
+    try:
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        answer = True
+    except BlockingIOError:
+        answer = False
+    found.append([foretold is None, answer])
+for process in waiting:
+    process.kill()
+    process.wait()
+print(json.dumps(found))
+"""
+
+
+def test_what_rlimit_nproc_answers_is_foretold() -> None:
+    if os.getuid() != 0:
+        pytest.skip("how many tasks this user has is not ours to say; as root the test becomes a user of its own")
+    assert run_child(NPROC) == [[False, False], [True, True]]

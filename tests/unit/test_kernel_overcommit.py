@@ -83,7 +83,7 @@ def test_a_mode_that_does_not_exist_is_garbage(tree: ProcTree) -> None:
 
 def cost(tree: ProcTree, *entries: str, page_table_bytes: int | None = None) -> overcommit.ForkCost:
     tree.smaps(*entries)
-    return overcommit.fork_cost(process.mappings(root=tree.root), page_table_bytes)
+    return overcommit.fork_cost(page_table_bytes, root=tree.root)
 
 
 def test_fork_is_charged_for_accounted_mappings_that_it_copies(tree: ProcTree) -> None:
@@ -146,3 +146,44 @@ def test_tasks_are_exhausted_at_threads_max(tree: ProcTree) -> None:
     assert exhausted(tree) is None
     tree.write("/proc/sys/kernel/threads-max", "500\n")
     assert "500 of 500" in (exhausted(tree) or "")
+
+
+def others(tree: ProcTree, *processes: tuple[int, int]) -> None:
+    """Other processes, each (user, threads)."""
+    for pid, (uid, threads) in enumerate(processes, start=100):
+        tree.write(f"/proc/{pid}/status", f"Name:\tx\nUid:\t{uid}\t0\t0\t0\nThreads:\t{threads}\n")
+
+
+def test_tasks_are_exhausted_at_what_one_user_may_have(tree: ProcTree) -> None:
+    others(tree, (1000, 3), (1000, 4), (1001, 50))
+    tree.write("/proc/200/status", "what?\n")
+    tree.rlimits(processes="8")
+    assert exhausted(tree) is None
+    tree.rlimits(processes="7")
+    assert exhausted(tree) == "7 of 7 tasks that RLIMIT_NPROC allows to user 1000"
+    tree.write("/proc/loadavg", "0.00 0.01 0.05 1/6 1234\n")
+    assert exhausted(tree) is None, "there are fewer tasks on the whole machine"
+    tree.write("/proc/loadavg", "0.00 0.01 0.05 1/57 1234\n")
+    assert exhausted(tree) is not None
+
+
+@pytest.mark.parametrize("capability", [process.CAP_SYS_ADMIN, process.CAP_SYS_RESOURCE])
+def test_who_may_administer_has_no_limit_of_tasks_but_in_a_namespace_of_ones_own(
+    tree: ProcTree, capability: int
+) -> None:
+    others(tree, (1000, 3))
+    tree.rlimits(processes="3")
+    tree.status(caps=ALL_CAPABILITIES & ~(1 << process.CAP_SYS_ADMIN | 1 << process.CAP_SYS_RESOURCE))
+    assert exhausted(tree) is not None
+    tree.status(caps=1 << capability)
+    assert exhausted(tree) is None
+    (tree.root / "proc/self/ns").mkdir()
+    (tree.root / "proc/self/ns/user").symlink_to("user:[4026532301]")
+    assert exhausted(tree) is not None
+
+
+def test_the_superuser_has_no_limit_of_tasks(tree: ProcTree) -> None:
+    others(tree, (0, 3))
+    tree.rlimits(processes="3")
+    tree.write("/proc/self/status", "Uid:\t0\t0\t0\t0\n")
+    assert exhausted(tree) is None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, strategies as st
 
-from memsafe._kernel import process
+from memsafe._kernel import overcommit, process
 from memsafe._kernel.files import UNLIMITED
 from memsafe.errors import KernelError
 from tests.unit.proc_tree import ProcTree, only_memsafe_errors
@@ -63,34 +63,13 @@ def test_the_first_user_namespace_is_known_by_its_number(tree: ProcTree) -> None
     assert not process.in_initial_user_namespace(tree.root)
 
 
-def test_mappings_carry_their_flags_and_sizes(tree: ProcTree) -> None:
-    tree.smaps("64 rw-p rd,wr,ac,dc 8", "4 r--s rd,sh")
-    first, second = process.mappings(root=tree.root)
-    assert (first.size_bytes, first.anonymous_bytes, first.private) == (65536, 8192, True)
-    assert (first.end - first.start, first.flags) == (65536, {"rd", "wr", "ac", "dc"})
-    assert (second.private, second.flags) == (False, {"rd", "sh"})
-
-
-def test_a_mapping_without_flags_is_an_error(tree: ProcTree) -> None:
-    tree.write("/proc/self/smaps", "00400000-00401000 rw-p 00000000 00:00 0\nSize:   4 kB\n")
-    with pytest.raises(KernelError, match="no VmFlags"):
-        process.mappings(root=tree.root)
-
-
-def test_a_mapped_file_named_like_a_field_misleads_nobody(tree: ProcTree) -> None:
-    text = "00400000-00401000 rw-p 00000000 00:00 0   Size: 99 kB\nSize:   4 kB\nVmFlags: rd \n"
-    tree.write("/proc/self/smaps", text)
-    (mapping,) = process.mappings(root=tree.root)
-    assert mapping.size_bytes == 4096
-
-
 @given(st.binary(max_size=300))
 def test_no_content_raises_anything_but_a_memsafe_error(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     root = tmp_path_factory.mktemp("fuzz")
     own = root / "proc/self"
     own.mkdir(parents=True)
     reads = {
-        "smaps": lambda: process.mappings(root=root),
+        "smaps": lambda: overcommit.fork_cost(root=root),
         "smaps_rollup": lambda: process.smaps_rollup(root=root),
         "oom_score_adj": lambda: process.oom_score_adj(root),
         "limits": lambda: process.limits(root).data_bytes,

@@ -652,7 +652,7 @@ def refuse(*_, **__):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.memory_status", "threading.Thread.start"])
+@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.status_once", "threading.Thread.start"])
 def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
     before = sorted(os.listdir("/proc/self/fd"))
     monitor = monitored(machine, clock, None)
@@ -668,7 +668,7 @@ def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
 
 def test_a_look_that_fails_is_logged_and_tried_again(monitor, monkeypatch, caplog):
     with monkeypatch.context() as broken:
-        broken.setattr("memsafe.pressure.monitor.memory_status", lambda **_: 1 / 0)
+        broken.setattr("memsafe.pressure.monitor.status_once", lambda _: 1 / 0)
         monitor.check()
         monitor.simulate(LOW)
     assert caplog.text.count("could not look") == 2

@@ -1,12 +1,15 @@
+import gc
 import mmap
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import memsafe
 from memsafe import Budget
+from memsafe._native import lib
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -97,6 +100,84 @@ def test_a_lost_region_warns_and_is_unmapped():
     with pytest.warns(ResourceWarning, match="region of 4 KiB from budget 'db' was never closed"):
         budget.map(1)
     assert budget.used_bytes == 0
+
+
+def test_a_region_lost_in_a_cycle_with_its_views_is_unmapped():
+    def resident_bytes():
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * PAGE
+
+    def lose():
+        region = root.map("64 MiB")
+        holder = [region, memoryview(region)]
+        holder[1][:] = b"x" * len(region)
+        holder.append(holder)
+
+    root = Budget(name="root")
+    lose()
+    before = resident_bytes()
+    with pytest.warns(ResourceWarning, match="region of 64 MiB") as told:
+        gc.collect()
+    assert len(told) == 1
+    assert root.used_bytes == 0
+    assert before - resident_bytes() > 60 << 20
+
+
+def test_a_region_closed_by_many_threads_is_unmapped_once(monkeypatch):
+    unmapped, meet = [], threading.Barrier(2)
+
+    class Racing(memsafe.Region):
+        def _detach(self):
+            meet.wait(10)  # both have seen it open
+            address = super()._detach()
+            meet.wait(10)
+            return address
+
+    class Native:
+        def __getattr__(self, name):
+            return getattr(lib, name)
+
+        def ms_region_unmap(self, address, size):
+            unmapped.append(address)
+            return lib.ms_region_unmap(address, size)
+
+    monkeypatch.setattr("memsafe.region.lib", Native())
+    region = Racing(Budget(), PAGE)
+    errors = []
+
+    def close():
+        try:
+            region.close()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(unmapped), errors) == (1, [])
+
+
+def test_a_region_cannot_be_closed_while_the_kernel_is_given_advice(monkeypatch):
+    class Native:
+        def __getattr__(self, name):
+            return getattr(lib, name)
+
+        def ms_region_decommit(self, address, size):
+            with pytest.raises(BufferError):
+                region.close()  # as another thread might: cffi lets go of the GIL here
+            return lib.ms_region_decommit(address, size)
+
+        def ms_region_advise(self, address, size, advice):
+            with pytest.raises(BufferError):
+                region.close()
+            return lib.ms_region_advise(address, size, advice)
+
+    with Budget().map(PAGE) as region:
+        monkeypatch.setattr("memsafe.region.lib", Native())
+        region.decommit()
+        region.advise("random")
 
 
 def test_numpy_sees_a_region_without_a_copy():

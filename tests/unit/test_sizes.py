@@ -1,4 +1,6 @@
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, strategies as st
@@ -46,9 +48,9 @@ def test_junk_is_a_value_error(junk):
         parse_size(junk, what="a limit")
 
 
-@pytest.mark.parametrize("other", [None, b"64", [], 1j])
-def test_what_is_neither_int_nor_string_is_a_type_error(other):
-    with pytest.raises(TypeError, match="int of bytes"):
+@pytest.mark.parametrize("other", [None, b"64", [], 1j, Decimal("NaN"), Decimal("1.5"), Fraction(3, 2)])
+def test_what_is_neither_int_nor_string_is_a_value_error_too(other):
+    with pytest.raises(ValueError, match="int of bytes"):
         parse_size(other)
 
 

@@ -101,6 +101,32 @@ def test_v1_counts_limits_and_leaves_unlimited_ancestors_out(tree: ProcTree, unl
     assert (limit.path, limit.headroom_bytes, limit.consequence) == ("/parent", 200 * MIB, "kill")
 
 
+def memsw(tree: ProcTree, limit: int | str, used: int | str) -> list[tuple[int, int | None]]:
+    tree.v1("/a")
+    tree.v1_group("/a", 500 * MIB, 300 * MIB, inactive=50 * MIB)
+    tree.write("/sys/fs/cgroup/memory/a/memory.memsw.limit_in_bytes", f"{limit}\n")
+    tree.write("/sys/fs/cgroup/memory/a/memory.memsw.usage_in_bytes", f"{used}\n")
+    limits = of_kind(memory_status(root=tree.root), "memory.limit_in_bytes")
+    return [(limit.limit_bytes // MIB, (limit.headroom_bytes or 0) // MIB) for limit in limits]
+
+
+def test_v1_memory_and_swap_together_bind_when_what_is_swapped_leaves_less(tree: ProcTree) -> None:
+    assert memsw(tree, 600 * MIB, 450 * MIB) == [(500, 250), (600, 200)]
+    assert memory_status(root=tree.root).available_bytes == 200 * MIB
+
+
+def test_v1_memory_and_swap_together_are_not_listed_where_they_leave_as_much(tree: ProcTree) -> None:
+    assert memsw(tree, 600 * MIB, 400 * MIB) == [(500, 250)]
+    assert memsw(tree, 9223372036854771712, 400 * MIB) == [(500, 250)]
+
+
+def test_v1_swap_that_cannot_be_read_is_a_warning(tree: ProcTree) -> None:
+    assert memsw(tree, "lots", 0) == [(500, 250)]
+    assert any("memsw.limit_in_bytes" in warning for warning in memory_status(root=tree.root).warnings)
+    assert memsw(tree, 600 * MIB, "lots") == [(500, 250)]
+    assert any("memsw.usage_in_bytes" in warning for warning in memory_status(root=tree.root).warnings)
+
+
 def test_a_limit_that_changes_is_seen_by_the_next_call(tree: ProcTree) -> None:
     tree.v2("/a")
     tree.v2_group("/a", 200 * MIB, 100 * MIB)
@@ -276,7 +302,7 @@ def test_an_empty_machine_is_all_none_and_says_why(tmp_path: Path) -> None:
         assert any(name in warning for warning in status.warnings)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_no_content_makes_it_raise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     tree = ProcTree(tmp_path_factory.mktemp("fuzz"))

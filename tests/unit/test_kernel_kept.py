@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from memsafe import memory_status
+from memsafe._kernel import files, kept
+from memsafe._kernel.kept import DESCRIPTORS_MAX, KeptFiles
+from memsafe.errors import KernelError
+from memsafe.status import status_once
+from tests.unit.proc_tree import GIB, MIB, ProcTree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def keeping(tmp_path: Path) -> Iterator[KeptFiles]:
+    keeping = KeptFiles(tmp_path)
+    yield keeping
+    keeping.close()
+
+
+def look(keeping: KeptFiles, *paths: Path) -> list[bytes | int | None]:
+    """What each path holds, or the number of the error."""
+    found: list[bytes | int | None] = []
+    with keeping.reading():
+        for path in paths:
+            try:
+                found.append(files.read(str(path)))
+            except KernelError as error:
+                found.append(error.errno)
+    return found
+
+
+def open_in(folder: Path) -> dict[int, str]:
+    """The descriptors of this process whose files are, or were, under *folder*."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue  # the listing's own
+        if target.startswith(str(folder)):
+            found[int(number)] = target
+    return found
+
+
+def test_descriptors_stay_open_and_what_is_written_is_seen(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in (b"1", b"22", b"", b"4" * 9000):
+        file.write_bytes(text)
+        assert look(keeping, file) == [text]
+    first = open_in(tmp_path)
+    assert list(first.values()) == [str(file)]
+    look(keeping, file)
+    assert open_in(tmp_path) == first
+
+
+def test_a_file_made_anew_under_the_same_name_is_the_one_that_is_read(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    look(keeping, file)
+    look(keeping, file)
+    file.unlink()
+    assert look(keeping, file) == [errno.ENOENT]
+    file.write_bytes(b"new")
+    assert look(keeping, file) == [b"new"]
+    assert list(open_in(tmp_path).values()) == [str(file)]
+
+
+def test_a_folder_made_anew_under_the_same_name_opens_its_files_anew(keeping: KeptFiles, tmp_path: Path) -> None:
+    folder = tmp_path / "group"
+    for text in (b"old", b"new"):
+        folder.mkdir()
+        (folder / "file").write_bytes(text)
+        for _ in range(3):
+            with keeping.reading():
+                assert files.is_directory(str(folder))
+                assert files.read(str(folder / "file")) == text
+        folder.rename(tmp_path / f"away-{text.decode()}")
+
+
+def test_what_is_asked_for_no_longer_is_closed(keeping: KeptFiles, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    for _ in range(2):
+        look(keeping, first, second)
+    assert len(open_in(tmp_path)) == 2
+    for _ in range(2):
+        look(keeping, second)
+    assert list(open_in(tmp_path).values()) == [str(second)]
+
+
+def test_a_number_that_became_somebody_elses_is_neither_read_nor_closed(keeping: KeptFiles, tmp_path: Path) -> None:
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_bytes(b"ours")
+    other.write_bytes(b"theirs")
+    for _ in range(2):
+        look(keeping, file)
+    (number,) = open_in(tmp_path)
+    with other.open("rb") as theirs:
+        os.dup2(theirs.fileno(), number)
+    assert look(keeping, file) == [b"ours"]
+    keeping.close()
+    assert open_in(tmp_path) == {number: str(other)}
+    os.close(number)
+
+
+def test_no_more_descriptors_are_kept_than_it_says(keeping: KeptFiles, tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(2 * DESCRIPTORS_MAX)]
+    for path in paths:
+        path.write_bytes(b"1")
+    for _ in range(3):
+        assert look(keeping, *paths) == [b"1"] * len(paths)
+    assert 0 < len(open_in(tmp_path)) <= DESCRIPTORS_MAX
+
+
+def test_a_file_too_large_for_the_buffer_is_read_by_itself(keeping: KeptFiles, tmp_path: Path) -> None:
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(os.urandom(300_000))
+    small.write_bytes(b"1")
+    for _ in range(3):
+        assert look(keeping, large, small) == [large.read_bytes(), b"1"]
+
+
+def test_errors_are_those_of_a_reading_of_its_own(keeping: KeptFiles, tmp_path: Path) -> None:
+    for _ in range(3):
+        assert look(keeping, tmp_path / "absent", tmp_path) == [errno.ENOENT, errno.EISDIR]
+    with keeping.reading(), pytest.raises(KernelError) as junk:
+        files.read("a\0b")
+    assert junk.value.errno == errno.EINVAL
+
+
+def test_a_second_thread_and_a_nested_call_read_for_themselves(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    look(keeping, file)
+    heard: list[bytes | int | None] = []
+    with keeping.reading():
+        file.write_bytes(b"2")
+        thread = threading.Thread(target=lambda: heard.extend(look(keeping, file)))
+        thread.start()
+        thread.join()
+        assert files.read(str(file)) == b"1"
+        assert look(keeping, file) == [b"1"]
+    assert heard == [b"2"]
+
+
+def test_a_status_is_the_same_through_kept_descriptors(keeping: KeptFiles, tmp_path: Path) -> None:
+    tree = ProcTree(tmp_path)
+    tree.v2("/pod/app")
+    tree.v2_group("/pod", limit=256 * MIB, used=1)
+    for limit in (128 * MIB, 64 * MIB, "max", GIB):
+        tree.v2_group("/pod/app", limit=limit, used=32 * MIB, high=100 * MIB, active=5)
+        for _ in range(3):
+            with keeping.reading():
+                through = status_once(tmp_path)
+            assert through == status_once(tmp_path)
+
+
+def test_mounts_and_memberships_that_change_are_seen(keeping: KeptFiles, tmp_path: Path) -> None:
+    tree = ProcTree(tmp_path)
+    tree.v2("/a")
+    for path, limit in (("/a", MIB), ("/b", 2 * MIB)):
+        tree.v2_group(path, limit=limit)
+    paths = []
+    for path in ("/a", "/b", "/a"):
+        tree.v2(path)
+        for _ in range(2):
+            with keeping.reading():
+                paths.append(next(c.path for c in status_once(tmp_path).constraints if c.kind == "memory.max"))
+    assert paths == ["/a", "/a", "/b", "/b", "/a", "/a"]
+    tree.mounts()
+    with keeping.reading():
+        assert not [c for c in status_once(tmp_path).constraints if c.kind == "memory.max"]
+
+
+def test_a_tree_that_stands_for_a_machine_is_never_kept_open(tmp_path: Path) -> None:
+    ProcTree(tmp_path)
+    for _ in range(3):
+        memory_status(root=tmp_path)
+    assert open_in(tmp_path) == {}
+
+
+def test_while_others_ask_no_answer_is_torn() -> None:
+    failures: list[str] = []
+
+    def ask() -> None:
+        failures.extend(warning for _ in range(200) for warning in memory_status().warnings)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert kept.DESCRIPTORS_MAX >= len(open_in("/proc")) > 0
