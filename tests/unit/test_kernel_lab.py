@@ -84,10 +84,11 @@ def test_a_boot_that_fails_before_tests_began_is_tried_again_and_counted():
 
 
 def test_boots_that_all_fail_are_an_error_with_the_end_of_the_console():
-    session = Rack(*[OOPS] * BOOTS_MAX).session("a")
-    with pytest.raises(BrokenError, match="general protection fault"):
-        session.reports("a")
-    assert session.boots_failed == BOOTS_MAX
+    session = Rack(*[OOPS] * BOOTS_MAX).session("a", "b")
+    for test_id in ("a", "b"):
+        with pytest.raises(BrokenError, match="general protection fault"):
+            session.reports(test_id)
+    assert session.boots == session.boots_failed == BOOTS_MAX
 
 
 def test_a_machine_that_goes_down_takes_one_test_with_it_and_the_next_gets_a_new_machine():
@@ -103,10 +104,12 @@ def test_a_machine_that_goes_down_takes_one_test_with_it_and_the_next_gets_a_new
 
 def test_what_kept_the_tests_from_beginning_is_told_and_not_tried_again():
     rack = Rack([{"what": "broken", "text": "ImportError: no such module"}, {"what": "end"}])
-    session = rack.session("a")
-    with pytest.raises(BrokenError, match="ImportError"):
-        session.reports("a")
+    session = rack.session("a", "b")
+    for test_id in ("a", "b"):
+        with pytest.raises(BrokenError, match="ImportError"):
+            session.reports(test_id)
     assert session.boots == 1
+    assert rack.machines[0].closed
 
 
 def test_a_test_that_the_guest_does_not_know_is_told():

@@ -29,7 +29,7 @@ INIT = Path(__file__).with_name("init.sh")
 COMMAND = "/lab.sh"
 TASK = "/lab.json"
 
-_PACKAGES = ("cffi", "psutil", "pytest", "pytest-timeout")
+_PACKAGES = ("cffi", "hypothesis", "psutil", "pytest", "pytest-timeout")
 _PROJECT_PARTS = ("memsafe", "memsafe_native", "tests")
 _STDLIB_LEFT_OUT = re.compile(
     r"config-.*|ensurepip|idlelib|lib2to3|pydoc_data|site-packages|dist-packages|tests?|tkinter|turtledemo"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tests.kernel.lab.machine import Machine
 
@@ -47,6 +47,7 @@ class GuestSession:
         self._start = boot
         self._machine: Machine | None = None
         self._messages: Iterator[dict[str, Any]] = iter(())
+        self._hopeless: str | None = None
         self._reports: dict[str, list[dict[str, Any]]] = {}
         self._finished: set[str] = set()
 
@@ -56,6 +57,8 @@ class GuestSession:
         Raises:
             BrokenError: There are none, or not all.
         """
+        if self._hopeless is not None:
+            raise BrokenError(self._hopeless)
         if self._machine is None:
             self._boot()
         while test_id not in self._finished:
@@ -83,7 +86,7 @@ class GuestSession:
             case "finish":
                 self._finished.add(message["id"])
             case "broken":
-                raise BrokenError(message["text"])
+                self._give_up(message["text"])
 
     def _boot(self) -> None:
         command = [sys.executable, "-m", "tests.kernel.lab.inside"]
@@ -98,7 +101,13 @@ class GuestSession:
                 return
             self.boots_failed += 1
             told = self._last_words("the machine went down before its tests began")
-        raise BrokenError(f"{told}\n{BOOTS_MAX} boots failed alike")
+        self._give_up(f"{told}\n{BOOTS_MAX} boots failed alike")
+
+    def _give_up(self, told: str) -> NoReturn:
+        """No test can run: the others are told the same, without another boot."""
+        self._hopeless = told
+        self.close()
+        raise BrokenError(told)
 
     def _talk(self, machine: Machine) -> Iterator[dict[str, Any]]:
         """Yield the messages, and show what comes over the console meanwhile."""
