@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -63,7 +64,7 @@ class _Number(_Setting):
         return int(value)
 
 
-class _Part:
+class _Part(ABC):
     """Something of the machine that has settings."""
 
     _defaults: ClassVar[dict[str, int | None]] = {}
@@ -89,8 +90,9 @@ class _Part:
     def _get(self, name: str) -> int | None:
         return self._values.get(name)
 
+    @abstractmethod
     def _render(self) -> None:
-        raise NotImplementedError
+        """Write the files that the settings are in."""
 
 
 class FakeMachine(_Part):
