@@ -19,6 +19,7 @@ _MODULES = {
         "OOMKilledError", "ReservationClosedError", "SnapshotCancelledError", "SnapshotFailedError",
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
+    "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
     "memsafe.heap": ("trim",),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),

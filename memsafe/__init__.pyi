@@ -23,6 +23,11 @@ from memsafe.errors import (
     SnapshotRefusedError as SnapshotRefusedError,
     UnsupportedError as UnsupportedError,
 )
+from memsafe.forecast import (
+    DirtyMeter as DirtyMeter,
+    DirtyRate as DirtyRate,
+    measure_dirty_rate as measure_dirty_rate,
+)
 from memsafe.heap import trim as trim
 from memsafe.pressure import (
     PressureEvent as PressureEvent,

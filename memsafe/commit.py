@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import isnan
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from memsafe._kernel import cgroup, overcommit, process, tasks
 from memsafe.errors import KernelError, printable
+from memsafe.forecast import Forecast, ForecastSource, LastSnapshot, Observations, check_number, observations
 from memsafe.sizes import format_size
 from memsafe.status import Constraint, MemoryStatus, status_once
 
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["ForkAssessment", "assess_fork"]
 
 Decision: TypeAlias = Literal["admit", "defer", "refuse"]
-ForecastSource: TypeAlias = Literal["caller", "last snapshot", "private memory"]
 
 FULL_STALL_PERCENT = 10.0
 """Memory pressure (PSI full, avg10) from which on a fork is put off: everybody waits for memory a tenth of the time."""
+
+CHILD_NEEDS_BYTES = 2**20
+"""The least that a child allocates before it writes its first byte: one arena of Python's heap."""
 
 # Copies and page tables are memory, not address space: neither rlimits nor commit (asked apart) count them again.
 _MEMORY_KINDS = frozenset({"memory.max", "memory.high", "memory.limit_in_bytes", "physical"})
@@ -39,12 +43,14 @@ class ForkAssessment:
         commit_charge_bytes: What fork() adds to Committed_AS.
         commit_headroom_bytes: What may be added in mode 2; None where the sum is not limited.
         page_table_bytes: Page tables that the child gets at once.
+        private_bytes: Private writable memory of this process: more than that cannot be copied.
         copy_forecast_bytes: Copies expected while both run, as both sides write.
         headroom_bytes: What cgroups and physical memory leave for page tables and copies, half of the active file
             cache counted as free.
         binding: The constraint that decides; the one with the least headroom when the fork is admitted.
         reasons: Sentences with figures, and what would help.
-        forecast_source: Where the forecast comes from.
+        forecast_source: Where the forecast comes from: ``caller``; ``last snapshot``; ``soft-dirty`` or
+            ``pagemap-scan`` (a measured rate); ``private memory``, where nothing better is known.
     """
 
     decision: Decision
@@ -52,6 +58,7 @@ class ForkAssessment:
     commit_charge_bytes: int | None
     commit_headroom_bytes: int | None
     page_table_bytes: int | None
+    private_bytes: int | None
     copy_forecast_bytes: int | None
     headroom_bytes: int | None
     binding: Constraint | None
@@ -70,46 +77,60 @@ def assess_fork(
     root: Root = "/",
     max_copy_bytes: int | None = None,
     last_copy_bytes: int | None = None,
+    reclaimable_bytes: int = 0,
 ) -> ForkAssessment:
     """Return whether a fork of this process, and the copies that follow, would be safe now. Nothing is forked.
 
-    The forecast is *dirty_bytes_per_s* times *duration_s* where both are told (or one is 0), else
-    *last_copy_bytes*, else all private writable memory: a child that merely reads Python objects writes their
-    reference counts and so copies them. It is never more than all private writable memory, nor *max_copy_bytes*.
+    The forecast of copies is *dirty_bytes_per_s* times *duration_s* where the caller tells the rate. Else it is what
+    was measured of this process last: the copies of its last snapshot, in proportion to its growth, or a rate from
+    measure_dirty_rate() or a DirtyMeter of at most ten minutes ago, with what may hold Python objects added (a child
+    that merely reads them writes their reference counts). Else it is all private writable memory. It is never more
+    than that, nor than *max_copy_bytes*.
 
     Reading smaps walks the page tables: milliseconds per GiB.
 
     Args:
         dirty_bytes_per_s: Bytes of distinct pages that both sides together write in a second.
-        duration_s: How long both run, in seconds.
-        root: The directory that stands for "/".
+        duration_s: How long both run, in seconds; None: as the last snapshot, else as writing all private memory
+            takes at 100 MB/s.
+        root: The directory that stands for "/". What was measured of this process counts for "/" alone.
         max_copy_bytes: A bound that the caller enforces by ending the child.
-        last_copy_bytes: Copies measured when this was last done.
+        last_copy_bytes: Copies measured when this was last done, instead of what memsafe saw itself.
+        reclaimable_bytes: What could be freed first, such as budgets' reclaimers would: where the fork fits only
+            then, it is deferred rather than refused.
 
     Raises:
         ValueError: A number is negative or NaN.
     """
-    for name, number in (("dirty_bytes_per_s", dirty_bytes_per_s), ("duration_s", duration_s)):
-        if number is not None and (isnan(number) or number < 0):
-            raise ValueError(f"{name} must be a number from 0: {number!r}")
+    numbers = (dirty_bytes_per_s, duration_s, max_copy_bytes, last_copy_bytes, reclaimable_bytes)
+    names = ("dirty_bytes_per_s", "duration_s", "max_copy_bytes", "last_copy_bytes", "reclaimable_bytes")
+    for name, number in zip(names, numbers, strict=True):
+        check_number(name, number)
+    seen = observations if os.fspath(root) == "/" else Observations()
+    if last_copy_bytes is not None:
+        seen = Observations()
+        seen.note_snapshot(LastSnapshot(last_copy_bytes))
+    return assess(dirty_bytes_per_s, duration_s, root, max_copy_bytes, reclaimable_bytes, seen)
+
+
+def assess(
+    dirty_bytes_per_s: float | None,
+    duration_s: float | None,
+    root: Root,
+    max_copy_bytes: int | None,
+    reclaimable_bytes: int,
+    seen: Observations,
+) -> ForkAssessment:
+    """Return assess_fork() by what was *seen*."""
     facts = _Facts(root)
-    told_bytes = _product(dirty_bytes_per_s, duration_s)
-    source: ForecastSource = "private memory"
-    forecast_bytes = facts.copyable_bytes
-    if told_bytes is not None or last_copy_bytes is not None:
-        source = "last snapshot" if told_bytes is None else "caller"
-        expected_bytes = told_bytes if told_bytes is not None else last_copy_bytes
-        forecast_bytes = _least(forecast_bytes, expected_bytes)
-    forecast_bytes = _least(forecast_bytes, max_copy_bytes)
-    return _Judgement(facts, forecast_bytes, source, bounded=max_copy_bytes is not None).assessment()
-
-
-def _product(dirty_bytes_per_s: float | None, duration_s: float | None) -> int | None:
-    if dirty_bytes_per_s == 0 or duration_s == 0:
-        return 0
-    if dirty_bytes_per_s is None or duration_s is None:
-        return None
-    return int(min(dirty_bytes_per_s * duration_s, 2.0**63))
+    forecast = Forecast.of(
+        facts.copyable_bytes,
+        dirty_bytes_per_s=dirty_bytes_per_s,
+        duration_s=duration_s,
+        seen=seen,
+        now_s=time.monotonic(),
+    )
+    return _Judgement(facts, forecast, max_copy_bytes, reclaimable_bytes).assessment()
 
 
 def _least(*sizes_bytes: int | None) -> int | None:
@@ -162,12 +183,13 @@ def _sum(*sizes_bytes: int | None) -> int | None:
 class _Judgement:
     """The decision about one fork, with its reasons; the first grave finding decides, all are told."""
 
-    def __init__(self, facts: _Facts, forecast_bytes: int | None, source: ForecastSource, *, bounded: bool) -> None:
+    def __init__(self, facts: _Facts, forecast: Forecast, max_copy_bytes: int | None, reclaimable_bytes: int) -> None:
         self._facts = facts
-        self._forecast_bytes = forecast_bytes
-        self._source = source
-        self._bounded = bounded
-        self._need_bytes = _sum(facts.page_table_bytes, forecast_bytes)
+        self._forecast = forecast
+        self._forecast_bytes = _least(forecast.copy_bytes, max_copy_bytes)
+        self._bounded = max_copy_bytes is not None
+        self._reclaimable_bytes = reclaimable_bytes
+        self._need_bytes = _sum(facts.page_table_bytes, self._forecast_bytes)
         self._decision: Decision = "admit"
         self._binding: Constraint | None = None
         self._reasons: list[str] = []
@@ -177,6 +199,7 @@ class _Judgement:
         memory = [c for c in facts.status.constraints if c.kind in _MEMORY_KINDS and c.headroom_bytes is not None]
         allowed = self._ask_kernel()
         self._ask_memory(memory)
+        self._ask_rlimits()
         self._ask_pressure()
         tightest = min(memory, key=fork_headroom_bytes, default=None)
         if self._decision == "admit":
@@ -187,11 +210,12 @@ class _Judgement:
             commit_charge_bytes=facts.charge_bytes,
             commit_headroom_bytes=facts.status.commit.headroom_bytes,
             page_table_bytes=facts.page_table_bytes,
+            private_bytes=facts.copyable_bytes,
             copy_forecast_bytes=self._forecast_bytes,
             headroom_bytes=fork_headroom_bytes(tightest) if tightest else None,
             binding=self._binding or tightest,
             reasons=tuple(map(printable, self._reasons)),
-            forecast_source=self._source,
+            forecast_source=self._forecast.source,
         )
 
     def _find(self, decision: Decision, binding: Constraint | None, reason: str) -> None:
@@ -258,7 +282,15 @@ class _Judgement:
                 break
             most_bytes = max(headroom_bytes, self._most_bytes(constraint))
             where = f"{constraint.kind} of {constraint.path}" if constraint.path else "physical memory and swap"
-            if need_bytes > most_bytes:
+            if headroom_bytes < need_bytes <= headroom_bytes + self._reclaimable_bytes:
+                self._find(
+                    "defer",
+                    constraint,
+                    f"{self._needs()}, and {where} leaves {format_size(headroom_bytes)} of "
+                    f"{format_size(constraint.limit_bytes)} now. It fits once the "
+                    f"{format_size(self._reclaimable_bytes)} that can be reclaimed were; or: {self._helps()}",
+                )
+            elif need_bytes > most_bytes:
                 self._find(
                     "refuse",
                     constraint,
@@ -283,7 +315,21 @@ class _Judgement:
         own_bytes = own.anonymous_bytes or 0
         if constraint.kind == "physical":
             own_bytes += own.swap_bytes or 0
-        return max(0, constraint.limit_bytes - own_bytes)
+        return max(0, constraint.limit_bytes - max(0, own_bytes - self._reclaimable_bytes))
+
+    def _ask_rlimits(self) -> None:
+        """The child inherits them with what is used: copies do not count, but what it allocates does."""
+        for constraint in self._facts.status.constraints:
+            left_bytes = constraint.headroom_bytes
+            if not constraint.kind.startswith("rlimit") or left_bytes is None or left_bytes >= CHILD_NEEDS_BYTES:
+                continue
+            self._find(
+                "defer",
+                constraint,
+                f"The child inherits {constraint.kind.upper()} of {format_size(constraint.limit_bytes)} with "
+                f"{format_size(left_bytes)} left, and needs {format_size(CHILD_NEEDS_BYTES)} to begin with. Free "
+                "memory of this process, or raise the limit.",
+            )
 
     def _ask_pressure(self) -> None:
         pressure = self._facts.status.pressure
@@ -303,15 +349,10 @@ class _Judgement:
         self._reasons.append(f"{self._needs()}, and {where}, the tightest, leaves {format_size(left_bytes)}.")
 
     def _needs(self) -> str:
-        whence = {
-            "caller": "by the rate and time given",
-            "last snapshot": "as the last snapshot copied",
-            "private memory": "if all private memory is written or its objects read",
-        }[self._source]
         bound = ", bounded by max_copy" if self._bounded else ""
         return (
             f"Fork needs {format_size(self._facts.page_table_bytes)} of page tables and "
-            f"{format_size(self._forecast_bytes)} of copies ({whence}{bound})"
+            f"{format_size(self._forecast_bytes)} of copies ({self._forecast.words}{bound})"
         )
 
     def _helps(self) -> str:

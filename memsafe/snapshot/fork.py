@@ -7,12 +7,14 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from array import array
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from memsafe.commit import assess_fork
+from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
+from memsafe.forecast import LastSnapshot, observations
 from memsafe.sizes import parse_size
 from memsafe.snapshot.supervisor import Bounds, Supervisor
 
@@ -91,7 +93,7 @@ def fork_snapshot(
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
     claim = _slot.claim(path)
     try:
-        assessment = assess_fork(max_copy_bytes=max_copy_bytes, last_copy_bytes=_slot.last_copy_bytes, root=root)
+        assessment = assess(None, None, root, max_copy_bytes, 0, observations)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
             raise SnapshotRefusedError(
@@ -99,7 +101,7 @@ def fork_snapshot(
             )
         sys.audit("os.fork")
         supervisor = Supervisor(path, Bounds(max_copy_bytes, timeout_s, root), on_progress, _slot.release)
-        claim.run = supervisor.run
+        claim.run, claim.private_bytes = supervisor.run, assessment.private_bytes
     except BaseException:
         _slot.release()
         raise
@@ -113,16 +115,25 @@ class _Claim:
     def __init__(self, path: StrPath) -> None:
         self.path = path
         self.run: SnapshotRun | None = None
+        self.private_bytes: int | None = None
+        self.began_s = time.monotonic()
+
+    def saw(self, copy_bytes: int, complete: bool) -> None:
+        """Leave to the next forecast what was measured."""
+        if complete:
+            now_s = time.monotonic()
+            observations.note_snapshot(LastSnapshot(copy_bytes, now_s - self.began_s, self.private_bytes, now_s))
+        else:
+            observations.note_cut_short(copy_bytes)
 
 
 class _Slot:
-    """One fork snapshot at a time in a process; what the last one measured stays for the next one's forecast.
+    """One fork snapshot at a time in a process.
 
     No lock: a signal handler may take a snapshot while the thread that it interrupts is in here. setdefault decides.
     """
 
     def __init__(self) -> None:
-        self.last_copy_bytes: int | None = None
         self._holder: dict[str, _Claim] = {}
         self._hooked = False
 
@@ -143,11 +154,9 @@ class _Slot:
         return claim
 
     def release(self, copy_bytes: int | None = None, complete: bool = False) -> None:
-        if copy_bytes is not None and complete:
-            self.last_copy_bytes = copy_bytes
-        elif copy_bytes is not None and self.last_copy_bytes is not None:
-            # It was cut short: what a whole one copies is at least as much.
-            self.last_copy_bytes = max(copy_bytes, self.last_copy_bytes)
+        claim = self._holder.get("")
+        if claim is not None and copy_bytes is not None:
+            claim.saw(copy_bytes, complete)
         self._holder.clear()
 
     def end_at_exit(self) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from memsafe import ForkAssessment, assess_fork
+from memsafe.commit import CHILD_NEEDS_BYTES
+from memsafe.forecast import ASSUMED_WRITE_BYTES_PER_S
 from tests.unit.proc_tree import GIB, MIB, ProcTree
 from tests.unit.test_status import PSI
 
@@ -115,10 +117,28 @@ def test_the_callers_forecast_is_taken_up_to_all_private_memory(
     assert (fork.copy_forecast_bytes, fork.forecast_source) == (forecast, "caller")
 
 
-def test_without_a_duration_a_rate_says_nothing(tree: ProcTree) -> None:
+def test_a_rate_alone_counts_for_as_long_as_writing_all_private_memory_is_assumed_to_take(tree: ProcTree) -> None:
     fork = assess_fork(dirty_bytes_per_s=MIB, root=tree.root)
-    assert (fork.copy_forecast_bytes, fork.forecast_source) == (HEAP_MIB * MIB, "private memory")
+    expected_s = HEAP_MIB * MIB / ASSUMED_WRITE_BYTES_PER_S
+    assert (fork.copy_forecast_bytes, fork.forecast_source) == (int(MIB * expected_s), "caller")
+    assert f"{expected_s:.1f} s" in fork.reasons[0]
 
+
+def test_it_is_deferred_when_it_fits_once_budgets_have_given_what_they_can(tree: ProcTree) -> None:
+    tree.v2_group("/a", 500 * MIB, 400 * MIB)
+    assert assess_fork(root=tree.root).decision == "refuse"
+    fork = assess_fork(root=tree.root, reclaimable_bytes=250 * MIB)
+    assert fork.decision == "defer"
+    assert "250 MiB that can be reclaimed" in fork.reasons[0]
+
+
+def test_an_rlimit_that_leaves_nothing_for_the_child_itself_defers(tree: ProcTree) -> None:
+    tree.rlimits(data=str(32 * MIB + CHILD_NEEDS_BYTES - 1))
+    fork = assess_fork(root=tree.root)
+    assert (fork.decision, fork.kernel_would_allow) == ("defer", True)
+    assert fork.binding is not None
+    assert fork.binding.kind == "rlimit_data"
+    assert "RLIMIT_DATA" in fork.reasons[0]
 
 def test_the_last_snapshots_copies_are_a_forecast_that_the_caller_may_replace(tree: ProcTree) -> None:
     last = assess_fork(root=tree.root, last_copy_bytes=7 * MIB)

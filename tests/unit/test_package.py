@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "sizes"},
     {"_native"},
     {"_kernel"},
-    {"status", "commit"},
+    {"status", "commit", "forecast"},
     {"budget", "region", "heap", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
