@@ -1217,7 +1217,7 @@ def without_room_for_a_thread(path):
         if line.startswith("VmData:"):
             used_bytes = int(line.split()[1]) * 1024
     memsafe.assess_fork()  # what it imports and caches is there before the limit is
-    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + (2 << 20), soft_and_hard[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + (5 << 20), soft_and_hard[1]))
     try:
         memsafe.fork_snapshot(path, hello)
     except memsafe.KernelError as error:

@@ -140,6 +140,7 @@ def test_an_rlimit_that_leaves_nothing_for_the_child_itself_defers(tree: ProcTre
     assert fork.binding.kind == "rlimit_data"
     assert "RLIMIT_DATA" in fork.reasons[0]
 
+
 def test_the_last_snapshots_copies_are_a_forecast_that_the_caller_may_replace(tree: ProcTree) -> None:
     last = assess_fork(root=tree.root, last_copy_bytes=7 * MIB)
     assert (last.copy_forecast_bytes, last.forecast_source) == (7 * MIB, "last snapshot")
