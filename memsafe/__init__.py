@@ -20,7 +20,6 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
-    "memsafe.heap": ("trim",),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
@@ -29,6 +28,7 @@ _MODULES = {
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
     ),
+    "memsafe.trimming": ("trim",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _SUBMODULES = frozenset({"oom", "testing"})

@@ -28,7 +28,6 @@ from memsafe.forecast import (
     DirtyRate as DirtyRate,
     measure_dirty_rate as measure_dirty_rate,
 )
-from memsafe.heap import trim as trim
 from memsafe.pressure import (
     PressureEvent as PressureEvent,
     PressureLevel as PressureLevel,
@@ -54,5 +53,6 @@ from memsafe.status import (
     Stall as Stall,
     memory_status as memory_status,
 )
+from memsafe.trimming import trim as trim
 
 __version__: str

@@ -17,7 +17,7 @@ LAYERS = [
     {"_native"},
     {"_kernel"},
     {"status", "commit", "forecast"},
-    {"budget", "region", "heap", "spawn", "oom"},
+    {"budget", "region", "trimming", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
     {"testing"},
