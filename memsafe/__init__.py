@@ -20,6 +20,7 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
+    "memsafe.limits": ("ProcessLimit", "limit_process"),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),

@@ -17,7 +17,7 @@ LAYERS = [
     {"_native"},
     {"_kernel"},
     {"status", "commit", "forecast"},
-    {"budget", "region", "trimming", "spawn", "oom"},
+    {"budget", "region", "limits", "trimming", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
     {"testing"},
