@@ -129,8 +129,8 @@ def _require_enforcement(data_bytes: int) -> None:
     except OSError:
         return
     raise UnsupportedError(
-        "this kernel does not enforce RLIMIT_DATA on private mappings: Linux does since 4.7, unless it was started with "
-        "ignore_rlimit_data. Use a cgroup's memory.max, or a memsafe.Budget."
+        "this kernel does not enforce RLIMIT_DATA on private mappings: Linux does since 4.7, unless it was started "
+        "with ignore_rlimit_data. Use a cgroup's memory.max, or a memsafe.Budget."
     )
 
 
