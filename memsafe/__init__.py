@@ -20,6 +20,7 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
+    "memsafe.heap": ("HeapGuard", "guard_python_heap"),
     "memsafe.limits": ("ProcessLimit", "limit_process"),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),

@@ -28,6 +28,7 @@ from memsafe.forecast import (
     DirtyRate as DirtyRate,
     measure_dirty_rate as measure_dirty_rate,
 )
+from memsafe.heap import HeapGuard as HeapGuard, guard_python_heap as guard_python_heap
 from memsafe.limits import ProcessLimit as ProcessLimit, limit_process as limit_process
 from memsafe.pressure import (
     PressureEvent as PressureEvent,

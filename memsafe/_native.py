@@ -15,6 +15,7 @@ BudgetCore = _types["BudgetCore"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 fork = _types["fork"]
+heap = _types["heap"]
 object_heap_bytes = _types["object_heap_bytes"]
 
 
@@ -29,4 +30,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "lib", "object_heap_bytes"]
+__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "heap", "lib", "object_heap_bytes"]

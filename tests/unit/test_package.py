@@ -17,7 +17,7 @@ LAYERS = [
     {"_native"},
     {"_kernel"},
     {"status", "commit", "forecast"},
-    {"budget", "region", "limits", "trimming", "spawn", "oom"},
+    {"budget", "region", "heap", "limits", "trimming", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
     {"testing"},
