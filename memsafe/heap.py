@@ -6,7 +6,7 @@ import atexit
 import errno
 import gc
 import os
-from importlib import _bootstrap  # type: ignore[attr-defined]
+from importlib import _bootstrap
 from typing import TYPE_CHECKING
 
 from memsafe._native import heap

@@ -160,7 +160,7 @@ static bool is_inside(int at)
     return here.inside[at].depth && here.inside[at].serial == accounts[at].serial;
 }
 
-static bool refuses(struct account *account, int64_t size, int *told)
+static bool would_refuse(struct account *account, int64_t size, int64_t bearable, int *told)
 {
     int64_t count = count_now();
     if (account->shut || count + size <= account->booked)
@@ -168,40 +168,42 @@ static bool refuses(struct account *account, int64_t size, int *told)
     int result = book(account, count + size);
     if (result == MS_BUDGET_SOFT_PASSED)
         *told = MS_BUDGET_SOFT_PASSED;
-    if (result != -ENOMEM || count + size <= account->pardoned)
-        return false;
-    account->pardoned = count + MS_HEAP_STEP;
-    return true;
+    return result == -ENOMEM && count + size > account->pardoned && account->existing >= bearable;
 }
 
-/* Where an injected refusal is due: it is pardoned as any other. */
-static bool injected(struct account *account)
+static bool injection_is_due(void)
 {
     if (here.injection == 0 || --here.injection > 0)
         return false;
     injecting--;
-    account->pardoned = count_now() + MS_HEAP_STEP;
     return true;
 }
 
-bool ms_heap_refuses(int64_t size, int *told)
+int ms_heap_refuser(int64_t size, int64_t bearable_bytes, int *told)
 {
     *told = 0;
     if (size > MS_HEAP_UNBOUNDED || pthread_mutex_lock(&lock))
-        return false; /* more than there is address space: malloc itself refuses */
-    bool refused = false;
-    for (int i = 0; i < MS_HEAP_ACCOUNTS_MAX && !refused; i++) {
+        return -1; /* more than there is address space: malloc itself refuses */
+    int found = -1;
+    for (int i = 0; i < MS_HEAP_ACCOUNTS_MAX && found < 0; i++) {
         struct account *account = &accounts[i];
-        if (account->budget && is_inside(i) && (refuses(account, size, told) || injected(account))) {
-            account->refusals++;
-            refused = true;
-        }
+        if (account->budget && is_inside(i) &&
+            (would_refuse(account, size, bearable_bytes, told) || injection_is_due()))
+            found = i;
     }
-    if (refused && settle()) /* what the accounts before it have booked for this */
+    if (found >= 0 && settle()) /* what the accounts before it have booked for this */
         *told = MS_BUDGET_SOFT_PASSED;
     set_bounds();
     drop_lock();
-    return refused;
+    return found;
+}
+
+void ms_heap_note_refusal(int account)
+{
+    take_lock();
+    accounts[account].pardoned = count_now() + MS_HEAP_STEP;
+    accounts[account].refusals++;
+    drop_lock();
 }
 
 int64_t ms_heap_inject(int64_t n)

@@ -50,12 +50,15 @@ extern _Atomic int64_t ms_heap_count_bytes, ms_heap_ceiling, ms_heap_floor;
 /* Have the accounts follow the count, whatever their limits. Returns MS_BUDGET_SOFT_PASSED or 0. */
 int ms_heap_settle(void);
 
-/* Whether an account that the calling thread is inside of refuses size bytes more, size > 0. One refusal, then
- * MS_HEAP_STEP bytes that are not refused. *told as of ms_heap_open. */
-bool ms_heap_refuses(int64_t size, int *told);
+/* Whether an account that the calling thread is inside of would refuse size bytes more, size > 0: its number, or -1.
+ * bearable_bytes: by how much the limit may be passed before it does. *told as of ms_heap_open. */
+int ms_heap_refuser(int64_t size, int64_t bearable_bytes, int *told);
 
-/* For tests: have the calling thread's n-th question be answered by a refusal, as if its accounts were full; 0: none.
- * Returns how many were still to come. Until then every allocation of the process asks. */
+/* Note that the account has refused: it does not again within MS_HEAP_STEP bytes from here. */
+void ms_heap_note_refusal(int account);
+
+/* For tests: have the n-th allocation of the calling thread for which ms_heap_refuser is asked be refused, as if its
+ * accounts were full; 0: none. Returns how many were still to come. Until then every allocation of the process asks. */
 int64_t ms_heap_inject(int64_t n);
 
 /* Whether size bytes more change nothing that the accounts have to know of. */

@@ -18,6 +18,8 @@ enum {
     RAW_DOMAIN = 0,                 /* PYMEM_DOMAIN_RAW */
     PYMALLOC_ARENA_BYTES = 1 << 20, /* other sizes that are asked as arenas are pieces of a thread's stack of frames */
     PYMALLOC_MAX_BYTES = 512,       /* larger requests go to the raw domain */
+    LARGE_BYTES = 4096,             /* smaller ones are mostly the structs of C code, which is often careless; so */
+    BEARABLE_BYTES = 8 << 20,       /* they are refused only once the limit was passed by this much */
 };
 
 /* PyMemAllocatorEx and PyObjectArenaAllocator. */
@@ -51,6 +53,7 @@ static struct block_allocator blocks;
 static struct arena_allocator arenas;
 static bool installed;
 
+static PyObject *f_globals_name, *module_name_name;
 static PyObject *soft_limit_passed; /* called without arguments, in the main thread */
 static _Atomic int pending, stopped;
 
@@ -89,14 +92,65 @@ static bool may_be_refused(void)
            !atomic_load_explicit(&stopped, memory_order_relaxed) && python.thread_state() == here.state;
 }
 
-static bool refused(size_t size)
+/* Code that must not be left half-way: others wait for what it does next (a lock, a task's wake-up), or nobody hears of
+ * its errors, or CPython's own C below it does not survive them (pyexpat up to 3.13). */
+static const char *const machinery[] = {
+    "_weakrefset", "asyncio",   "concurrent", "contextlib",      "importlib", "linecache",    "logging",
+    "memsafe",     "pyexpat",   "queue",      "multiprocessing", "selectors", "socketserver", "subprocess",
+    "threading",   "traceback", "warnings",   "weakref",         "xml",
+};
+
+static bool names_machinery(const char *module)
+{
+    size_t length = strcspn(module, ".");
+    for (size_t i = 0; i < sizeof machinery / sizeof *machinery; i++)
+        if (strlen(machinery[i]) == length && memcmp(module, machinery[i], length) == 0)
+            return true;
+    return false;
+}
+
+/* Whether a module of the machinery, or none at all, is what runs innermost. Runs no Python code. */
+static bool frame_is_machinery(PyObject *frame)
+{
+    PyObject *globals = frame ? PyObject_GetAttr(frame, f_globals_name) : NULL;
+    PyObject *name = globals ? PyDict_GetItemWithError(globals, module_name_name) : NULL;
+    const char *module = name && PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
+    bool found = !frame || (module && names_machinery(module));
+    Py_XDECREF(globals);
+    return found;
+}
+
+static bool machinery_runs(void)
+{
+    PyObject *type, *value, *traceback;
+    here.shielded++; /* what follows allocates */
+    int collects = PyGC_Disable();
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *frame = (PyObject *)PyThreadState_GetFrame(PyThreadState_Get());
+    bool found = frame_is_machinery(frame);
+    Py_XDECREF(frame);
+    PyErr_Restore(type, value, traceback);
+    if (collects)
+        PyGC_Enable();
+    here.shielded--;
+    return found;
+}
+
+static bool refused(size_t size, int64_t bearable_bytes)
 {
     if (MS_LIKELY(ms_heap_fits(size)) || !may_be_refused() || size > INT64_MAX)
         return false;
-    int told;
-    bool refused = ms_heap_refuses((int64_t)size, &told);
+    int told, account = ms_heap_refuser((int64_t)size, bearable_bytes, &told);
     tell(told);
-    return refused;
+    if (account < 0 || machinery_runs())
+        return false;
+    ms_heap_note_refusal(account);
+    return true;
+}
+
+static int64_t bearable(size_t size)
+{
+    return size < LARGE_BYTES ? BEARABLE_BYTES : 0;
 }
 
 /* Small blocks of the raw domain are locks, thread states and the like, which CPython cannot do without; they are
@@ -104,7 +158,7 @@ static bool refused(size_t size)
 static bool block_refused(size_t size)
 {
     if (MS_LIKELY(size > PYMALLOC_MAX_BYTES))
-        return refused(size);
+        return refused(size, bearable(size));
     bool stands_in = here.arena_refused;
     here.arena_refused = false;
     here.probes++;
@@ -139,7 +193,7 @@ static void *block_realloc(void *Py_UNUSED(context), void *block, size_t size)
         return block_malloc(NULL, size);
     size_t before = malloc_usable_size(block);
     /* One that shrinks is never refused: its owner would not expect it. */
-    if (size > before && size > PYMALLOC_MAX_BYTES && MS_UNLIKELY(refused(size - before)))
+    if (size > before && size > PYMALLOC_MAX_BYTES && MS_UNLIKELY(refused(size - before, bearable(size))))
         return NULL;
     void *moved = blocks.realloc(blocks.context, block, size);
     if (MS_LIKELY(moved != NULL))
@@ -158,8 +212,9 @@ static void block_free(void *Py_UNUSED(context), void *block)
 
 static void *arena_alloc(void *Py_UNUSED(context), size_t size)
 {
-    if (MS_UNLIKELY(refused(size))) {
-        here.arena_refused = size == PYMALLOC_ARENA_BYTES;
+    /* What is not a whole arena is a piece of a stack of frames: 3.11 answers with a SystemError. */
+    if (size == PYMALLOC_ARENA_BYTES && MS_UNLIKELY(refused(size, 0))) {
+        here.arena_refused = true;
         return NULL;
     }
     void *arena = arenas.alloc(arenas.context, size);
@@ -239,6 +294,10 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *function)
         if (strcmp(name, "pymalloc"))
             return PyUnicode_FromFormat("the allocator is %s, not pymalloc (PYTHONMALLOC, -X dev, a debug build)",
                                         name);
+        f_globals_name = PyUnicode_InternFromString("f_globals");
+        module_name_name = PyUnicode_InternFromString("__name__");
+        if (!f_globals_name || !module_name_name)
+            return NULL;
         Py_INCREF(function);
         soft_limit_passed = function;
         install_hooks();
