@@ -11,6 +11,7 @@
 
 #include "budget_py.h"
 #include "heap.h"
+#include "heap_shield_py.h"
 #include "object_heap_internal.h"
 #include "python_types_internal.h"
 
@@ -39,7 +40,6 @@ struct arena_allocator {
 
 static struct {
     const char *(*name)(void); /* of the allocator that serves; NULL: none of CPython's own */
-    void *(*thread_state)(void);
     void *(*raw_malloc)(size_t size);
     void (*raw_free)(void *block);
     void (*get_blocks)(int domain, struct block_allocator *allocator);
@@ -53,15 +53,10 @@ static struct block_allocator blocks;
 static struct arena_allocator arenas;
 static bool installed;
 
-static PyObject *f_globals_name, *module_name_name;
 static PyObject *soft_limit_passed; /* called without arguments, in the main thread */
-static _Atomic int pending, stopped;
+static _Atomic int pending;
 
 static _Thread_local struct {
-    void *state;        /* as which Python thread it entered */
-    int entered;        /* scopes that refuse it */
-    int shielded;       /* calls that must not be refused */
-    int collecting;     /* the garbage collector runs in it */
     bool arena_refused; /* pymalloc comes back at once, to have the object itself from the raw domain */
     unsigned probes;    /* small requests that came by */
 } here;
@@ -83,66 +78,13 @@ static void tell(int told)
         atomic_store(&pending, 0); /* the queue is full; the next crossing tells */
 }
 
-/* Only as the very Python thread that entered, which holds the GIL: not in a subinterpreter, whose making cannot fail
- * well, and not where the GIL was let go. CPython 3.11 answers with whoever holds the GIL, later ones with this
- * thread's own state: it is ours in both cases only if this thread has the GIL. */
-static bool may_be_refused(void)
-{
-    return here.entered && !here.shielded && !here.collecting &&
-           !atomic_load_explicit(&stopped, memory_order_relaxed) && python.thread_state() == here.state;
-}
-
-/* Code that must not be left half-way: others wait for what it does next (a lock, a task's wake-up), or nobody hears of
- * its errors, or CPython's own C below it does not survive them (pyexpat up to 3.13). */
-static const char *const machinery[] = {
-    "_weakrefset", "asyncio",   "concurrent", "contextlib",      "importlib", "linecache",    "logging",
-    "memsafe",     "pyexpat",   "queue",      "multiprocessing", "selectors", "socketserver", "subprocess",
-    "threading",   "traceback", "warnings",   "weakref",         "xml",
-};
-
-static bool names_machinery(const char *module)
-{
-    size_t length = strcspn(module, ".");
-    for (size_t i = 0; i < sizeof machinery / sizeof *machinery; i++)
-        if (strlen(machinery[i]) == length && memcmp(module, machinery[i], length) == 0)
-            return true;
-    return false;
-}
-
-/* Whether a module of the machinery, or none at all, is what runs innermost. Runs no Python code. */
-static bool frame_is_machinery(PyObject *frame)
-{
-    PyObject *globals = frame ? PyObject_GetAttr(frame, f_globals_name) : NULL;
-    PyObject *name = globals ? PyDict_GetItemWithError(globals, module_name_name) : NULL;
-    const char *module = name && PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
-    bool found = !frame || (module && names_machinery(module));
-    Py_XDECREF(globals);
-    return found;
-}
-
-static bool machinery_runs(void)
-{
-    PyObject *type, *value, *traceback;
-    here.shielded++; /* what follows allocates */
-    int collects = PyGC_Disable();
-    PyErr_Fetch(&type, &value, &traceback);
-    PyObject *frame = (PyObject *)PyThreadState_GetFrame(PyThreadState_Get());
-    bool found = frame_is_machinery(frame);
-    Py_XDECREF(frame);
-    PyErr_Restore(type, value, traceback);
-    if (collects)
-        PyGC_Enable();
-    here.shielded--;
-    return found;
-}
-
 static bool refused(size_t size, int64_t bearable_bytes)
 {
-    if (MS_LIKELY(ms_heap_fits(size)) || !may_be_refused() || size > INT64_MAX)
+    if (MS_LIKELY(ms_heap_fits(size)) || !ms_heap_is_refusable() || size > INT64_MAX)
         return false;
     int told, account = ms_heap_refuser((int64_t)size, bearable_bytes, &told);
     tell(told);
-    if (account < 0 || machinery_runs())
+    if (account < 0 || ms_heap_machinery_runs())
         return false;
     ms_heap_note_refusal(account);
     return true;
@@ -240,12 +182,9 @@ static bool find(void *function, const char *name)
 
 static bool find_all(void)
 {
-    return find(&python.name, "_PyMem_GetCurrentAllocatorName") &&
-           (find(&python.thread_state, "PyThreadState_GetUnchecked") ||
-            find(&python.thread_state, "_PyThreadState_UncheckedGet")) &&
-           find(&python.raw_malloc, "PyMem_RawMalloc") && find(&python.raw_free, "PyMem_RawFree") &&
-           find(&python.get_blocks, "PyMem_GetAllocator") && find(&python.set_blocks, "PyMem_SetAllocator") &&
-           find(&python.get_arenas, "PyObject_GetArenaAllocator") &&
+    return find(&python.name, "_PyMem_GetCurrentAllocatorName") && find(&python.raw_malloc, "PyMem_RawMalloc") &&
+           find(&python.raw_free, "PyMem_RawFree") && find(&python.get_blocks, "PyMem_GetAllocator") &&
+           find(&python.set_blocks, "PyMem_SetAllocator") && find(&python.get_arenas, "PyObject_GetArenaAllocator") &&
            find(&python.set_arenas, "PyObject_SetArenaAllocator");
 }
 
@@ -294,70 +233,14 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *function)
         if (strcmp(name, "pymalloc"))
             return PyUnicode_FromFormat("the allocator is %s, not pymalloc (PYTHONMALLOC, -X dev, a debug build)",
                                         name);
-        f_globals_name = PyUnicode_InternFromString("f_globals");
-        module_name_name = PyUnicode_InternFromString("__name__");
-        if (!f_globals_name || !module_name_name)
-            return NULL;
+        if (!ms_heap_shield_start())
+            return PyUnicode_FromString("it is not CPython as we know it: its frames, or compile(), exec() and eval()");
         Py_INCREF(function);
         soft_limit_passed = function;
         install_hooks();
     }
     if (!hooks_are_called())
         return PyUnicode_FromString("another tool that hooked the allocators before has put memsafe's hooks away");
-    Py_RETURN_NONE;
-}
-
-/* ------------------------------------------------------------------------------------------ what is not to be refused
- */
-
-PyDoc_STRVAR(shield_doc,
-             "shield(function)\n\nReturn *function* such that its calls are not refused. It has no frame of "
-             "its own in tracebacks.");
-
-static PyObject *call_shielded(PyObject *function, PyObject *args, PyObject *kwargs)
-{
-    here.shielded++;
-    PyObject *result = PyObject_Call(function, args, kwargs);
-    here.shielded--;
-    return result;
-}
-
-static PyObject *shield(PyObject *Py_UNUSED(module), PyObject *function)
-{
-    static PyMethodDef method = {"shielded", (PyCFunction)(void (*)(void))call_shielded, METH_VARARGS | METH_KEYWORDS,
-                                 NULL};
-    return PyCFunction_New(&method, function);
-}
-
-/* Around a fork: what has to be made anew in the child is made by functions whose errors nobody hears of. */
-static PyObject *begin_shield(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
-{
-    here.shielded++;
-    Py_RETURN_NONE;
-}
-
-static PyObject *end_shield(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
-{
-    here.shielded--;
-    Py_RETURN_NONE;
-}
-
-/* For gc.callbacks. The collector leaves "stop" out where it could not tell of "start": a state, not a count. */
-static PyObject *note_collection(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    const char *phase;
-    PyObject *info;
-    if (!PyArg_ParseTuple(args, "sO", &phase, &info))
-        return NULL;
-    here.collecting = strcmp(phase, "start") == 0;
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(stop_doc, "stop()\n\nRefuse nothing any more: the interpreter ends.");
-
-static PyObject *stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
-{
-    atomic_store(&stopped, 1);
     Py_RETURN_NONE;
 }
 
@@ -403,8 +286,7 @@ static PyObject *enter(PyObject *Py_UNUSED(module), PyObject *number)
     if (account < 0)
         return NULL;
     ms_heap_enter(account);
-    here.state = python.thread_state();
-    here.entered++;
+    ms_heap_shield_enter();
     Py_RETURN_NONE;
 }
 
@@ -417,7 +299,7 @@ static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *number)
         return NULL;
     if (ms_heap_leave(account))
         Py_RETURN_FALSE;
-    here.entered--;
+    ms_heap_shield_leave();
     Py_RETURN_TRUE;
 }
 
@@ -448,22 +330,14 @@ static PyObject *inject(PyObject *Py_UNUSED(module), PyObject *number)
 int ms_heap_py_add(PyObject *dict)
 {
     static PyMethodDef methods[] = {
-        {"install", install, METH_O, install_doc},
-        {"shield", shield, METH_O, shield_doc},
-        {"begin_shield", begin_shield, METH_NOARGS, NULL},
-        {"end_shield", end_shield, METH_NOARGS, NULL},
-        {"note_collection", note_collection, METH_VARARGS, NULL},
-        {"stop", stop, METH_NOARGS, stop_doc},
-        {"open", open_account, METH_O, open_doc},
-        {"close", close_account, METH_O, NULL},
-        {"enter", enter, METH_O, NULL},
-        {"leave", leave, METH_O, leave_doc},
-        {"read", read_account, METH_O, read_doc},
-        {"inject", inject, METH_O, inject_doc},
-        {0},
+        {"install", install, METH_O, install_doc}, {"open", open_account, METH_O, open_doc},
+        {"close", close_account, METH_O, NULL},    {"enter", enter, METH_O, NULL},
+        {"leave", leave, METH_O, leave_doc},       {"read", read_account, METH_O, read_doc},
+        {"inject", inject, METH_O, inject_doc},    {0},
     };
     PyObject *module = PyModule_New("memsafe_native.heap");
-    int failed = !module || PyModule_AddFunctions(module, methods) || PyDict_SetItemString(dict, "heap", module);
+    int failed = !module || PyModule_AddFunctions(module, methods) || ms_heap_shield_add(module) ||
+                 PyDict_SetItemString(dict, "heap", module);
     Py_XDECREF(module);
     return failed ? -1 : 0;
 }
