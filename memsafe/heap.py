@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 from importlib import _bootstrap
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from memsafe._native import heap
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # The budgets that the heap is charged to, one entry a guard. Hooks are the process's own, and so is this.
 _charged: list[Budget] = []
 _shielded = False
+_sound_dicts: bool | None = None
 
 
 class HeapGuard:
@@ -58,6 +60,8 @@ class HeapGuard:
         if self._used:
             raise RuntimeError("a heap guard can be entered once: make another with guard_python_heap()")
         _install()
+        if self.enforce:
+            _require_sound_dicts()
         _require_one_budget_a_tree(self.budget)
         account = heap.open(self.budget)
         if account == -errno.ESHUTDOWN:
@@ -135,6 +139,29 @@ def _shield() -> None:
         setattr(_bootstrap, name, heap.shield(getattr(_bootstrap, name)))
     os.register_at_fork(before=heap.begin_shield, after_in_parent=heap.end_shield, after_in_child=heap.end_shield)
     atexit.register(heap.stop)
+
+
+def _require_sound_dicts() -> None:
+    """See whether a dict is sound after a refusal: in CPython 3.13.0 one that setdefault() could not grow is not."""
+    global _sound_dicts
+    if _sound_dicts is None:
+        account = heap.open(Budget(name="probe"))
+        heap.enter(account)
+        try:
+            # As of a module of its own, because memsafe itself is never refused.
+            _sound_dicts = FunctionType(_probe.__code__, {"__name__": "probe", "heap": heap})()
+        finally:
+            heap.leave(account)
+            heap.close(account)
+    if not _sound_dicts:
+        raise UnsupportedError(
+            "this CPython has a defect that makes every MemoryError dangerous: a dict which setdefault() cannot grow "
+            "loses count of itself, and crashes later. Use enforce=False, which counts and tells, or another release."
+        )
+
+
+def _probe() -> bool:
+    return heap.dicts_are_sound()
 
 
 def _require_one_budget_a_tree(budget: Budget) -> None:

@@ -327,13 +327,42 @@ static PyObject *inject(PyObject *Py_UNUSED(module), PyObject *number)
     return PyLong_FromLongLong(ms_heap_inject(n));
 }
 
+PyDoc_STRVAR(dicts_are_sound_doc,
+             "dicts_are_sound() -> bool\n\nWhether a dict is as before when it could not grow. To be "
+             "called inside of an account, by code that is refused.");
+
+static PyObject *dicts_are_sound(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    PyObject *dict = PyDict_New(), *last = dict;
+    Py_ssize_t before = 0;
+    if (!dict)
+        return NULL;
+    ms_heap_inject(1);
+    for (int i = 0; i < 1000 && last; i++) {
+        before = PyDict_Size(dict);
+        last = PyObject_CallMethod(dict, "setdefault", "iO", i, Py_None);
+        Py_XDECREF(last);
+    }
+    ms_heap_inject(0);
+    bool sound = !last && PyErr_ExceptionMatches(PyExc_MemoryError) && PyDict_Size(dict) == before;
+    PyErr_Clear();
+    if (sound)
+        Py_DECREF(dict); /* else even freeing it would crash */
+    return PyBool_FromLong(sound);
+}
+
 int ms_heap_py_add(PyObject *dict)
 {
     static PyMethodDef methods[] = {
-        {"install", install, METH_O, install_doc}, {"open", open_account, METH_O, open_doc},
-        {"close", close_account, METH_O, NULL},    {"enter", enter, METH_O, NULL},
-        {"leave", leave, METH_O, leave_doc},       {"read", read_account, METH_O, read_doc},
-        {"inject", inject, METH_O, inject_doc},    {0},
+        {"install", install, METH_O, install_doc},
+        {"open", open_account, METH_O, open_doc},
+        {"close", close_account, METH_O, NULL},
+        {"enter", enter, METH_O, NULL},
+        {"leave", leave, METH_O, leave_doc},
+        {"read", read_account, METH_O, read_doc},
+        {"inject", inject, METH_O, inject_doc},
+        {"dicts_are_sound", dicts_are_sound, METH_NOARGS, dicts_are_sound_doc},
+        {0},
     };
     PyObject *module = PyModule_New("memsafe_native.heap");
     int failed = !module || PyModule_AddFunctions(module, methods) || ms_heap_shield_add(module) ||

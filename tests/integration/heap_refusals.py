@@ -22,7 +22,6 @@ import functools
 import io
 import itertools
 import json
-import marshal
 import pickle
 import random
 import re
@@ -85,7 +84,7 @@ def use_csv(salt):
 
 
 def use_decimal(salt):
-    with decimal.localcontext(decimal.Context(prec=1500)):
+    with decimal.localcontext(decimal.Context(prec=700)):
         root = decimal.Decimal(salt + 2).sqrt()
         return str(root * root), str(root**37), str(1 / root), str((root * 10).exp())
 
@@ -132,17 +131,17 @@ def use_ast(salt):
     path = STDLIB[salt % len(STDLIB)]
     source = path.read_bytes()
     try:
-        tree = ast.parse(source, path.name)
-        return marshal.dumps(compile(tree, path.name, "exec", dont_inherit=True))
+        return compile(ast.parse(source, path.name), path.name, "exec", dont_inherit=True)
     except SyntaxError as error:
         return repr(error)
 
 
 def use_unparse(salt):
     path = STDLIB[salt % len(STDLIB)]
-    if path.stat().st_size > 40_000:
-        path = Path(dataclasses.__file__)
-    return ast.unparse(ast.parse(path.read_bytes()))
+    try:
+        return ast.unparse(ast.parse(path.read_bytes()[:20_000].rpartition(b"\n\n\n")[0]))
+    except SyntaxError as error:
+        return repr(error)
 
 
 def use_pickle(salt):
@@ -283,7 +282,6 @@ def check_refusals(count, seed, names):
             run = functools.partial(CODE[name], salt)
             if (name, salt) not in references:
                 references[name, salt] = run()
-                assert run() == references[name, salt], f"{name} {salt} is not the same twice"
             outcome, result = refuse(guard, ballast, chance, run)
             if result is not None and result != references[name, salt]:
                 outcome += " by code that went on with another result"
