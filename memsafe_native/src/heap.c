@@ -45,14 +45,20 @@ static void drop_lock(void)
     pthread_mutex_unlock(&lock);
 }
 
-static void start(void)
+/* Also in a child, whose thread has another id than the one that the lock knows as its owner. */
+static void make_lock(void)
 {
     pthread_mutexattr_t attributes;
     pthread_mutexattr_init(&attributes);
     pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ERRORCHECK);
     pthread_mutex_init(&lock, &attributes);
     pthread_mutexattr_destroy(&attributes);
-    pthread_atfork(take_lock, drop_lock, drop_lock); /* else a child may find it held by a thread that is not there */
+}
+
+static void start(void)
+{
+    make_lock();
+    pthread_atfork(take_lock, drop_lock, make_lock); /* so that no child finds the accounts half-way */
 }
 
 static int64_t count_now(void)
@@ -232,6 +238,7 @@ static int open_account(ms_budget *budget)
         return found;
     ms_budget_ref(budget);
     accounts[found] = (struct account){.budget = budget, .serial = ++serials, .opened = 1};
+    charge(&accounts[found], 0); /* is it closed? */
     return found;
 }
 
