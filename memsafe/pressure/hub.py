@@ -112,7 +112,7 @@ class Hub:
         return self._waiter.wait(self._between)
 
     def reading(self) -> AbstractContextManager[None]:
-        """Meanwhile, answer the monitor's thread from one reading of all files, which opens none that is not new.
+        """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
 
         To be left before user code runs, which may want to look for itself.
         """

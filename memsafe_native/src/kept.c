@@ -18,6 +18,12 @@ static bool same_file(const ms_kept *file, const struct stat *now)
     return file->device == (uint64_t)now->st_dev && file->inode == (uint64_t)now->st_ino;
 }
 
+static void remember(ms_kept *file, const struct stat *now)
+{
+    file->device = (uint64_t)now->st_dev;
+    file->inode = (uint64_t)now->st_ino;
+}
+
 /* A program that makes itself a daemon closes every descriptor, ours too, and their numbers become other files'. */
 static bool still_ours(const ms_kept *file, struct stat *now)
 {
@@ -44,32 +50,38 @@ static int64_t fail(ms_kept *file, int error, int64_t believe_ns)
 
 /* --- whether what is kept is still true --------------------------------------------------------------------------- */
 
+/* Returns the number of the mount at the path, or 0 where the kernel does not tell, or a filter forbids to ask. */
+static uint64_t mount_at(const char *path)
+{
+    struct statx now;
+    if (statx(AT_FDCWD, path, 0, STATX_MNT_ID, &now) || !(now.stx_mask & STATX_MNT_ID))
+        return 0;
+    return now.stx_mnt_id;
+}
+
+int ms_kept_tells_mounts(void)
+{
+    return mount_at("/") != 0;
+}
+
 /* By the mount, too: in another mount namespace every mount is another, and what was opened in the old one keeps the
  * old one's from being used again. (A stat of /proc/self/ns/mnt would make an inode each time, which is charged.) */
 static bool place_changed(ms_kept *file, int64_t now_ns, int64_t believe_ns)
 {
-    struct statx now;
-    int64_t before = file->found;
+    struct stat now;
     if (file->known && now_ns < file->believe_ns)
         return false;
-    if (statx(AT_FDCWD, file->path, 0, STATX_TYPE | STATX_INO | STATX_MNT_ID, &now)) {
-        bool differs = file->known && before != -errno;
-        file->known = 1;
-        fail(file, errno, now_ns + believe_ns);
-        return differs;
-    }
-    uint64_t device = (uint64_t)now.stx_dev_major << 32 | now.stx_dev_minor;
-    uint64_t mount = now.stx_mask & STATX_MNT_ID ? now.stx_mnt_id : 0;
-    int64_t found = S_ISDIR(now.stx_mode) ? -EISDIR : 0;
-    bool differs = file->known &&
-                   (before != found || file->device != device || file->inode != now.stx_ino || file->mount != mount);
+    ms_kept before = *file;
     file->known = 1;
-    file->found = found;
+    if (stat(file->path, &now)) {
+        fail(file, errno, now_ns + believe_ns);
+        return before.known && before.found != file->found;
+    }
+    file->found = S_ISDIR(now.st_mode) ? -EISDIR : 0;
     file->believe_ns = 0;
-    file->device = device;
-    file->inode = now.stx_ino;
-    file->mount = mount;
-    return differs;
+    file->mount = mount_at(file->path);
+    remember(file, &now);
+    return before.known && (before.found != file->found || !same_file(&before, &now) || before.mount != file->mount);
 }
 
 static bool mounts_changed(const ms_kept *file)
@@ -91,12 +103,6 @@ static bool changed(ms_kept *file, int64_t now_ns, int64_t believe_ns)
     default:
         return false;
     }
-}
-
-int ms_kept_tells_mounts(void)
-{
-    struct statx root;
-    return statx(AT_FDCWD, "/", 0, STATX_MNT_ID, &root) == 0 && root.stx_mask & STATX_MNT_ID;
 }
 
 /* --- reading ------------------------------------------------------------------------------------------------------ */
@@ -139,8 +145,7 @@ static int64_t open_anew(ms_kept *file, int64_t believe_ns)
     }
     file->fd = fd;
     file->watched = file->how == MS_KEPT_WATCH && system.f_type == PROC_SUPER_MAGIC;
-    file->device = (uint64_t)now.st_dev;
-    file->inode = (uint64_t)now.st_ino;
+    remember(file, &now);
     return 0;
 }
 
