@@ -155,11 +155,21 @@ static bool is_dead(int64_t answer)
     return answer == -ENODEV || answer == -ESRCH;
 }
 
+/* Whether a file that was not there still is not. An open would be charged even for that, a stat is not. */
+static bool still_absent(ms_kept *file, int64_t believe_ns)
+{
+    struct stat now;
+    if (file->found != -ENOENT || stat(file->path, &now) == 0)
+        return false;
+    fail(file, errno, believe_ns);
+    return true;
+}
+
 /* Returns the size of what was read, or -errno; *opened is raised by one for an open. */
 static int64_t read_kept(ms_kept *file, char *buffer, size_t capacity, int64_t now_ns, int64_t believe_ns, int *opened)
 {
     struct stat now;
-    if (file->fd < 0 && now_ns < file->believe_ns)
+    if (file->fd < 0 && (now_ns < file->believe_ns || still_absent(file, now_ns + believe_ns)))
         return file->found;
     if (still_ours(file, &now) && now.st_nlink > 0) {
         if (file->watched)

@@ -12,6 +12,7 @@ BEGIN = """
 import os
 import memsafe
 from memsafe._kernel import files
+from memsafe._kernel.kept import KeptFiles
 from memsafe.snapshot.meter import Meter
 from tests.integration.sealed import seal
 """
@@ -44,6 +45,15 @@ assert heard == ["LOW", "CRITICAL"], heard
 HEAR = """
 for source in chosen:
     source.hear()
+"""
+
+STILL_ABSENT = """
+keeping = KeptFiles("/", believe_s=0)
+for sealed in (False, False, True):
+    if sealed:
+        seal()
+    with keeping.reading():
+        assert files.read_optional("/proc/self/absent") is None
 """
 
 METER = """
@@ -81,10 +91,14 @@ def test_the_seal_finds_whoever_opens(script):
     assert run(script) == (-signal.SIGSYS, "", "")
 
 
-@pytest.mark.parametrize(
-    "script",
-    [STATUS, MONITOR + "with hub.reading():" + HEAR.replace("\n", "\n    "), METER],
-    ids=["memory_status", "monitor", "snapshot meter"],
-)
+READING = {
+    "memory_status": STATUS,
+    "a monitor": MONITOR + "with hub.reading():" + HEAR.replace("\n", "\n    "),
+    "a snapshot's meter": METER,
+    "what is still absent": STILL_ABSENT,
+}
+
+
+@pytest.mark.parametrize("script", READING.values(), ids=READING)
 def test_a_look_that_is_not_the_first_opens_nothing(script):
     assert run(script) == (0, "done\n", "")
