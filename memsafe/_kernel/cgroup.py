@@ -98,6 +98,10 @@ class MemoryCgroup(Cgroup):
         """Return the limit of its swap; v1 limits memory and swap together instead, see memsw_limit_bytes()."""
         return files.read_limit(self.file("memory.swap.max")) if self.version == 2 else None
 
+    def swap_high_bytes(self) -> int | None:
+        """Return the use of swap past which allocations are throttled; v1 has none."""
+        return files.read_limit(self.file("memory.swap.high")) if self.version == 2 else None
+
     def swap_usage_bytes(self) -> int | None:
         """Return the swap that it and its descendants use."""
         if self.version == 2:

@@ -102,6 +102,7 @@ def test_v1_counts_limits_and_leaves_unlimited_ancestors_out(tree: ProcTree, unl
 
 
 def memsw(tree: ProcTree, limit: int | str, used: int | str) -> list[tuple[int, int | None]]:
+    tree.meminfo(SwapTotal=GIB // 1024)
     tree.v1("/a")
     tree.v1_group("/a", 500 * MIB, 300 * MIB, inactive=50 * MIB)
     tree.write("/sys/fs/cgroup/memory/a/memory.memsw.limit_in_bytes", f"{limit}\n")
@@ -125,6 +126,86 @@ def test_v1_swap_that_cannot_be_read_is_a_warning(tree: ProcTree) -> None:
     assert any("memsw.limit_in_bytes" in warning for warning in memory_status(root=tree.root).warnings)
     assert memsw(tree, 600 * MIB, "lots") == [(500, 250)]
     assert any("memsw.usage_in_bytes" in warning for warning in memory_status(root=tree.root).warnings)
+
+
+def test_limits_on_swap_that_is_not_there_are_not_even_read(tree: ProcTree) -> None:
+    swap_of(tree, "/a", limit="lots", high="lots", used="lots")
+    memsw(tree, "lots", "lots")
+    tree.meminfo(SwapTotal=0)
+    status = memory_status(root=tree.root)
+    assert (status.swap.total_bytes, status.swap.available_bytes, status.swap.limits) == (0, 0, ())
+    assert status.warnings == ()
+
+
+def swap_of(
+    tree: ProcTree, path: str, limit: int | str = "max", used: int | str = 0, *, high: int | str = "max"
+) -> None:
+    tree.v2_group(path)
+    for name, value in (("max", limit), ("high", high), ("current", used)):
+        tree.write(f"/sys/fs/cgroup{path}/memory.swap.{name}", f"{value}\n")
+
+
+def test_what_may_be_swapped_is_the_least_that_any_cgroup_and_the_machine_leave(tree: ProcTree) -> None:
+    tree.v2("/pod/app")
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=3 * MIB)
+    swap_of(tree, "/pod/app", used=MIB)
+    swap_of(tree, "/pod")
+    assert memory_status(root=tree.root).swap.available_bytes == 3 * GIB
+    swap_of(tree, "/pod", 512 * MIB, 412 * MIB)
+    swap_of(tree, "/pod/app", GIB, MIB, high=64 * MIB)
+    swap = memory_status(root=tree.root).swap
+    assert (swap.total_bytes, swap.free_bytes, swap.available_bytes) == (4 * GIB, 3 * GIB, 100 * MIB)
+    assert [(limit.kind, limit.path, limit.headroom_bytes) for limit in swap.limits] == [
+        ("memory.swap.max", "/pod/app", 1023 * MIB),
+        ("memory.swap.high", "/pod/app", 63 * MIB),
+        ("memory.swap.max", "/pod", 100 * MIB),
+    ]
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", 3 * GIB), (0, 0), (256 * MIB, 156 * MIB), (20 * GIB, 3 * GIB)])
+def test_swap_that_the_cgroup_may_not_use_is_no_physical_headroom(tree: ProcTree, limit: int | str, left: int) -> None:
+    tree.v2("/a")
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=3 * MIB)
+    swap_of(tree, "/a", limit, 0 if limit == 0 else 100 * MIB)
+    status = memory_status(root=tree.root)
+    (physical,) = of_kind(status, "physical")
+    assert physical.headroom_bytes == 8 * GIB + left
+    assert physical.limit_bytes == 16 * GIB + (4 * GIB if limit == "max" else min(int(limit), 4 * GIB))
+    assert physical.used_bytes is not None
+    assert physical.headroom_bytes == physical.limit_bytes - physical.used_bytes + (physical.reclaimable_bytes or 0)
+    assert status.swap.available_bytes == left
+
+
+def test_swapping_out_changes_nothing_of_v1s_sum(tree: ProcTree) -> None:
+    memsw(tree, 600 * MIB, 600 * MIB)
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=3 * MIB)
+    swap = memory_status(root=tree.root).swap
+    assert [(limit.kind, limit.headroom_bytes) for limit in swap.limits] == [("memory.memsw.limit_in_bytes", 0)]
+    assert swap.available_bytes == 3 * GIB
+
+
+@pytest.mark.parametrize("name", ["max", "high", "current"])
+def test_a_limit_on_swap_that_cannot_be_read_leaves_the_others(tree: ProcTree, name: str) -> None:
+    tree.v2("/a")
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=3 * MIB)
+    swap_of(tree, "/a", GIB, high=GIB)
+    tree.write(f"/sys/fs/cgroup/a/memory.swap.{name}", "lots\n")
+    status = memory_status(root=tree.root)
+    assert len(status.warnings) == 1
+    assert f"/a/memory.swap.{name}" in status.warnings[0]
+    assert status.swap.available_bytes is None
+    assert len(status.swap.limits) == (2 if name == "current" else 1)
+    assert status.binding == of_kind(status, "physical")[0]
+
+
+def test_a_kernel_that_does_not_count_swap_has_no_limits_on_it(tree: ProcTree) -> None:
+    tree.v2("/a")
+    tree.meminfo(SwapTotal=4 * MIB, SwapFree=3 * MIB)
+    tree.v2_group("/a")
+    status = memory_status(root=tree.root)
+    assert (status.swap.available_bytes, status.swap.limits, status.warnings) == (3 * GIB, (), ())
+    tree.write("/sys/fs/cgroup/a/memory.swap.max", "0\n")
+    assert any("/sys/fs/cgroup/a" in warning for warning in memory_status(root=tree.root).warnings)
 
 
 def test_a_limit_that_changes_is_seen_by_the_next_call(tree: ProcTree) -> None:
