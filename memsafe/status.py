@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from memsafe._kernel.cgroup import MemoryCgroup, Placement
     from memsafe._kernel.files import Root
     from memsafe._kernel.machine import MemInfo
-    from memsafe._kernel.process import ProcessStatus
+    from memsafe._kernel.process import Limits, ProcessStatus
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -311,12 +311,11 @@ class _Reader:
         """Return what *read* returns of a file that every machine has."""
         return self._required(f"{files.under(self._root, path)} does not exist", read, self._root)
 
-    def _field(self, source: object, name: str) -> int | None:
+    def _field(self, source: MemInfo | ProcessStatus | Limits | None, name: str) -> int | None:
         """Return a field of a file that parses itself when asked; None where there is no file."""
         if source is None:
             return None
-        value: int | None = self._fact(getattr, source, name)
-        return value
+        return self._required(f"{source.path} does not tell {name}", getattr, source, name)
 
     def _cgroups(self, placement: Placement | None) -> tuple[MemoryCgroup, ...]:
         if placement is None:
@@ -397,8 +396,7 @@ class _Reader:
 
     def _physical_constraint(self, meminfo: MemInfo | None, swap: SwapStatus) -> Iterator[Constraint]:
         total_bytes = self._field(meminfo, "total_bytes")
-        if meminfo is None or total_bytes is None:
-            self._warn(f"physical memory is not known: {files.under(self._root, '/proc/meminfo')} tells no MemTotal")
+        if total_bytes is None:
             return
         # Swap that this process's cgroups may not use can only hold what others have in RAM, and nobody says how much.
         most_bytes = (limit.limit_bytes for limit in swap.limits if limit.kind == "memory.swap.max")
@@ -407,7 +405,6 @@ class _Reader:
         free_bytes, available_bytes = self._field(meminfo, "free_bytes"), self._field(meminfo, "available_bytes")
         limit_bytes = total_bytes + swap_bytes
         if available_bytes is None:
-            self._warn(f"{files.under(self._root, '/proc/meminfo')} tells no MemAvailable")
             yield Constraint("physical", None, limit_bytes, None, None, None, "kill")
             return
         headroom_bytes = min(available_bytes, total_bytes) + swap_free_bytes

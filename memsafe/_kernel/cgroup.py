@@ -6,12 +6,16 @@ Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst; proc(5) 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 
 from memsafe._kernel import files
 from memsafe._kernel.files import Flat, Root
+
+_CONTROLLERS = "cgroup.controllers"
+_NAMES = re.compile(rb"[a-z0-9_ ]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ class Placement:
     root: Root
     memberships: tuple[Membership, ...]
     mounts: tuple[Mount, ...]
+    pid: int | str = "self"
 
     def locate(self, controller: str) -> Located:
         """Return the cgroups by which *controller* holds the process."""
@@ -153,24 +158,26 @@ class Placement:
         version = 2 if member is None else 1
         if member is None:
             member = self._unified()
+        told = _membership_path(self.root, self.pid)
         if member is None:
-            return Located(None, (), f"the process is in no hierarchy with the {controller} controller")
+            return Located(None, (), f"{told} names no hierarchy with the {controller} controller")
         mounts = [m for m in self.mounts if m.version == version and (version == 2 or controller in m.options)]
         mount = _best_mount(mounts, member.path, self.root)
         if mount is None:
             seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "not mounted"
-            return Located(None, (), f"no mount shows the v{version} {controller} cgroup {member.path} ({seen})")
+            shown = f"shows the v{version} {controller} cgroup {member.path} of {told} ({seen})"
+            return Located(None, (), f"no mount in {_mounts_path(self.root, self.pid)} {shown}")
         levels = _levels(version, member.path, mount, self.root)
         if version == 1:
             levels = _accounting_upwards(levels)
         elif not _has_controller(levels[-1], controller):
-            return Located(None, (), f"cgroup2 at {mount.point} has no {controller} controller")
+            return Located(None, (), f"{levels[-1].file(_CONTROLLERS)} names no {controller} controller")
         else:
             # Below where subtree_control stops, the charge goes to the nearest cgroup that has the controller.
             levels = tuple(level for level in levels if _has_controller(level, controller))
         problem = None
         if not files.is_directory(levels[0].directory):
-            problem = f"the {controller} cgroup {levels[0].path} has no directory at {levels[0].directory}"
+            problem = f"the {controller} cgroup {levels[0].path} of {told} has no directory at {levels[0].directory}"
         return Located(version, levels, problem)
 
     def unified_directory(self) -> str | None:
@@ -191,10 +198,18 @@ def placement(root: Root = "/", pid: int | str = "self") -> Placement:
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    path, mounts_path = files.under(root, f"/proc/{pid}/cgroup"), files.under(root, f"/proc/{pid}/mountinfo")
+    path, mounts_path = _membership_path(root, pid), _mounts_path(root, pid)
     memberships = _memberships(files.read(path), path)
     # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
-    return Placement(root, memberships, _mounts(files.read(mounts_path, max_bytes=2**26), mounts_path))
+    return Placement(root, memberships, _mounts(files.read(mounts_path, max_bytes=2**26), mounts_path), pid)
+
+
+def _membership_path(root: Root, pid: int | str) -> str:
+    return files.under(root, f"/proc/{pid}/cgroup")
+
+
+def _mounts_path(root: Root, pid: int | str) -> str:
+    return files.under(root, f"/proc/{pid}/mountinfo")
 
 
 def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
@@ -328,9 +343,9 @@ def _accounting_upwards(levels: tuple[Cgroup, ...]) -> tuple[Cgroup, ...]:
 
 
 def _has_controller(level: Cgroup, controller: str) -> bool:
-    """Whether a v2 cgroup has the controller's files; where that cannot be read, assume so and let the reader say."""
-    controllers = _text_or_none(level.file("cgroup.controllers"))
-    return controllers is None or controller.encode() in controllers.split()
+    """Whether a v2 cgroup has the controller's files; where nobody tells, assume so and let the reader say."""
+    text = _text_or_none(level.file(_CONTROLLERS))
+    return text is None or not _NAMES.fullmatch(text) or controller.encode() in text.split()
 
 
 def _text_or_none(path: str) -> bytes | None:
