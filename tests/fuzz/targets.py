@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from memsafe._kernel import cgroup, machine, oom, overcommit, process, psi, tasks
+from memsafe._kernel import cgroup, files, machine, oom, overcommit, process, psi, tasks
 from memsafe.commit import assess_fork
 from memsafe.errors import MemsafeError
 from memsafe.sizes import MAX_SIZE_BYTES, parse_size
@@ -98,6 +98,7 @@ def made_up_machine(root: Path, layout: Literal["v2", "hybrid"]) -> FakeKernel:
         FakeMapping("4 MiB", "64 KiB", permissions="r--s", flags="rd mr sh"),
     ]
     kernel.write("/proc/self/stat", "7 (a) b (c)) S 1 7 7 0 -1 4194304 1234 0 0 0\n")
+    kernel.write(f"{GROUP}/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
     kernel.write("/proc/vmstat", "nr_free_pages 100\noom_kill 3\n")
     return kernel
 
@@ -205,6 +206,10 @@ TARGETS = {
     "memory.max": Target(f"{GROUP}/memory.max", lambda root: not_negative(own_group(root).limit_bytes())),
     "memory.stat": Target(f"{GROUP}/memory.stat", memory_stat),
     "memory.events": Target(f"{GROUP}/memory.events", lambda root: not_negative(own_group(root).oom_kills())),
+    "memory.oom_control": Target(
+        f"{GROUP}/memory.oom_control",
+        lambda root: not_negative(cgroup.MemoryCgroup(1, "/", files.under(root, GROUP)).oom_kills()),
+    ),
     "pids.max": Target(f"{GROUP}/pids.max", lambda root: (tasks.exhausted(cgroup.placement(root), root), None)[1]),
 }
 
