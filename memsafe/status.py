@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from memsafe._kernel import cgroup, files, kept, machine, overcommit, process, psi
 from memsafe._kernel.files import UNLIMITED
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from memsafe._kernel.process import Limits, ProcessStatus
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 Kind: TypeAlias = Literal[
     "memory.max", "memory.high", "memory.limit_in_bytes", "rlimit_data", "rlimit_as", "physical", "commit"
@@ -285,37 +284,29 @@ class _Reader:
             warnings=tuple(self._warnings),
         )
 
-    def _fact(self, read: Callable[P, T | None], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what *read* returns; None, with a warning, where it cannot."""
+    def _fact(self, read: Callable[..., T | None], *args: object, missing: str = "") -> T | None:
+        """Return what *read* returns; None, with a warning, where it cannot, and with *missing* where there is none."""
         try:
-            return read(*args, **kwargs)
+            value = read(*args)
         except KernelError as error:
             self._warn(str(error))
             return None
+        if value is None and missing:
+            self._warn(missing)
+        return value
 
     def _warn(self, sentence: str) -> None:
         self._warnings[printable(sentence)] = None
 
-    def _required(self, missing: str, read: Callable[P, T | None], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what *read* returns; with a warning, *missing*, also where there is nothing to read."""
-        try:
-            value = read(*args, **kwargs)
-        except KernelError as error:
-            self._warn(str(error))
-            return None
-        if value is None:
-            self._warn(missing)
-        return value
-
     def _told(self, path: str, read: Callable[[Root], T | None]) -> T | None:
         """Return what *read* returns of a file that every machine has."""
-        return self._required(f"{files.under(self._root, path)} does not exist", read, self._root)
+        return self._fact(read, self._root, missing=f"{files.under(self._root, path)} does not exist")
 
     def _field(self, source: MemInfo | ProcessStatus | Limits | None, name: str) -> int | None:
         """Return a field of a file that parses itself when asked; None where there is no file."""
         if source is None:
             return None
-        return self._required(f"{source.path} does not tell {name}", getattr, source, name)
+        return self._fact(getattr, source, name, missing=f"{source.path} does not tell {name}")
 
     def _cgroups(self, placement: Placement | None) -> tuple[MemoryCgroup, ...]:
         if placement is None:
@@ -329,8 +320,8 @@ class _Reader:
         limits: list[tuple[Kind, int, Consequence]] = []
         kind: Kind = "memory.max" if group.version == 2 else "memory.limit_in_bytes"
         missing = f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?"
-        is_root = group.path == "/"  # the root of all has no limit
-        limit_bytes = self._fact(group.limit_bytes) if is_root else self._required(missing, group.limit_bytes)
+        # The root of all has no limit.
+        limit_bytes = self._fact(group.limit_bytes, missing="" if group.path == "/" else missing)
         high_bytes = self._fact(group.high_bytes)
         if limit_bytes is not None and limit_bytes < UNLIMITED:
             limits.append((kind, limit_bytes, "kill"))
@@ -351,8 +342,8 @@ class _Reader:
 
     def _usage_of(self, group: MemoryCgroup) -> tuple[int | None, tuple[int | None, int]]:
         silent = f"the cgroup at {group.directory} does not tell its"
-        used_bytes = self._required(f"{silent} usage", group.usage_bytes)
-        cache_bytes = self._required(f"{silent} file cache in memory.stat", group.file_cache_bytes)
+        used_bytes = self._fact(group.usage_bytes, missing=f"{silent} usage")
+        cache_bytes = self._fact(group.file_cache_bytes, missing=f"{silent} file cache in memory.stat")
         return used_bytes, cache_bytes or (None, 0)
 
     def _rlimit_constraints(self, own: ProcessStatus | None) -> Iterator[Constraint]:
@@ -387,9 +378,8 @@ class _Reader:
         known = [(kind, limit_bytes) for kind, limit_bytes in limits if limit_bytes not in {None, UNLIMITED}]
         if not known:
             return
-        missing = f"the cgroup at {group.directory} does not tell its use of swap"
         usage = group.swap_usage_bytes if group.version == 2 else group.memsw_usage_bytes
-        used_bytes = self._required(missing, usage)
+        used_bytes = self._fact(usage, missing=f"the cgroup at {group.directory} does not tell its use of swap")
         for kind, limit_bytes in known:
             headroom_bytes = None if used_bytes is None else max(0, limit_bytes - used_bytes)
             yield SwapLimit(kind, group.path, limit_bytes, used_bytes, headroom_bytes)
