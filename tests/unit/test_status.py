@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from memsafe import Constraint, MemoryStatus, memory_status
+from memsafe.testing import FakeKernel
 from tests.unit.proc_tree import GIB, HYBRID_MOUNT, MIB, V1_MOUNT, ProcTree
 
 if TYPE_CHECKING:
@@ -381,6 +382,54 @@ def test_an_empty_machine_is_all_none_and_says_why(tmp_path: Path) -> None:
     assert (status.commit.mode, status.process.rss_bytes) == (None, None)
     for name in ("meminfo", "self/status", "self/cgroup", "self/limits", "overcommit_memory", "oom_score", "score_adj"):
         assert any(name in warning for warning in status.warnings)
+
+
+SIZES = st.integers(0, 2**20).map(lambda pages: pages * 4096)
+LEVEL = st.fixed_dictionaries(
+    {
+        "limit": st.none() | SIZES,
+        "high": st.none() | SIZES,
+        "usage": SIZES,
+        "inactive_file": SIZES,
+        "swap": SIZES,
+        "swap_limit": st.none() | SIZES,
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    levels=st.lists(LEVEL, min_size=1, max_size=4), layout=st.sampled_from(["v2", "v1", "hybrid"]),
+    available=SIZES, swap_free=SIZES,
+)  # fmt: skip
+def test_what_is_left_is_the_least_of_all_however_they_are_nested(
+    tmp_path_factory: pytest.TempPathFactory,
+    levels: list[dict[str, Any]],
+    layout: Literal["v2", "v1", "hybrid"],
+    available: int,
+    swap_free: int,
+) -> None:
+    kernel = FakeKernel(tmp_path_factory.mktemp("machine"), layout=layout)
+    kernel.machine.set(total=2**33, free=0, available=available, swap_total=2**33, swap_free=swap_free)
+    path, left = "", []
+    usable = swap_free
+    for depth, level in enumerate(levels):
+        path += f"/{depth}"
+        kernel.cgroup(path, **level).join()
+        cache = min(level["inactive_file"], level["usage"])
+        limits = [level["limit"]] if layout != "v2" else [level["limit"], level["high"]]
+        left += [max(0, limit - level["usage"] + cache) for limit in limits if limit is not None]
+        if level["swap_limit"] is None:
+            continue
+        if layout == "v2":
+            usable = min(usable, max(0, level["swap_limit"] - level["swap"]))
+        elif level["limit"] is not None:  # of memory and swap together, which hold the usage and the swap
+            both = level["limit"] + level["swap_limit"] - level["usage"] - level["swap"]
+            left.append(max(0, both + min(level["inactive_file"], level["usage"] + level["swap"])))
+    status = memory_status(root=kernel.root)
+    assert status.warnings == ()
+    assert status.swap.available_bytes == usable
+    assert status.available_bytes == min([*left, available + usable])
 
 
 @settings(max_examples=100, deadline=None)
