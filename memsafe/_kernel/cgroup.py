@@ -167,7 +167,7 @@ class Placement:
             seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "not mounted"
             shown = f"shows the v{version} {controller} cgroup {member.path} of {told} ({seen})"
             return Located(None, (), f"no mount in {_mounts_path(self.root, self.pid)} {shown}")
-        levels = _levels(version, member.path, mount, self.root)
+        levels = _levels(version, member.path, mount, os.fspath(self.root))
         if version == 1:
             levels = _accounting_upwards(levels)
         elif not _has_controller(levels[-1], controller):
@@ -274,7 +274,7 @@ def parse_mount(line: str, file: str) -> Mount | None:
     return Mount(version, _unescape(before[3]), _unescape(before[4]), frozenset(after[2].split(",")))
 
 
-# Both texts change seldom and are asked for often: the same text need not be parsed twice.
+# Both texts change seldom and are asked for often: neither they nor what follows from them is worked out twice.
 @lru_cache(maxsize=2)
 def _memberships(text: bytes, path: str) -> tuple[Membership, ...]:
     return tuple(parse_membership(line, path) for line in os.fsdecode(text).split("\n") if line)
@@ -322,10 +322,13 @@ def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
         return exists, len(_relative(path, mount) or ""), at_home
 
     on_top = {mount.point: mount for mount in mounts}.values()  # a later mount covers an earlier one
-    return max((mount for mount in on_top if _relative(path, mount) is not None), key=rank, default=None)
+    showing = [mount for mount in on_top if _relative(path, mount) is not None]
+    # As a rule there is one: its directory need not be looked at.
+    return max(showing, key=rank) if len(showing) > 1 else next(iter(showing), None)
 
 
-def _levels(version: int, path: str, mount: Mount, root: Root) -> tuple[Cgroup, ...]:
+@lru_cache(maxsize=8)
+def _levels(version: int, path: str, mount: Mount, root: str) -> tuple[Cgroup, ...]:
     """Return the cgroup at *path* and each ancestor up to the root of *mount*."""
     base, point = mount.root.rstrip("/"), files.under(root, mount.point).rstrip("/")
     relative = _relative(path, mount) or ""
