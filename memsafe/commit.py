@@ -209,7 +209,8 @@ class _Judgement:
         if self._decision == "admit":
             self._say_admitted(tightest)
         if facts.problems:
-            self._reasons.append(f"What could not be read does not count here: {'; '.join(facts.problems)}.")
+            problems = "; ".join(dict.fromkeys(facts.problems))
+            self._reasons.append(f"What could not be read does not count here: {problems}.")
         return ForkAssessment(
             decision=self._decision,
             kernel_would_allow=allowed,

@@ -262,6 +262,7 @@ def test_nothing_known_is_nothing_admitted(tmp_path: Path) -> None:
     fork = assess_fork(root=tmp_path)
     assert (fork.decision, fork.kernel_would_allow, fork.headroom_bytes) == ("refuse", None, None)
     assert any("meminfo" in reason for reason in fork.reasons)
+    assert fork.reasons[-1].count("/self/status") == 1, "each problem is told once"
 
 
 def test_all_of_it_is_plain_data(tree: ProcTree) -> None:
