@@ -1,7 +1,8 @@
 """What runs in the guest: pytest, whose reports go to the host as lines of JSON over the second serial port.
 
-Messages are objects with ``what``: ``begin``; ``start`` and ``finish`` with the test's ``id``; ``report`` with pytest's
-own serialized ``report``; ``broken`` with a ``text`` where tests could not even begin; ``end``.
+Messages are objects with ``what``: ``begin``; ``start`` and ``finish`` with the test's ``id``, ``start`` also with the
+``timeout_s`` after which pytest-timeout fails it; ``report`` with pytest's own serialized ``report``; ``broken`` with a
+``text`` where tests could not even begin; ``end``.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ class Reporter:
     def pytest_runtestloop(self) -> None:
         self._channel.tell("begin")
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._channel.tell("start", id=nodeid)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        marker = item.get_closest_marker("timeout")
+        timeout_s = float(marker.args[0] if marker else self._config.getini("timeout"))
+        self._channel.tell("start", id=item.nodeid, timeout_s=timeout_s)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         plain = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
