@@ -13,7 +13,7 @@ import sys
 import termios
 import traceback
 import tty
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -40,15 +40,17 @@ class Channel:
 class Reporter:
     """A pytest plugin: tells everything to the host."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, unheard: TextIO) -> None:
         self._channel = channel
+        self._unheard = unheard
         self._config: pytest.Config
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         self._config = config
-        # The host's own speaks to people; without the plugin, the options of pyproject.toml would not be understood.
-        config.pluginmanager.unregister(name="terminalreporter")
+        # The host's own speaks to people. This one is there for pytest-timeout and for the options of pyproject.toml.
+        terminal = config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(type(terminal)(config, self._unheard), "terminalreporter")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -77,7 +79,8 @@ def main() -> None:
     try:
         with open(TASK) as file:
             arguments = json.load(file)
-        status = pytest.main(["-p", "no:cacheprovider", *arguments], [Reporter(channel)])
+        with open(os.devnull, "w") as unheard:
+            status = pytest.main(["-p", "no:cacheprovider", *arguments], [Reporter(channel, unheard)])
         if status not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
             channel.tell("broken", text=f"pytest ended with {status!r} in the guest: its output is on the console")
     except BaseException:
