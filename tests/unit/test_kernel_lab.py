@@ -1,11 +1,15 @@
-"""The lab of tests/kernel: what becomes of tests whose machine does not come up, or goes down."""
+"""The lab of tests/kernel: what becomes of tests whose machine does not come up, goes down or stands still."""
 
 import functools
+import lzma
+import os
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.kernel.lab import image, kernels, machine
 from tests.kernel.lab.kernels import Kernel
 from tests.kernel.lab.session import BOOTS_MAX, GRACE_S, BrokenError, GuestSession, Sessions
 
@@ -197,3 +201,70 @@ def test_what_breaks_in_a_sessions_thread_reaches_the_one_that_waits():
     with pytest.raises(IndexError):
         sessions.reports("a")
     assert list(sessions.close())
+
+
+# One machine
+
+
+def test_a_machine_is_switched_off_when_its_time_is_over_whatever_it_says(tmp_path, monkeypatch):
+    qemu = tmp_path / "qemu"
+    qemu.write_text("#!/bin/sh\nwhile :; do echo talking; sleep 0.01; done\n")
+    qemu.chmod(0o755)
+    monkeypatch.setattr(machine, "QEMU", str(qemu))
+    monkeypatch.setattr(machine, "CACHE", tmp_path)
+    monkeypatch.setattr(image, "write_initrd", lambda target, *_: target.touch())
+    with machine.Machine(KERNEL, ["task"]) as talking:
+        talking.allow(0.2)
+        *talk, last = talking
+    assert set(talk) == {"talking"}
+    assert last.startswith("switched off")
+    assert talking.overdue
+    assert [path for path in tmp_path.iterdir() if path != qemu] == []
+
+
+@pytest.mark.parametrize("value", [None, "1", "it's"])
+def test_that_skips_are_forbidden_holds_in_the_guest_too(value, monkeypatch):
+    monkeypatch.delenv("MEMSAFE_FORBID_SKIPS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MEMSAFE_FORBID_SKIPS", value)
+    script = image.script(["printenv", "MEMSAFE_FORBID_SKIPS"])
+    done = subprocess.run(["sh", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.stdout.strip() == (value or "")
+
+
+# Kernels
+
+
+def module(needed):
+    return b"\0license=GPL\0depends=" + ",".join(needed).encode() + b"\0name=x\0"
+
+
+def test_modules_come_after_those_that_they_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_MODULES", ("first-one", "last", "built-in"))
+    contents = {"last": ["middle", "first_one"], "middle": ["first_one"], "first-one": [], "other": []}
+    for name, needed in contents.items():
+        path = tmp_path / "lib" / name / f"{name}.ko"
+        path.parent.mkdir(parents=True)
+        if name == "middle":
+            path.with_suffix(".ko.xz").write_bytes(lzma.compress(module(needed)))
+        else:
+            path.write_bytes(module(needed))
+    found = list(kernels._modules(tmp_path))
+    assert [name for name, _ in found] == ["first_one", "middle", "last"]
+    assert found[1][1] == module(["first_one"])
+
+
+def test_a_kernel_that_cannot_be_had_is_told_with_where_from_and_the_old_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "CACHE", tmp_path)
+    monkeypatch.setattr(kernels.shutil, "which", lambda program: program)
+    (tmp_path / "trixie" / "modules").mkdir(parents=True)
+    (tmp_path / "trixie" / "vmlinuz-6.12.1").touch()
+
+    def fail(self, program, *arguments, **_):
+        raise kernels.UnavailableError("no route to host")
+
+    monkeypatch.setattr(kernels._Apt, "_run", fail)
+    with pytest.raises(kernels.UnavailableError, match=rf"of trixie .* from {kernels._MIRROR}: no route to host"):
+        kernels.fetch("trixie")
+    assert kernels.of_suite("trixie").release == "6.12.1"
+    assert os.listdir(tmp_path) == ["trixie"]

@@ -122,9 +122,6 @@ def write_initrd(target: Path, modules: Iterable[Path], command: Sequence[str], 
 
     The kernel's *modules* are there, and left to be loaded by whoever needs one. Thread-safe.
     """
-    passed_on = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    variables = [f"{name}={shlex.quote(value)}" for name, value in {"PYTHONPATH": ".", **passed_on}.items()]
-    words = ["cd", str(PROJECT), "&&", *variables, "exec", *map(shlex.quote, command)]
     with _one_at_a_time:
         shutil.copyfile(base(), target)
         for part in _PROJECT_PARTS:
@@ -139,9 +136,16 @@ def write_initrd(target: Path, modules: Iterable[Path], command: Sequence[str], 
         archive.folder(MODULES)
         for module in modules:
             archive.file(f"{MODULES}/{module.name}", module.read_bytes())
-        archive.file(COMMAND, " ".join(words).encode() + b"\n")
+        archive.file(COMMAND, script(command).encode())
         archive.file(TASK, json.dumps(work).encode())
         archive.close()
+
+
+def script(command: Sequence[str]) -> str:
+    """Return what the guest's shell is to do, to run *command* as it would run here."""
+    variables = {"PYTHONPATH": ".", **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}}
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    return f"cd {shlex.quote(str(PROJECT))} || exit\n{exports}exec {shlex.join(command)}\n"
 
 
 def _write_base(archive: Archive, busybox: str, paths: Iterable[str]) -> None:
