@@ -165,7 +165,7 @@ class Lab:
     def close(self):
         """Switch the machines off; return a line about each kernel's boots."""
         sessions, self._sessions = self._sessions, None
-        return list(sessions.close()) if sessions is not None else []
+        return sessions.close() if sessions is not None else []
 
     def summarize(self, terminal):
         for name, rows in self._tables.items():

@@ -87,8 +87,9 @@ class GuestSession:
     def stop(self) -> None:
         """End what runs, from any thread: whoever waits for reports gets a BrokenError, now and ever after."""
         self._stopped.set()
-        if self._machine is not None:
-            self._machine.kill()
+        machine = self._machine
+        if machine is not None:
+            machine.kill()
 
     def _take(self, message: dict[str, Any]) -> None:
         assert self._machine is not None
@@ -187,13 +188,15 @@ class Sessions:
         reports: list[dict[str, Any]] = outcome
         return reports
 
-    def close(self) -> Iterator[str]:
-        """Switch all machines off; yield a line about each kernel's boots."""
+    def close(self) -> list[str]:
+        """Switch all machines off; return a line about each kernel's boots."""
         for _, session in self._begun:
             session.stop()
         self._pool.shutdown(cancel_futures=True)
-        for name, session in self._begun:
-            yield f"kernel {name}: {session.boots} boots, {session.boots_failed} of them failed before a test began"
+        return [
+            f"kernel {name}: {session.boots} boots, {session.boots_failed} of them failed before a test began"
+            for name, session in self._begun
+        ]
 
     def _run(self, session: GuestSession, ids: Sequence[str]) -> None:
         for test_id in ids:
