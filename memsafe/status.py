@@ -240,7 +240,7 @@ def memory_status(*, root: Root = "/") -> MemoryStatus:
 
 
 def status_once(root: Root) -> MemoryStatus:
-    """Return memory_status(), and keep nothing open: for who asks seldom, or reads ahead by other means."""
+    """Return memory_status() without keeping anything open: for who asks seldom, or keeps files of his own."""
     return _Reader(root).status()
 
 
