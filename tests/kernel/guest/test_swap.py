@@ -97,3 +97,25 @@ def test_a_cgroup_that_may_not_swap_has_the_headroom_of_memory_max_alone(group, 
     for plain in (before, after):
         assert plain["binding"]["kind"] == "memory.max"
         assert plain["available_bytes"] < 96 * MIB - HELD
+
+
+def test_limits_on_swap_are_told_and_bound_what_physical_memory_counts_of_it(group, swap):
+    group["memory.swap.max"] = 24 * MIB
+    own = group.child("own", memory_swap_max=16 * MIB, memory_swap_high=8 * MIB)
+    free = child.run(status)
+    limited = child.run(status, cgroup=own)
+    own["memory.swap.max"] = 0
+    forbidden = child.run(status, cgroup=own)
+    name = f"/{group.path.name}"
+    assert [(limit["kind"], limit["path"], limit["limit_bytes"]) for limit in limited["swap"]["limits"]] == [
+        ("memory.swap.max", f"{name}/own", 16 * MIB),
+        ("memory.swap.high", f"{name}/own", 8 * MIB),
+        ("memory.swap.max", name, 24 * MIB),
+    ]
+    counted = [plain["swap"]["available_bytes"] for plain in (free, limited, forbidden)]
+    assert counted == [free["swap"]["free_bytes"], 16 * MIB, 0]
+    bare_bytes = constraint(forbidden, "physical")["limit_bytes"]
+    limits = [constraint(plain, "physical")["limit_bytes"] - bare_bytes for plain in (free, limited)]
+    assert limits == [free["swap"]["total_bytes"], 16 * MIB]
+    assert free["swap"]["limits"] == []
+    assert limited["warnings"] == forbidden["warnings"] == []
