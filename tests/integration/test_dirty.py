@@ -195,6 +195,27 @@ def test_a_method_that_there_is_none_of_is_refused():
         memsafe.DirtyMeter("guess")
 
 
+def inherited_meter(method):
+    """Ask the parent's meter in a forked child, which may have one of its own."""
+    meter = memsafe.DirtyMeter(method)
+    pid = os.fork()
+    if not pid:
+        own = memsafe.DirtyMeter(method)
+        try:
+            meter.read()
+        except ValueError:
+            os._exit(own.read().dirty_bytes < 0)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    meter.close()
+    return {"status": status}
+
+
+@pytest.mark.parametrize("method", [None, "minor-faults"])
+def test_in_a_forked_child_the_parents_meter_is_closed(method):
+    assert scenario.run(inherited_meter, method)["status"] == 0
+
+
 def closed_meter():
     meter = memsafe.DirtyMeter()
     meter.close()
