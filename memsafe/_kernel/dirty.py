@@ -21,7 +21,7 @@ REFUSALS = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES,
 
 
 class DirtyPages:
-    """Counts the private pages that were written since it was made, or restarted. One at a time in a process.
+    """Counts the private pages that were written since it was made. One at a time in a process.
 
     Raises:
         KernelError: This kernel cannot, or does not let this process; see REFUSALS.
@@ -34,14 +34,6 @@ class DirtyPages:
         check(lib.ms_dirty_open(METHODS[method], self._native), f"count written pages by {method}")
         self._open = True
         _meters.add(self)
-
-    def restart(self) -> None:
-        """Count from now on.
-
-        Raises:
-            KernelError: The kernel refused.
-        """
-        check(lib.ms_dirty_restart(self._native), "protect pages anew")
 
     def count_bytes(self) -> int:
         """Return the bytes of the pages that were written since; of memory that is new, all that is there.
