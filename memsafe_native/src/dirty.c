@@ -159,7 +159,8 @@ struct wanted {
     uint64_t none; /* and must not have */
 };
 
-/* Add up the pages of a range that are there and wanted; of a mapping that is gone there are none. Returns 0 or -errno. */
+/* Add up the pages of a range that are there and wanted; of a mapping that is gone there are none. Returns 0 or -errno.
+ */
 static int scan(int pagemap_fd, const struct range *range, struct wanted wanted, uint64_t *sum)
 {
     struct scan_region regions[REGIONS];
