@@ -10,6 +10,8 @@ for the last time opens nothing at all. What is kept is never trusted blindly:
 - a process that is moved finds other paths in /proc/self/cgroup, which is read each time;
 - mounts that change are told by poll() on /proc/self/mountinfo (proc(5)); another mount namespace or another root
   directory, of which that descriptor would know nothing, by the mount and the inode of /;
+- in another cgroup namespace mountinfo shows other roots though no mount changed; but then /proc/self/cgroup shows
+  another path too;
 - a descriptor that somebody else closed, and whose number is now another file's, is told by its inode;
 - a file that is not there is not tried again for some seconds, or until any of the above happens;
 - a forked child forgets them all: /proc/self is bound to the process that opened it.
@@ -41,6 +43,7 @@ BELIEVE_S = 10.0
 _BUFFER_BYTES = 128 * 1024
 _BUFFER_BYTES_MAX = 4 * 1024 * 1024  # the mountinfo of twenty thousand mounts
 _MOUNTINFO = "/proc/self/mountinfo"
+_MEMBERSHIP = "/proc/self/cgroup"
 _PLACES = ("/",) if lib.ms_kept_tells_mounts() else ("/", "/proc/self/ns/mnt")
 
 
@@ -61,6 +64,8 @@ class KeptFiles:
         self._mountinfo = (files.under(root, _MOUNTINFO), lib.MS_KEPT_WATCH)
         self._places = [(files.under(root, place), lib.MS_KEPT_STAT) for place in _PLACES]
         self._mountinfo_text: bytes | None = None
+        self._membership = (files.under(root, _MEMBERSHIP), lib.MS_KEPT_READ)
+        self._membership_text: bytes | None = None
         self._held: tuple[tuple[str, int], ...] = ()
         self._asked: dict[tuple[str, int], None] = {}
         self._lock = threading.Lock()
@@ -87,6 +92,10 @@ class KeptFiles:
                 lib.ms_kept_read(self.native)
             self._read_already = False
             self._take()
+            if self._was_moved():
+                self.close()
+                lib.ms_kept_read(self.native)
+                self._take()
             always = dict.fromkeys((*self._places, *self._held))
             self._asked = {**always}
             files.ahead.reader = self
@@ -150,10 +159,21 @@ class KeptFiles:
     def _take(self) -> None:
         """Take what was just read. The mounts are read but once, until they change."""
         self._found = ffi.unpack(self._answers, len(self._answers))
-        index = self._known.get(self._mountinfo)
-        if index is not None and self._found[2 * index] >= 0:
-            result, offset = self._found[2 * index : 2 * index + 2]
-            self._mountinfo_text = bytes(self._bytes[offset : offset + result])
+        self._mountinfo_text = self._text(self._mountinfo) or self._mountinfo_text
+
+    def _was_moved(self) -> bool:
+        """Whether this process is in another cgroup, or in another cgroup namespace, than when last asked."""
+        before = self._membership_text
+        self._membership_text = self._text(self._membership) or before
+        return before is not None and self._membership_text != before
+
+    def _text(self, key: tuple[str, int]) -> bytes | None:
+        """Return what was just read of what is kept, None where nothing was."""
+        index = self._known.get(key)
+        if index is None or self._found[2 * index] < 0:
+            return None
+        result, offset = self._found[2 * index : 2 * index + 2]
+        return bytes(self._bytes[offset : offset + result])
 
     def _learn(self, asked: dict[tuple[str, int], Any]) -> None:
         """Keep what was *asked* for, and nothing else; the next reading opens it."""
