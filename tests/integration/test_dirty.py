@@ -196,10 +196,13 @@ def test_a_method_that_there_is_none_of_is_refused():
 
 
 def inherited_meter(method):
-    """Ask the parent's meter in a forked child, which may have one of its own."""
+    """Ask the parent's meter in a forked child, which may have one of its own, and knows of no rate."""
     meter = memsafe.DirtyMeter(method)
+    meter.read()
     pid = os.fork()
     if not pid:
+        if memsafe.assess_fork().forecast_source != "private memory":
+            os._exit(3)
         own = memsafe.DirtyMeter(method)
         try:
             meter.read()
