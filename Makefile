@@ -49,7 +49,7 @@ fuzz: $(VENV)/.fuzz ## fuzz the readers of the kernel's files, FUZZ_SECONDS (600
 	nice $(PY) -m tests.fuzz
 
 test-kernel: build ## run the kernel tests in virtual machines; KERNEL=6.1 K=memory_events for one on one kernel
-	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-k '$(K)') \
+	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-s -k '$(K)') \
 		$(if $(SEED),--seed '$(SEED)') $(PYTEST_ARGS)
 
 fetch-kernels: build ## fetch the newest kernels to run them on

@@ -55,6 +55,9 @@ class KeptFiles:
     Args:
         root: The directory that stands for "/".
         believe_s: How long a file that could not be opened is not tried again.
+
+    Attributes:
+        native: The ms_kept_set, for native code that reads it before a reading(); see was_read().
     """
 
     def __init__(self, root: Root, *, believe_s: float = BELIEVE_S) -> None:

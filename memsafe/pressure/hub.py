@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("memsafe.pressure")
 
-_PLENTY_BYTES = 8 * RESERVE_BYTES
+# So much must be left for memory to be taken for the next look: it must not be that which fills the cgroup, even if
+# others take more meanwhile. A sixteenth of the limit, within bounds.
+_PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
 
 
 class Hub:
@@ -68,8 +70,12 @@ class Hub:
         self._poll_after_s = delay_s
 
     def provide(self, status: MemoryStatus) -> None:
-        """Hold memory for the next look, if there is some to be had."""
-        if status.available_bytes is None or status.available_bytes > _PLENTY_BYTES:
+        """Hold memory for the next look, if there is plenty."""
+        tightest = status.binding
+        if tightest is None or tightest.headroom_bytes is None:
+            return
+        plenty_bytes = min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)
+        if tightest.headroom_bytes > plenty_bytes:
             self._reserve.take()
 
     def choose(self, status: MemoryStatus) -> bool:

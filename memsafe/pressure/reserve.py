@@ -14,7 +14,7 @@ RESERVE_BYTES = _BYTES_PER_SIZE * (len(_SMALL_BYTES) + 2) + _LARGE_BYTES
 
 
 class BlockReserve:
-    """Blocks of every small size and a large one, taken while there is memory, given to the allocators before a look.
+    """Free blocks of every size, made sure of while there is memory, and given to the allocators before a look.
 
     A look allocates some hundred small objects, and texts of some kilobytes, and frees them. Where the free blocks were
     used up meanwhile, the allocator would begin a page that was never written; the kernel charges that to the cgroup,
@@ -23,17 +23,24 @@ class BlockReserve:
     """
 
     def __init__(self) -> None:
+        self._pins: list[object] = []
         self._blocks: list[object] = []
 
     def take(self) -> None:
         """Hold the blocks; where they are held already, a no-op."""
         if self._blocks:
             return
-        self._blocks = [_block(size) for size in _SMALL_BYTES for _ in range(_BYTES_PER_SIZE // size)]
+        first = not self._pins
+        for size in _SMALL_BYTES:
+            # One of each is never given back: a pool that is all free could become another size's, or the kernel's.
+            if first:
+                self._pins.append(_block(size))
+            self._blocks += [_block(size) for _ in range(_BYTES_PER_SIZE // size)]
         # An object takes 16 bytes and a complex 32: too small for bytes, and the interpreter recycles neither.
         self._blocks += [object() for _ in range(_BYTES_PER_SIZE // 16)]
         self._blocks += [complex(number) for number in range(_BYTES_PER_SIZE // 32)]
-        self._blocks.append(_block(_LARGE_BYTES))
+        # No other thread takes this one, and it stays written: it need not be held.
+        _block(_LARGE_BYTES)
 
     def give(self) -> None:
         """Give the blocks back; allocates nothing."""

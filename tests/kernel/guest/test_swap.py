@@ -23,6 +23,16 @@ def constraint(plain, kind):
     return found
 
 
+def used_swap_bytes(plain):
+    """What counts against the topmost limit on swap."""
+    return plain["swap"]["limits"][-1]["used_bytes"]
+
+
+def meminfo_bytes(name):
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
 def held_status():
     """The status of a process that holds HELD bytes which no compressor can make much of."""
     if not _held:
@@ -33,14 +43,19 @@ def held_status():
 
 
 def test_swap_adds_to_the_headroom_of_physical_memory(swap):
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total_bytes, swap_bytes = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    swap_bytes = meminfo_bytes("SwapTotal")
     assert swap_bytes == SWAP_BYTES - mmap.PAGESIZE, "the first page is its header"
     with child.asking(status) as ask:
-        on = constraint(ask(), "physical")
+        told = ask()
         swap.off()
-        off = constraint(ask(), "physical")
-    assert (on["limit_bytes"], off["limit_bytes"]) == (total_bytes + swap_bytes, total_bytes)
+        on, off = constraint(told, "physical"), constraint(ask(), "physical")
+    assert told["swap"]["total_bytes"] == swap_bytes
+    assert told["swap"]["available_bytes"] == told["swap"]["free_bytes"] > swap_bytes - MIB
+    assert told["swap"]["limits"] == []
+    assert (on["limit_bytes"], off["limit_bytes"]) == (
+        meminfo_bytes("MemTotal") + swap_bytes,
+        meminfo_bytes("MemTotal"),
+    )
     assert abs(on["headroom_bytes"] - off["headroom_bytes"] - swap_bytes) < 16 * MIB
 
 
@@ -60,6 +75,26 @@ def test_what_is_swapped_out_is_told_and_leaves_room_in_the_cgroup(group, swap):
     anonymous_bytes = [plain["process"]["anonymous_bytes"] for plain in (before, after)]
     assert anonymous_bytes[1] < anonymous_bytes[0] - 16 * MIB
     assert after["warnings"] == []
+
+
+def test_limits_on_swap_are_told_and_the_tightest_of_them_bounds_what_swap_is_good_for(group, swap):
+    group["memory.swap.max"] = 24 * MIB
+    own = group.child("own", memory_max=256 * MIB, memory_swap_max=64 * MIB, memory_swap_high=48 * MIB)
+    with child.asking(held_status, cgroup=own) as ask:
+        before = ask()
+        own.reclaim(16 * MIB)
+        after = ask()
+    top, name = f"/{group.path.name}", f"/{group.path.name}/own"
+    for plain in (before, after):
+        assert [(limit["kind"], limit["path"], limit["limit_bytes"]) for limit in plain["swap"]["limits"]] == [
+            ("memory.swap.max", name, 64 * MIB),
+            ("memory.swap.high", name, 48 * MIB),
+            ("memory.swap.max", top, 24 * MIB),
+        ]
+        assert plain["swap"]["available_bytes"] == 24 * MIB - used_swap_bytes(plain)
+        assert constraint(plain, "physical")["limit_bytes"] == meminfo_bytes("MemTotal") + 24 * MIB
+    assert used_swap_bytes(before) == 0
+    assert used_swap_bytes(after) > 8 * MIB
 
 
 def hold(size_bytes):
@@ -97,3 +132,5 @@ def test_a_cgroup_that_may_not_swap_has_the_headroom_of_memory_max_alone(group, 
     for plain in (before, after):
         assert plain["binding"]["kind"] == "memory.max"
         assert plain["available_bytes"] < 96 * MIB - HELD
+        assert plain["swap"]["available_bytes"] == 0
+        assert constraint(plain, "physical")["limit_bytes"] == meminfo_bytes("MemTotal")
