@@ -276,6 +276,18 @@ def test_directories_are_told_from_files_and_from_nothing(keeping: KeptFiles, tm
             assert [files.is_directory(str(path)) for path in paths] == [True, False, False]
 
 
+def test_mounts_that_did_not_fit_are_read_again_where_there_is_room() -> None:
+    keeping, path = KeptFiles("/"), Path("/proc/self/mountinfo")
+    for _ in range(2):
+        look(keeping, path)
+    capacity, keeping.native.capacity = keeping.native.capacity, 8
+    keeping.close()
+    lib.ms_kept_read(keeping.native)
+    keeping.native.capacity = capacity
+    assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
+    keeping.close()
+
+
 def test_the_mounts_are_told_each_time_though_read_once() -> None:
     keeping = KeptFiles("/")
     path = Path("/proc/self/mountinfo")
