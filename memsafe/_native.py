@@ -12,6 +12,7 @@ _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
 BudgetCore = _types["BudgetCore"]
+Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 fork = _types["fork"]
@@ -29,4 +30,4 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "lib", "object_heap_bytes"]
+__all__ = ["BudgetCore", "Claim", "RegionCore", "Reservation", "check", "ffi", "fork", "lib", "object_heap_bytes"]
