@@ -51,7 +51,7 @@ class Refusal:
         ranking = ranking_of(self.refused_by)
         held = ", ".join(f"{path} {format_size(used_bytes)}" for path, used_bytes in ranking.consumers) or "nobody"
         when = f" ({ranking.age_s:.1f} s ago)" if ranking.age_s >= 0.1 else ""
-        waited = "" if self.waited_s is None else f" within {self.waited_s:.3g} s"
+        waited = "" if self.waited_s is None else f" within {self.waited_s:.2f} s"
         sentences = [
             f"budget {self.budget.path!r} cannot reserve {format_size(self.requested_bytes)}{waited}: "
             f"{self.refused_by.path!r} has {format_size(available_bytes)} of {format_size(limit_bytes)} left; "
@@ -93,7 +93,7 @@ def _who_waits(waiters: tuple[Waiter, ...], waited_s: float | None) -> list[str]
     if not waiters:
         return []
     told = ", ".join(
-        f"{waiter.path} for {format_size(waiter.requested_bytes)} since {waiter.waited_s:.3g} s, "
+        f"{waiter.path} for {format_size(waiter.requested_bytes)} since {waiter.waited_s:.2f} s, "
         f"while it holds {format_size(waiter.held_bytes)}"
         for waiter in waiters[:_WAITERS_TOLD]
     )

@@ -307,6 +307,7 @@ class _Mailbox:
     def close(self) -> None:
         if not self._loop.is_closed():
             self._loop.remove_reader(lib.ms_mailbox_fd(self._native))
+        ffi.release(self._native)
 
 
 def _wake(future: Future[None]) -> None:

@@ -259,7 +259,7 @@ int64_t ms_budget_close(ms_budget *budget)
     ms_budget *parent = parent_of(budget);
     if (parent && COUNT(before))
         give_back(parent, COUNT(before), NULL);
-    ms_line_dismiss(budget, -ESHUTDOWN);
+    ms_line_weed(budget);
     return COUNT(before);
 }
 

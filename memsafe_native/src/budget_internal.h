@@ -60,7 +60,7 @@ int ms_budget_charge_by(ms_budget *budget, int64_t n, const ms_budget *stop, enu
 /* Bytes were given back at a level where somebody waits. Takes the lock of the line. */
 void ms_line_serve(ms_budget *budget);
 
-/* Fail the claims at and below budget with -errno. Takes the lock of the line. */
-void ms_line_dismiss(ms_budget *budget, int error);
+/* The budget was closed: fail the claims that wait for it. Takes the lock of the line. */
+void ms_line_weed(ms_budget *budget);
 
 #endif

@@ -166,12 +166,18 @@ static ms_budget *ancestor(ms_budget *budget, int level)
     return budget;
 }
 
-/* Whether a level would refuse n bytes even if it were empty: -errno, else 0. */
-static int hopeless(const ms_budget *level, int64_t n)
+/* Why the claim can never be granted, as things are: -errno; else 0. */
+static int hopeless(const ms_claim *claim)
 {
-    if (atomic_load(&level->aborted))
-        return -ECANCELED;
-    return n > atomic_load(&level->limit) ? -E2BIG : 0;
+    for (const ms_budget *at = claim->budget; at; at = parent_of(at)) {
+        if (atomic_load(&at->used) & CLOSED)
+            return -ESHUTDOWN;
+        if (atomic_load(&at->aborted))
+            return -ECANCELED;
+        if (claim->n > atomic_load(&at->limit))
+            return -E2BIG;
+    }
+    return 0;
 }
 
 /* Have the claim take its bytes. Returns NULL when it has left the line, with them or without hope; else the level
@@ -186,12 +192,11 @@ static ms_budget *attempt(ms_claim *claim, ms_budget *root)
             leave(claim, root, MS_CLAIM_GRANTED);
             return NULL;
         }
-        ms_budget *level = ancestor(claim->budget, up);
-        int error = result == -ENOMEM ? hopeless(level, claim->n) : result;
-        if (error) {
-            leave(claim, root, error);
+        if (result != -ENOMEM) {
+            leave(claim, root, result);
             return NULL;
         }
+        ms_budget *level = ancestor(claim->budget, up);
         if (claim->held_up == level)
             return level;
         hold_up(claim, level); /* and look again: what was given back before this was not announced */
@@ -231,23 +236,22 @@ void ms_line_serve(ms_budget *budget)
     unlock();
 }
 
-static int is_below(const ms_budget *budget, const ms_budget *above)
+/* Something that makes claims hopeless may have happened: fail those, then serve the others. */
+static void weed(ms_budget *root)
 {
-    while (budget && budget != above)
-        budget = parent_of(budget);
-    return budget != NULL;
-}
-
-void ms_line_dismiss(ms_budget *budget, int error)
-{
-    lock();
-    ms_budget *root = root_of(budget);
     for (ms_claim *claim = root->first, *next; claim; claim = next) {
+        int error = hopeless(claim);
         next = claim->in[LINE].next;
-        if (is_below(claim->budget, budget))
+        if (error)
             leave(claim, root, error);
     }
     serve(root);
+}
+
+void ms_line_weed(ms_budget *budget)
+{
+    lock();
+    weed(root_of(budget));
     unlock();
 }
 
@@ -256,7 +260,7 @@ void ms_budget_set_limit(ms_budget *budget, int64_t limit)
     lock();
     atomic_store(&budget->limit, limit);
     renew_gate(budget);
-    serve(root_of(budget));
+    weed(root_of(budget));
     unlock();
 }
 
@@ -265,8 +269,8 @@ void ms_budget_abort(ms_budget *budget)
     lock();
     atomic_store(&budget->aborted, 1);
     renew_gate(budget);
+    weed(root_of(budget));
     unlock();
-    ms_line_dismiss(budget, -ECANCELED);
 }
 
 ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64_t token)
@@ -283,7 +287,11 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
     ms_budget *root = root_of(budget);
     append(&everyone, claim, EVERYONE);
     append(&root->first, claim, LINE);
-    serve(root);
+    int error = hopeless(claim);
+    if (error)
+        leave(claim, root, error);
+    else
+        serve(root);
     if (!claim->held_up && atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
         hold_up(claim, root); /* which is full: the look did not get to the end */
     unlock();
