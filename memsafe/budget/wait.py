@@ -226,7 +226,8 @@ def _ask_reclaimers(claim: Claim, asynchronous: bool) -> Generator[_Ask | _Pause
                 continue
             asked = True
             if not entry.begin():
-                yield from _join(entry, claim)
+                if not (yield from _join(entry, claim)):
+                    stalled.add(entry)
                 continue
             before = claim.shortfall()
             try:
@@ -240,12 +241,18 @@ def _ask_reclaimers(claim: Claim, asynchronous: bool) -> Generator[_Ask | _Pause
             return
 
 
-def _join(entry: ReclaimerEntry, claim: Claim) -> Generator[_Pause, int | None, None]:
-    """Wait for a reclaimer that is at work for somebody else: what it frees is shared out along the line."""
+def _join(entry: ReclaimerEntry, claim: Claim) -> Generator[_Pause, int | None, bool]:
+    """Wait for a reclaimer that is at work for somebody else: what it frees is shared out along the line.
+
+    Returns whether it has ended.
+    """
     until_s = time.monotonic() + _JOIN_MAX_S
     if entry.join(claim):
-        while claim.in_line and entry.is_running and (left_s := until_s - time.monotonic()) > 0:
+        while claim.in_line and entry.is_running:
+            if (left_s := until_s - time.monotonic()) <= 0:
+                return False
             yield _Pause(left_s)
+    return True
 
 
 def _wait(claim: Claim, until_s: float) -> Generator[_Pause, int | None, float]:
