@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 from warnings import warn
 
-from memsafe._native import BudgetCore, Reservation
+from memsafe._native import BudgetCore, Reservation, current_budget_by
 from memsafe.budget import policy, reclaim, report, wait
 from memsafe.budget.policy import NO_POLICY
 from memsafe.budget.refusal import Refusal
@@ -41,6 +41,7 @@ _log = logging.getLogger("memsafe.budget")
 # The budget whose block this code runs in, by itself because current_budget() must be fast; and all of the blocks.
 _current: ContextVar[Budget | None] = ContextVar("memsafe.current_budget", default=None)
 _scope: ContextVar[_Scope | None] = ContextVar("memsafe.budget.scope", default=None)
+current_budget = current_budget_by(_current.get)
 
 
 class _Scope(NamedTuple):
@@ -570,14 +571,6 @@ class Budget(BudgetCore):
 
     def __reduce__(self) -> Any:
         raise TypeError("a Budget belongs to one process: it cannot be pickled or copied")
-
-
-def current_budget() -> Budget | None:
-    """Return the budget whose ``with`` block this code runs in, None outside of any.
-
-    Context-local: asyncio tasks and asyncio.to_thread inherit it, new threads do not.
-    """
-    return _current.get()
 
 
 def _or_raise(outcome: T | Refusal) -> T:

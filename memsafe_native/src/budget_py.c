@@ -361,11 +361,41 @@ static PyType_Spec core_spec = {
     .slots = core_slots,
 };
 
+PyDoc_STRVAR(current_budget_doc,
+             "current_budget()\n--\n\n"
+             "Return the budget whose ``with`` block this code runs in, None outside of any.\n\n"
+             "Context-local: asyncio tasks and asyncio.to_thread inherit it, new threads do not.\n");
+
+/* self is the bound get() of the context variable: the limited API has none of those. */
+static PyObject *current_budget(PyObject *get, PyObject *Py_UNUSED(none))
+{
+    return PyObject_CallNoArgs(get);
+}
+
+PyDoc_STRVAR(current_budget_by_doc, "current_budget_by(get, /)\n--\n\n"
+                                    "memsafe.current_budget() on a context variable's get(): half the price of one\n"
+                                    "in Python.\n");
+
+static PyObject *current_budget_by(PyObject *Py_UNUSED(module), PyObject *get)
+{
+    static PyMethodDef method = {"current_budget", current_budget, METH_NOARGS, current_budget_doc};
+    return PyCFunction_New(&method, get);
+}
+
+static int add_current_budget_by(PyObject *dict)
+{
+    static PyMethodDef method = {"current_budget_by", current_budget_by, METH_O, current_budget_by_doc};
+    PyObject *function = PyCFunction_New(&method, NULL);
+    int failed = !function || PyDict_SetItemString(dict, method.ml_name, function);
+    Py_XDECREF(function);
+    return failed;
+}
+
 int ms_budget_py_add(PyObject *dict)
 {
     if (!ms_budget_type)
         ms_budget_type = (PyTypeObject *)PyType_FromSpec(&core_spec);
     if (!ms_budget_type || PyDict_SetItemString(dict, "BudgetCore", (PyObject *)ms_budget_type))
         return -1;
-    return ms_reservation_py_add(dict) || ms_claim_py_add(dict) ? -1 : 0;
+    return ms_reservation_py_add(dict) || ms_claim_py_add(dict) || add_current_budget_by(dict) ? -1 : 0;
 }
