@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WAITERS_TOLD = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: try_reserve() makes many, and that would triple the price
 class Refusal:
     """The outcome of a request that nobody could make room for.
 

@@ -370,11 +370,14 @@ class Budget(BudgetCore):
             _or_raise(wait.make_room(self, refusal, lambda: reservation._move_once(self)))
 
     def _raise_if_unusable(self) -> None:
-        for budget in self._upwards():
-            if (reason := budget._policy.abort_reason) is not None:
+        budget: Budget | None = self
+        while budget is not None:
+            if budget.aborted:
+                reason = budget._policy.abort_reason
                 raise BudgetAbortedError(f"budget {budget.path!r} was aborted: {reason}")
             if budget.closed:
                 raise BudgetClosedError(f"budget {budget.path!r} was closed")
+            budget = budget.parent
 
     # ------------------------------------------------------------------------------------------------ reclaiming
 

@@ -35,7 +35,7 @@ _ROUNDS_MAX = 8
 _JOIN_MAX_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Ask:
     """Run a reclaimer; answered with what it says that it freed."""
 
@@ -43,7 +43,7 @@ class _Ask:
     need_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pause:
     """Sleep until the claim has something to see, at most so long."""
 
@@ -97,7 +97,7 @@ def obtain(budget: Budget, size_bytes: int, timeout_s: float | None = None) -> R
     outcome = at_once(budget, size_bytes)
     if not isinstance(outcome, Refusal):
         return outcome
-    if not _is_worth_it(outcome, timeout_s, asynchronous=False):
+    if not _is_worth_it(outcome, timeout_s):
         return outcome.count()
     claim = budget._stand_in_line(size_bytes, 0, 0)
     with closing(_course(claim, timeout_s, asynchronous=False)) as course:
@@ -120,7 +120,7 @@ async def obtain_async(budget: Budget, size_bytes: int, timeout_s: float | None 
     outcome = at_once(budget, size_bytes)
     if not isinstance(outcome, Refusal):
         return outcome
-    if not _is_worth_it(outcome, timeout_s, asynchronous=True):
+    if not _is_worth_it(outcome, timeout_s):
         return outcome.count()
     with _mailbox() as mailbox:
         claim = mailbox.stand_in_line(budget, size_bytes)
@@ -163,11 +163,11 @@ def make_room(budget: Budget, refusal: Refusal, attempt: Callable[[], int | None
     return refusal.count()
 
 
-def _is_worth_it(refusal: Refusal, timeout_s: float | None, *, asynchronous: bool) -> bool:
+def _is_worth_it(refusal: Refusal, timeout_s: float | None) -> bool:
     """Whether reclaiming or waiting could turn a refusal into a reservation."""
     if refusal.remark or not _could_fit(refusal):
         return False
-    return bool(timeout_s) or any(asynchronous or not entry.is_async for _, entry in reclaim.below(refusal.refused_by))
+    return bool(timeout_s) or bool(refusal.budget._root()._policy.registry)
 
 
 def _could_fit(refusal: Refusal) -> bool:
@@ -177,10 +177,12 @@ def _could_fit(refusal: Refusal) -> bool:
 
 def _too_small(budget: Budget, size_bytes: int) -> Budget | None:
     """Return the topmost budget whose limit is below *size_bytes*."""
-    found = None
-    for level in budget._upwards():
-        if (limit_bytes := level.limit_bytes) is not None and limit_bytes < size_bytes:
+    found: Budget | None = None
+    level: Budget | None = budget
+    while level is not None:
+        if (limit_bytes := level._limit) is not None and limit_bytes < size_bytes:
             found = level
+        level = level.parent
     return found
 
 
