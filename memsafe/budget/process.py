@@ -49,6 +49,8 @@ class ProcessBudget(Budget):
 
     __slots__ = ("_kernel_root", "_looked_at_s", "_sizing", "_watch", "fraction")
 
+    _kernel_root: Root
+
     def __init__(self, fraction: float = 0.9, *, name: str = "process", root: Root = "/") -> None:
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1: {fraction!r}")

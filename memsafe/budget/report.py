@@ -224,7 +224,7 @@ def report_of(budget: Budget, path: str) -> BudgetReport:
 def drift_of(root: Budget) -> Drift | None:
     """Compare what a tree holds with what the kernel says of the process."""
     try:
-        own = process.status("/")
+        own = process.status(root._kernel_root)
         anonymous_bytes = None if own is None else own.anonymous_bytes
         swap_bytes = None if own is None else own.swap_bytes
     except KernelError:

@@ -90,6 +90,8 @@ class Budget(BudgetCore):
 
     __slots__ = ("__weakref__", "_children", "_policy", "name", "parent")
 
+    _kernel_root: Root = "/"  # whose process this tree accounts for
+
     def __init__(self, limit: Size | None = None, *, name: str = "budget", soft_limit: Size | None = None) -> None:
         self._open(None, name, limit, soft_limit)
 
