@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from memsafe import Budget, BudgetClosedError, BudgetExceededError, ReservationClosedError
 
@@ -107,6 +107,11 @@ class BudgetTree(RuleBasedStateMachine):
         self.result = call()
         return True
 
+    @initialize(target=budgets)
+    def a_tree(self):
+        root = self.root(100)
+        return multiple(root, self.child(root, 60), self.child(root, None))
+
     @rule(target=budgets, limit=LIMITS)
     def root(self, limit):
         self.all.append(Model(Budget(limit, name="root"), None, limit))
@@ -192,7 +197,7 @@ class BudgetTree(RuleBasedStateMachine):
         model.budget.limit_bytes = limit
         model.limit = limit
 
-    @rule(target=waiting, model=budgets, size=SIZES)
+    @rule(target=waiting, model=budgets, size=SIZES | st.integers(40, 60))
     def stand_in_line(self, model, size):
         self.line.append(Waiting(model.budget._stand_in_line(size, 0, 0), model, size))
         each = self.line[-1]

@@ -106,6 +106,16 @@ def test_first_come_first_served_and_small_ones_do_not_starve_a_large_one():
         assert budget.used_bytes == 100
 
 
+def test_who_gives_up_no_longer_holds_up_those_behind():
+    budget = Budget(100)
+    with budget.reserve(80):
+        large = in_line(budget, 90, timeout_s=0.05)
+        with in_line(budget, 10).outcome():
+            with pytest.raises(BudgetExceededError):
+                large.outcome()
+            assert budget.used_bytes == 90
+
+
 def test_who_waits_at_one_level_does_not_hold_up_those_who_do_not_go_through_it():
     root = Budget(100)
     tight, wide = root.child("tight", 10), root.child("wide")
