@@ -22,6 +22,14 @@ from memsafe import (
 
 ROUNDS = 300
 
+runner = asyncio.Runner()  # one for all rounds: a loop leaves something behind by itself
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_the_runner():
+    yield
+    runner.close()
+
 
 def call(target, *names):
     """Read the properties and call the methods without arguments."""
@@ -139,7 +147,7 @@ def waiting_tasks():
         held.release()
         (await tasks[1]).release()
 
-    asyncio.run(main())
+    runner.run(main())
 
 
 def processes():
