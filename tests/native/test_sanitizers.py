@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-@pytest.mark.parametrize("concepts", [["budget"], ["waiter", "kept"]], ids=lambda names: names[0])
+@pytest.mark.parametrize("concepts", [["budget", "claim"], ["waiter", "kept"]], ids=lambda names: names[0])
 def test_a_concept_under_threads(tmp_path, concepts, sanitizers):
     program = tmp_path / f"{concepts[0]}_threads"
     sources = [NATIVE / "src" / f"{name}.c" for name in concepts] + [Path(__file__).with_name(f"{program.name}.c")]
