@@ -15,6 +15,10 @@ BudgetCore = _types["BudgetCore"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 fork = _types["fork"]
+numpy_charge = _types["numpy_charge"]
+numpy_connect = _types["numpy_connect"]
+numpy_handler = _types["numpy_handler"]
+numpy_swap_handler = _types["numpy_swap_handler"]
 object_heap_bytes = _types["object_heap_bytes"]
 
 
@@ -29,4 +33,17 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "lib", "object_heap_bytes"]
+__all__ = [
+    "BudgetCore",
+    "RegionCore",
+    "Reservation",
+    "check",
+    "ffi",
+    "fork",
+    "lib",
+    "numpy_charge",
+    "numpy_connect",
+    "numpy_handler",
+    "numpy_swap_handler",
+    "object_heap_bytes",
+]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from memsafe.numpy import Handler
     from memsafe.region import Region
 
     Reclaimer = Callable[[int], int]
@@ -399,6 +400,19 @@ class Budget(BudgetCore):
         from memsafe.region import Region
 
         return Region(self, size, huge_pages=huge_pages)
+
+    def numpy(self) -> Handler:
+        """Return a context manager: arrays that NumPy makes in its block are charged to this budget. See memsafe.numpy.
+
+        They give the bytes back when they are freed, wherever and whenever that is. A refusal is a MemoryError.
+
+        Raises:
+            ImportError: NumPy is not installed.
+            UnsupportedError: NumPy is older than 1.22.
+        """
+        from memsafe.numpy import Handler
+
+        return Handler(self)
 
     # What follows is called from C, by name, when an exact int was not taken at once.
 
