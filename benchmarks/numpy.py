@@ -35,7 +35,11 @@ def measure(options: Options) -> Iterator[Outcome]:
                 at_least_s=0.002 if options.quick else 0.02,
             )
             yield compare(
-                f"{what} of {size} under budget.numpy()", "plain NumPy", seconds["ours"], seconds["plain"], target=target
+                f"{what} of {size} under budget.numpy()",
+                "plain NumPy",
+                seconds["ours"],
+                seconds["plain"],
+                target=target,
             )
 
 

@@ -15,7 +15,6 @@ BudgetCore = _types["BudgetCore"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 fork = _types["fork"]
-numpy_charge = _types["numpy_charge"]
 numpy_connect = _types["numpy_connect"]
 numpy_handler = _types["numpy_handler"]
 numpy_swap_handler = _types["numpy_swap_handler"]
@@ -41,7 +40,6 @@ __all__ = [
     "ffi",
     "fork",
     "lib",
-    "numpy_charge",
     "numpy_connect",
     "numpy_handler",
     "numpy_swap_handler",

@@ -14,8 +14,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
-from memsafe._native import numpy_charge, numpy_connect, numpy_handler, numpy_swap_handler
-from memsafe.errors import MemsafeError, UnsupportedError
+from memsafe._native import numpy_connect, numpy_handler, numpy_swap_handler
+from memsafe.errors import BudgetExceededError, MemsafeError, UnsupportedError
+from memsafe.sizes import MAX_SIZE_BYTES, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,9 +139,8 @@ def _refused(budget: Budget, size_bytes: int, level: int) -> MemoryError | None:
     """
     try:
         if level >= 0:
-            budget._raise_if_unusable()
-            raise budget._exceeded(size_bytes, budget._at(level))
-        budget._obtain_or_raise(size_bytes, lambda: numpy_charge(budget, size_bytes))
+            raise _growth_error(budget, size_bytes, level)
+        budget.reserve(size_bytes)._disown()
     except MemsafeError as error:
         asked_by = sys._getframe(1)
         # Without its traceback, whose frames would keep everything alive that is in them.
@@ -149,6 +149,26 @@ def _refused(budget: Budget, size_bytes: int, level: int) -> MemoryError | None:
         told.__cause__ = error
         return told
     return None
+
+
+def _growth_error(budget: Budget, size_bytes: int, level: int) -> BudgetExceededError:
+    budget._raise_if_unusable()
+    refused_by = budget
+    for _ in range(level):
+        assert refused_by.parent is not None
+        refused_by = refused_by.parent
+    limit_bytes = MAX_SIZE_BYTES if refused_by.limit_bytes is None else refused_by.limit_bytes
+    available_bytes = max(0, min(limit_bytes - refused_by.used_bytes, size_bytes - 1))
+    return BudgetExceededError(
+        f"an array of budget {budget.path!r} cannot grow in place by {format_size(size_bytes)}: {refused_by.path!r} "
+        f"has {format_size(available_bytes)} of {format_size(limit_bytes)} left, and no reclaimer may run meanwhile. "
+        f"To help: make a larger array and copy, or call reclaim() beforehand.",
+        requested_bytes=size_bytes,
+        budget=budget,
+        refused_by=refused_by,
+        available_bytes=available_bytes,
+        top_consumers=refused_by.top_consumers(),
+    )
 
 
 def _explain(error: BaseException) -> None:

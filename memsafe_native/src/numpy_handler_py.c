@@ -262,8 +262,7 @@ static PyObject *numpy_handler(PyObject *Py_UNUSED(module), PyObject *args)
     if (!self)
         return PyErr_NoMemory();
     *self = (Handler){
-        .numpy = {.version = 1,
-                  .allocator = {self, handler_malloc, handler_calloc, handler_realloc, handler_free}},
+        .numpy = {.version = 1, .allocator = {self, handler_malloc, handler_calloc, handler_realloc, handler_free}},
         .node = node,
         .budget = budget,
         .refused = refused,
@@ -288,31 +287,12 @@ static PyObject *numpy_swap_handler(PyObject *Py_UNUSED(module), PyObject *capsu
     return numpy_set_handler(capsule);
 }
 
-PyDoc_STRVAR(numpy_charge_doc, "numpy_charge(budget, size_bytes, /)\n--\n\n"
-                               "Charge a budget for an array: None, or how many levels up it was refused.");
-
-static PyObject *numpy_charge(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    PyObject *budget;
-    Py_ssize_t size;
-    int level;
-    if (!PyArg_ParseTuple(args, "O!n", ms_budget_type, &budget, &size))
-        return NULL;
-    int result = ms_budget_charge(((BudgetCore *)budget)->node, size, NULL, &level);
-    if (result < 0)
-        return PyLong_FromLong(level);
-    if (result == MS_BUDGET_SOFT_PASSED && ms_budget_tell_soft_limit((BudgetCore *)budget))
-        put_off(budget); /* the charge stands */
-    Py_RETURN_NONE;
-}
-
 int ms_numpy_handler_py_add(PyObject *dict)
 {
     static PyMethodDef methods[] = {
         {"numpy_connect", numpy_connect, METH_O, numpy_connect_doc},
         {"numpy_handler", numpy_handler, METH_VARARGS, numpy_handler_doc},
         {"numpy_swap_handler", numpy_swap_handler, METH_O, numpy_swap_handler_doc},
-        {"numpy_charge", numpy_charge, METH_VARARGS, numpy_charge_doc},
         {0},
     };
     for (PyMethodDef *method = methods; method->ml_name; method++) {
