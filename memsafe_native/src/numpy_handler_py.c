@@ -203,11 +203,9 @@ static void *handler_realloc(void *context, void *data, size_t size)
     size_t before = header->size, more = size > before ? size - before : 0;
     if (MS_UNLIKELY(size > SIZE_MAX_BYTES))
         return NULL;
-    int level, result = ms_budget_charge(self->node, (int64_t)more, NULL, &level);
-    if (MS_UNLIKELY(result < 0)) {
-        ask(self, more, level);
+    int level, result = more ? ms_budget_charge(self->node, (int64_t)more, NULL, &level) : 0;
+    if (MS_UNLIKELY(result < 0) && ask(self, more, level))
         return NULL;
-    }
     header = realloc(header, size + sizeof *header);
     ms_budget_uncharge(self->node, (int64_t)(!header ? more : size < before ? before - size : 0), NULL);
     if (!header)
