@@ -328,26 +328,35 @@ def test_a_comparison_that_was_refused_its_buffer_fails_rather_than_calls_all_eq
     del copy
 
 
-def test_an_aborted_budget_refuses_arrays_and_a_closed_one_blocks():
+def test_an_aborted_budget_refuses_arrays_and_blocks():
     budget = Budget()
-    with pytest.raises(MemoryError) as caught, budget.numpy():
+    handler = budget.numpy()
+
+    def use():
         budget.abort("cancelled")
         np.ones(10)
+
+    with pytest.raises(MemoryError, match="Unable to allocate") as caught:
+        handler.run(use)
     assert isinstance(caught.value.__cause__, memsafe.BudgetAbortedError)
-    with pytest.raises(memsafe.BudgetAbortedError), budget.numpy():
-        pass
-    budget = Budget()
-    with pytest.raises(MemoryError) as caught, budget.numpy():
-        array = np.ones(10)
-        with pytest.warns(ResourceWarning):
-            budget.close()
-        array.resize(5, refcheck=False)
-        array.resize(6, refcheck=False)
-    assert isinstance(caught.value.__cause__, memsafe.BudgetClosedError)
-    assert array.tolist() == [1] * 5
-    with pytest.raises(memsafe.BudgetClosedError), budget.numpy():
-        pass
+    with pytest.raises(memsafe.BudgetAbortedError, match="cancelled"):
+        handler.run(use)
     assert charged_to(np.ones(1)) is None
+
+
+def test_an_array_of_a_closed_budget_can_shrink_and_not_grow():
+    budget = Budget()
+    handler = budget.numpy()
+    array = handler.run(np.ones, 10)
+    with pytest.warns(ResourceWarning):
+        budget.close()
+    array.resize(5, refcheck=False)
+    with pytest.raises(MemoryError, match="cannot allocate"):
+        array.resize(6, refcheck=False)
+    assert array.tolist() == [1] * 5
+    assert isinstance(memsafe.numpy.last_refusal(), memsafe.BudgetClosedError)
+    with pytest.raises(memsafe.BudgetClosedError, match="closed"):
+        handler.run(np.ones, 10)
 
 
 # ---------------------------------------------------------------------------------------------------- where it holds
