@@ -408,7 +408,7 @@ class Budget(BudgetCore):
 
         Raises:
             ImportError: NumPy is not installed.
-            UnsupportedError: NumPy is older than 1.22.
+            UnsupportedError: NumPy is older than 2.4.
         """
         from memsafe.numpy import Handler
 

@@ -88,6 +88,7 @@ class Handler:
         outer = _scope.get()
         replaced = numpy_swap_handler(self.capsule)
         _scope.set(_Scope(self, outer, outer.base if outer else replaced))
+        _refusal.set(None)
 
     def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function* inside a block of this handler: Thread(target=handler.run, args=(function, ...))."""
@@ -118,7 +119,7 @@ def handler(budget: Budget) -> Handler:
 
     Raises:
         ImportError: NumPy is not installed.
-        UnsupportedError: NumPy is older than 1.22.
+        UnsupportedError: NumPy is older than 2.4.
     """
     return Handler(budget)
 
@@ -126,7 +127,7 @@ def handler(budget: Budget) -> Handler:
 def last_refusal() -> MemsafeError | None:
     """Return why the last array was refused in this block: NumPy raises a MemoryError of its own, which cannot tell.
 
-    Where that error leaves the block, this is its __cause__. None when nothing was refused since the last block ended.
+    Where that error leaves the block, this is its __cause__. None when nothing was refused since it began.
     """
     refusal = _refusal.get()
     return refusal.error if refusal else None
@@ -184,12 +185,17 @@ def _explain(error: BaseException) -> None:
 
 @cache
 def _multiarray() -> Any:
+    import_module("numpy")
+    multiarray: Any
     try:
-        multiarray: Any = import_module("numpy._core._multiarray_umath")
-    except ModuleNotFoundError:  # its name before 2.0, or no NumPy at all
-        multiarray = import_module("numpy.core._multiarray_umath")
-    if not numpy_connect(multiarray._ARRAY_API):
-        raise UnsupportedError("arrays are charged by memory handlers, which NumPy has since 1.22: upgrade it")
+        multiarray = import_module("numpy._core._multiarray_umath")
+        usable = numpy_connect(multiarray._ARRAY_API)
+    except ModuleNotFoundError:  # its name since 2.0
+        usable = False
+    if not usable:
+        raise UnsupportedError(
+            "arrays are charged with NumPy 2.4 or later: older ones crash when a sort is refused memory"
+        )
     return multiarray
 
 

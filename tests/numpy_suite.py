@@ -23,8 +23,7 @@ import pytest
 import memsafe
 
 NAMES = ("multiarray", "numeric", "umath", "mem_overlap")
-CORE = "_core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "core"
-TESTS = Path(np.__file__).parent / CORE / "tests"
+TESTS = Path(np.__file__).parent / "_core" / "tests"
 
 # What NumPy makes once, when it is first asked, must not be charged to a test that happens to be first.
 np.random.seed(0)

@@ -1,5 +1,5 @@
-/* Knows CPython (limited API 3.11) and NumPy's memory handlers (NEP 49, NumPy 1.22 to 2.x), by their layout: no header
- * of NumPy's is needed to build, nor NumPy to load. A handler charges a budget for the data of every array.
+/* Knows CPython (limited API 3.11) and NumPy's memory handlers (NEP 49), by their layout, which is the same since 1.22:
+ * no header of NumPy's is needed to build, nor NumPy to load. A handler charges a budget for the data of every array.
  *
  * NumPy holds the GIL when it calls a handler, but not always: np.fromstring and np.fromfile grow without it. So the
  * path of a charge that is taken at once needs no GIL, and what needs Python takes it. */
@@ -28,8 +28,11 @@ typedef struct {
     Allocator allocator;
 } NumpyHandler;
 
-/* Where the functions that are used stand in the table of NumPy's capsule _ARRAY_API, since 1.22. */
-enum { SLOT_FEATURE_VERSION = 211, SLOT_SET_HANDLER = 304, FEATURES_OF_1_22 = 0xf };
+/* Where the functions that are used stand in the table of NumPy's capsule _ARRAY_API. */
+enum { SLOT_FEATURE_VERSION = 211, SLOT_SET_HANDLER = 304 };
+
+/* Before 2.4 NumPy crashed where it was refused the buffer of a sort (a NULL descriptor in _new_sortlike). */
+enum { FEATURES_OF_2_4 = 0x15 };
 
 /* Returns a new reference to the handler that it replaces in the current context. */
 static PyObject *(*numpy_set_handler)(PyObject *handler);
@@ -226,7 +229,7 @@ static void handler_destroy(PyObject *capsule)
 }
 
 PyDoc_STRVAR(numpy_connect_doc, "numpy_connect(array_api, /)\n--\n\n"
-                                "Find NumPy's functions in its capsule _ARRAY_API. False where it is older than 1.22.");
+                                "Find NumPy's functions in its capsule _ARRAY_API. False where it is older than 2.4.");
 
 static PyObject *numpy_connect(PyObject *Py_UNUSED(module), PyObject *array_api)
 {
@@ -234,7 +237,7 @@ static PyObject *numpy_connect(PyObject *Py_UNUSED(module), PyObject *array_api)
     if (!table)
         return NULL;
     unsigned int (*feature_version)(void) = (unsigned int (*)(void))(uintptr_t)table[SLOT_FEATURE_VERSION];
-    if (feature_version() < FEATURES_OF_1_22)
+    if (feature_version() < FEATURES_OF_2_4)
         Py_RETURN_FALSE;
     numpy_set_handler = (PyObject * (*)(PyObject *))(uintptr_t)table[SLOT_SET_HANDLER];
     Py_RETURN_TRUE;

@@ -12,15 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from numpy._core.multiarray import get_handler_name
 
 import memsafe
 from memsafe import Budget
 from memsafe._native import numpy_handler, numpy_swap_handler
-
-try:
-    from numpy._core.multiarray import get_handler_name
-except ImportError:  # its home before 2.0
-    from numpy.core.multiarray import get_handler_name
 
 MIB = 1 << 20
 
@@ -470,6 +466,13 @@ def test_a_name_that_is_too_long_for_numpy_is_cut_between_letters():
     with Budget(name="é" * 200).numpy():
         name = get_handler_name(np.ones(1))
     assert name == "memsafe:" + "é" * 59
+
+
+def test_a_numpy_that_crashes_when_it_is_refused_is_not_used(monkeypatch):
+    monkeypatch.setattr("memsafe.numpy.numpy_connect", lambda _: False)
+    memsafe.numpy._multiarray.cache_clear()
+    with pytest.raises(memsafe.UnsupportedError, match=r"2\.4 or later"):
+        Budget().numpy()
 
 
 def test_without_numpy_it_says_so():
