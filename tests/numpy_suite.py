@@ -57,7 +57,8 @@ def run(name: str, how: str) -> dict[str, Any]:
     outcomes = Outcomes(budget if how == "charged" else None)
     options = ["-q", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-c", "/dev/null", f"--rootdir={TESTS}"]
     begin_s = time.monotonic()
-    pytest.main([*options, str(TESTS / f"test_{name}.py")], plugins=[outcomes])
+    status = pytest.main([*options, str(TESTS / f"test_{name}.py")], plugins=[outcomes])
+    assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), status
     took_s = time.monotonic() - begin_s
     gc.collect()
     return {
@@ -90,7 +91,7 @@ def compare(name: str) -> bool:
         print(f"    {test}: {after.get(test)}, without {before.get(test)}")
     for test, left_bytes in left.items():
         print(f"    {test}: {left_bytes} bytes left")
-    return bool(after) and not differing and not left
+    return not differing and not left
 
 
 if __name__ == "__main__":
