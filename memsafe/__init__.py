@@ -27,7 +27,8 @@ _MODULES = {
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (
-        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
+        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
+        "SwapStatus", "memory_status",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

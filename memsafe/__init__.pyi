@@ -52,6 +52,8 @@ from memsafe.status import (
     Pressure as Pressure,
     ProcessMemory as ProcessMemory,
     Stall as Stall,
+    SwapLimit as SwapLimit,
+    SwapStatus as SwapStatus,
     memory_status as memory_status,
 )
 

@@ -21,9 +21,14 @@ def trim() -> int:
     Source: malloc_trim(3); gc.collect.
     """
     before_bytes = _anonymous_bytes()
+    give_back()
+    return max(0, before_bytes - _anonymous_bytes())
+
+
+def give_back() -> None:
+    """Do what trim() does, and do not measure it: in a full cgroup, opening a file can call the OOM killer."""
     gc.collect()
     lib.ms_heap_trim()  # where the C library has none, its free() gives back by itself
-    return max(0, before_bytes - _anonymous_bytes())
 
 
 def _anonymous_bytes() -> int:

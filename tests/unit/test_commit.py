@@ -235,15 +235,34 @@ def test_without_smaps_the_forecast_is_the_anonymous_memory_and_the_answer_unkno
 
 def test_without_status_the_mappings_tell_what_fork_is_charged(tree: ProcTree) -> None:
     tree.remove("/proc/self/status")
+    tree.rlimits(processes="100")
+    assert assess_fork(root=tree.root).kernel_would_allow is None, "who asks is not known, nor what RLIMIT_NPROC leaves"
+    tree.rlimits(processes="unlimited")
     fork = assess_fork(root=tree.root)
     assert (fork.kernel_would_allow, fork.commit_charge_bytes) == (True, HEAP_MIB * MIB)
     assert fork.page_table_bytes == HEAP_MIB * MIB // 512
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory.current"])
+def test_a_limit_that_is_not_known_is_no_room(tree: ProcTree, name: str) -> None:
+    tree.write(f"/sys/fs/cgroup/a/{name}", "lots\n")
+    fork = assess_fork(root=tree.root)
+    assert fork.decision == ("refuse" if name == "memory.current" else "admit")
+    assert any(f"/a/{name}" in reason for reason in fork.reasons)
+
+
+def test_limits_of_tasks_that_are_not_known_leave_the_kernels_answer_open(tree: ProcTree) -> None:
+    tree.write("/sys/fs/cgroup/a/pids.max", "lots\n")
+    fork = assess_fork(root=tree.root)
+    assert (fork.kernel_would_allow, fork.decision) == (None, "admit")
+    assert any("pids.max" in reason for reason in fork.reasons)
 
 
 def test_nothing_known_is_nothing_admitted(tmp_path: Path) -> None:
     fork = assess_fork(root=tmp_path)
     assert (fork.decision, fork.kernel_would_allow, fork.headroom_bytes) == ("refuse", None, None)
     assert any("meminfo" in reason for reason in fork.reasons)
+    assert fork.reasons[-1].count("/self/status") == 1, "each problem is told once"
 
 
 def test_all_of_it_is_plain_data(tree: ProcTree) -> None:
