@@ -35,10 +35,10 @@ _MODULES = {
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = frozenset({"oom", "testing"})
+_SUBMODULES = frozenset({"numpy", "oom", "testing"})
 
 __version__ = "0.1.0"
-__all__ = sorted({*_HOME, *_SUBMODULES})
+__all__ = sorted({*_HOME, *_SUBMODULES} - {"numpy"})  # a star must not hide NumPy behind memsafe.numpy
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-from memsafe import oom as oom, testing as testing
+from memsafe import numpy as numpy, oom as oom, testing as testing
 from memsafe.budget import (
     Budget as Budget,
     BudgetReport as BudgetReport,

@@ -17,6 +17,9 @@ Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 current_budget_by = _types["current_budget_by"]
 fork = _types["fork"]
+numpy_connect = _types["numpy_connect"]
+numpy_handler = _types["numpy_handler"]
+numpy_swap_handler = _types["numpy_swap_handler"]
 object_heap_bytes = _types["object_heap_bytes"]
 
 
@@ -41,5 +44,8 @@ __all__ = [
     "ffi",
     "fork",
     "lib",
+    "numpy_connect",
+    "numpy_handler",
+    "numpy_swap_handler",
     "object_heap_bytes",
 ]

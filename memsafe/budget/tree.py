@@ -22,14 +22,15 @@ from memsafe.sizes import MAX_SIZE_BYTES, Size, format_size, parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from memsafe._kernel.files import Root
     from memsafe.budget.policy import Policy, SoftLimitCallback
     from memsafe.budget.process import ProcessBudget
     from memsafe.budget.reclaim import Reclaimable, Reclaimer
     from memsafe.budget.report import BudgetReport, BudgetStats, Consumer
-    from memsafe.region import Region
+    from memsafe.numpy import Handler
+    from memsafe.region import Region, RegionOptions
 
     ReclaimerT = TypeVar("ReclaimerT", bound=Reclaimer)
     SoftLimitCallbackT = TypeVar("SoftLimitCallbackT", bound=SoftLimitCallback)
@@ -289,21 +290,34 @@ class Budget(BudgetCore):
                 f"{self.charged_bytes} are charged there outside of reservations"
             )
 
-    def map(self, size: Size, *, huge_pages: bool = False) -> Region:
-        """Return anonymous memory of its own mapping, charged to this budget until it is closed.
+    def map(self, size: Size, **options: Unpack[RegionOptions]) -> Region:
+        """Return memory of its own mapping, charged to this budget until it is closed. See Region for the options.
 
         Args:
             size: Rounded up to whole pages (4 KiB on most machines; 2 MiB with *huge_pages*).
-            huge_pages: Ask for transparent huge pages. Only advice: the kernel gives them when it has them.
+            options: committed, huge_pages, guard_pages, locked, shared, zero_on_close.
 
         Raises:
             BudgetExceededError: As reserve().
-            KernelError: mmap(2) failed.
+            KernelError: The kernel refused: mmap(2), memfd_create(2), mprotect(2) or mlock(2).
             ValueError: *size* is not a size, or is 0.
         """
         from memsafe.region import Region
 
-        return Region(self, size, huge_pages=huge_pages)
+        return Region(self, size, **options)
+
+    def numpy(self) -> Handler:
+        """Return a context manager: arrays that NumPy makes in its block are charged to this budget. See memsafe.numpy.
+
+        They give the bytes back when they are freed, wherever and whenever that is. A refusal is a MemoryError.
+
+        Raises:
+            ImportError: NumPy is not installed.
+            UnsupportedError: NumPy is older than 2.4.
+        """
+        from memsafe.numpy import Handler
+
+        return Handler(self)
 
     async def reserve_async(self, size: Size, *, timeout_s: float | None = None) -> Reservation:
         """As reserve(), for tasks: waiting does not block the event loop, and async reclaimers are asked too.

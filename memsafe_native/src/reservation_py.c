@@ -59,6 +59,16 @@ static int closed_error(void)
     return -1;
 }
 
+PyDoc_STRVAR(reservation_disown_doc, "_disown($self, /)\n--\n\n"
+                                     "Release it but leave its bytes charged, to somebody who gives them back in C.\n"
+                                     "Returns how many they are.");
+
+static PyObject *reservation_disown(PyObject *object, PyObject *Py_UNUSED(none))
+{
+    int64_t size = atomic_exchange(&((Reservation *)object)->size, RELEASED);
+    return size == RELEASED ? (closed_error(), NULL) : PyLong_FromLongLong(size);
+}
+
 /* The net under a reservation that nobody released: the bytes go back, and the owner hears of it. */
 static void lose(Reservation *self)
 {
@@ -457,6 +467,7 @@ static PyMethodDef reservation_methods[] = {
     {"split", (PyCFunction)(void (*)(void))reservation_split, METH_FASTCALL, reservation_split_doc},
     {"merge", reservation_merge, METH_O, reservation_merge_doc},
     {"move_to", reservation_move_to, METH_O, reservation_move_to_doc},
+    {"_disown", reservation_disown, METH_NOARGS, reservation_disown_doc},
     {"release", reservation_release, METH_NOARGS, reservation_release_doc},
     {"__enter__", reservation_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))reservation_exit, METH_FASTCALL, NULL},

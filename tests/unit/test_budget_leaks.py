@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 
+import numpy
 import pytest
 
 from memsafe import (
@@ -115,6 +116,11 @@ def blocks():
         assert current_budget() is budget
 
 
+def arrays():
+    with Budget() as budget, budget.numpy():
+        numpy.empty(10_000).resize(20_000)
+
+
 def aborts():
     root, child = tree()
     child.abort("over")
@@ -158,7 +164,7 @@ def processes():
 
 CASES = {
     budget_reads: 1, budget_takes_and_gives: 1, budget_settings: 1, reclaiming: 1, refusals: 0.3,
-    reservation_changes: 1, blocks: 1, aborts: 1, waiting_threads: 0.3, waiting_tasks: 0.3, processes: 0.1,
+    reservation_changes: 1, blocks: 1, arrays: 1, aborts: 1, waiting_threads: 0.3, waiting_tasks: 0.3, processes: 0.1,
 }  # fmt: skip
 
 
