@@ -23,7 +23,8 @@ _MODULES = {
         "SnapshotInProgressError", "SnapshotOverrunError", "SnapshotRefusedError", "UnsupportedError",
     ),
     "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
-    "memsafe.heap": ("trim",),
+    "memsafe.heap": ("HeapGuard", "guard_python_heap"),
+    "memsafe.limits": ("ProcessLimit", "limit_process"),
     "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
@@ -33,6 +34,7 @@ _MODULES = {
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
         "SwapStatus", "memory_status",
     ),
+    "memsafe.trimming": ("trim",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _SUBMODULES = frozenset({"numpy", "oom", "testing"})

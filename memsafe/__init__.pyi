@@ -31,7 +31,8 @@ from memsafe.forecast import (
     DirtyRate as DirtyRate,
     measure_dirty_rate as measure_dirty_rate,
 )
-from memsafe.heap import trim as trim
+from memsafe.heap import HeapGuard as HeapGuard, guard_python_heap as guard_python_heap
+from memsafe.limits import ProcessLimit as ProcessLimit, limit_process as limit_process
 from memsafe.pressure import (
     PressureEvent as PressureEvent,
     PressureLevel as PressureLevel,
@@ -59,5 +60,6 @@ from memsafe.status import (
     SwapStatus as SwapStatus,
     memory_status as memory_status,
 )
+from memsafe.trimming import trim as trim
 
 __version__: str

@@ -17,6 +17,7 @@ Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 current_budget_by = _types["current_budget_by"]
 fork = _types["fork"]
+heap = _types["heap"]
 numpy_connect = _types["numpy_connect"]
 numpy_handler = _types["numpy_handler"]
 numpy_swap_handler = _types["numpy_swap_handler"]
@@ -43,6 +44,7 @@ __all__ = [
     "current_budget_by",
     "ffi",
     "fork",
+    "heap",
     "lib",
     "numpy_connect",
     "numpy_handler",

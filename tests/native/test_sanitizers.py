@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
     ("name", "concepts"),
     [
         ("budget_threads", ["budget", "claim"]),
+        ("heap_threads", ["heap", "budget", "claim"]),
         ("waiter_threads", ["waiter", "kept"]),
         ("region_faults", ["budget", "claim"]),
     ],

@@ -17,7 +17,7 @@ LAYERS = [
     {"_native"},
     {"_kernel"},
     {"status", "commit", "forecast"},
-    {"budget", "numpy", "region", "heap", "spawn", "oom"},
+    {"budget", "numpy", "region", "heap", "limits", "trimming", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
     {"testing"},
