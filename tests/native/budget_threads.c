@@ -210,6 +210,47 @@ static void race_claims(void *(*work)(void *))
     drop_tree();
 }
 
+static _Atomic int round_now;
+
+static void spin(int turns)
+{
+    for (volatile int i = 0; i < turns; i++)
+        ;
+}
+
+/* Gives back the only byte of each round, once, a little earlier or later than the claim for it is made. */
+static void *release_once_a_round(void *argument)
+{
+    for (int i = 1; i <= ROUNDS; i++) {
+        while (atomic_load(&round_now) < i)
+            ;
+        spin(i % 200);
+        ms_budget_uncharge(argument, 1, NULL);
+    }
+    return NULL;
+}
+
+/* A release that comes between a claim's refusal and its place in line is the last one that there will be. */
+static void race_one_claim_with_the_only_release(void)
+{
+    ms_budget *top = ms_budget_new(NULL, 1), *leaf = ms_budget_new(top, 1);
+    pthread_t thread;
+    CHECK(ms_budget_charge(leaf, 1, NULL, NULL) == 0);
+    CHECK(pthread_create(&thread, NULL, release_once_a_round, leaf) == 0);
+    for (int i = 1; i <= ROUNDS; i++) {
+        atomic_store(&round_now, i);
+        spin(i / 200 % 100);
+        ms_claim *claim = ms_claim_new(leaf, 1, NULL, 0);
+        while (ms_claim_state(claim) == MS_CLAIM_IN_LINE)
+            CHECK(ms_claim_wait(claim, 20000000000) == 0);
+        CHECK(ms_claim_end(claim, NULL) == MS_CLAIM_GRANTED);
+    }
+    pthread_join(thread, NULL);
+    ms_budget_uncharge(leaf, 1, NULL);
+    ms_budget_unref(leaf);
+    ms_budget_unref(top);
+}
+
 static void *wait_for_the_end(void *argument)
 {
     ms_claim *claim = ms_claim_new(argument, 500, NULL, 0);
@@ -310,6 +351,7 @@ int main(void)
     race_claims(wait_in_line);
     race_claims(charge_beside_the_line);
     CHECK(gave_up > 0);
+    race_one_claim_with_the_only_release();
     wake_by(ms_budget_abort, -ECANCELED);
     wake_by(close_it, -ESHUTDOWN);
     hear_by_mail();
