@@ -77,7 +77,7 @@ def at_once(budget: Budget, size_bytes: int) -> Reservation | Refusal:
     inside = reclaim.is_inside(root)
     attempt = budget._overdraw if inside else budget._attempt
     outcome = attempt(size_bytes)
-    if isinstance(outcome, int) and root._follow():
+    if isinstance(outcome, int) and (root._follow() | root._collect_slack()):
         outcome = attempt(size_bytes)
     if not isinstance(outcome, int):
         return outcome
@@ -193,6 +193,7 @@ def _course(claim: Claim, timeout_s: float | None, *, asynchronous: bool) -> _Co
     with policy.lock:
         claims[claim] = began_s
     try:
+        budget._root()._collect_slack()  # as long as somebody stands in line, none is kept
         yield from _ask_reclaimers(claim, asynchronous)
         waited_s = None
         if timeout_s and claim.in_line:
