@@ -324,6 +324,7 @@ class Budget(BudgetCore):
             timeout_s: As of reserve(). math.inf waits until the task is cancelled: asyncio.timeout() bounds that.
 
         Raises:
+            KernelError: There is no descriptor left for the eventfd that the event loop's tasks share.
             Exceptions as reserve().
         """
         size_bytes = parse_size(size, what="a reservation")
@@ -384,7 +385,9 @@ class Budget(BudgetCore):
         """Have every budget of the tree give its slack back; whether there are such budgets. self: the root."""
         if not self._policy.batched:
             return False
-        for budget in list(self._policy.batched):
+        with policy.lock:
+            batched = list(self._policy.batched)
+        for budget in batched:
             budget._return_slack()
         return True
 
