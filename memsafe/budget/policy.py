@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable
 
     from memsafe._native import Claim
@@ -34,6 +34,7 @@ class Policy:
 
     Attributes:
         entered: with blocks that are in the budget.
+        batched: At the root only: the budgets of the tree that have a quantum.
         registry: At the root only: the reclaimers of the whole tree.
         claims: At the root only: who stands in line, and since when, in seconds of the monotonic clock.
         ranking: The top consumers of a tree too large to walk at each refusal.
@@ -52,6 +53,7 @@ class Policy:
     registry_prune_at = REGISTRY_MIN
 
     def __init__(self) -> None:
+        self.batched: weakref.WeakSet[Budget] = weakref.WeakSet()
         self.registry: list[weakref.ref[ReclaimerEntry]] = []
         self.claims: dict[Claim, float] = {}
 

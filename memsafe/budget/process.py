@@ -63,7 +63,7 @@ class ProcessBudget(Budget):
         self._sizing = sizing
         # A level above the root, which refuses nothing: its soft limit is what tells of growth.
         self._watch = BudgetCore(None, MAX_SIZE_BYTES)
-        self._open(None, name, self._share(), None, self._watch)
+        self._open(None, name, self._share(), None, core_above=self._watch)
         self._watch_growth()
 
     @property

@@ -102,13 +102,15 @@ class Budget(BudgetCore):
         name: str,
         limit: Size | None,
         soft_limit: Size | None,
+        *,
         core_above: BudgetCore | None = None,
+        quantum: Size = 0,
     ) -> None:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a budget's name must be a string, not empty and without '/': {name!r}")
         limit_bytes = _native_limit(limit, "a limit")
         soft_limit_bytes = _native_limit(soft_limit, "a soft limit")
-        super().__init__(core_above or parent, limit_bytes)
+        super().__init__(core_above or parent, limit_bytes, parse_size(quantum, what="a quantum"))
         if soft_limit is not None:
             self._set_soft_limit(soft_limit_bytes)
         self.name = name
@@ -136,13 +138,18 @@ class Budget(BudgetCore):
 
     # ------------------------------------------------------------------------------------------------ the tree
 
-    def child(self, name: str, limit: Size | None = None, *, soft_limit: Size | None = None) -> Budget:
+    def child(
+        self, name: str, limit: Size | None = None, *, soft_limit: Size | None = None, quantum: Size = 0
+    ) -> Budget:
         """Return a new budget below this one, which bounds it too.
 
         Args:
             name: Unique among the children that are open.
             limit: As of Budget; None: bounded by its ancestors only.
             soft_limit: As of Budget.
+            quantum: 0: every level is exact. Else the child, itself exact, draws from its ancestors in multiples of
+                this and keeps up to two of it for later (slack_bytes), so that threads with a child each seldom meet
+                at the ancestors. They see that as used. It goes back before anybody is refused or has to wait.
 
         Raises:
             ValueError: As Budget; or the name is taken; or the tree would be deeper than 64.
@@ -151,8 +158,10 @@ class Budget(BudgetCore):
         """
         self._raise_if_unusable()
         budget = Budget.__new__(Budget)
-        budget._open(self, name, limit, soft_limit)
+        budget._open(self, name, limit, soft_limit, quantum=quantum)
         with policy.lock:
+            if quantum:
+                policy.of(self._root()).batched.add(budget)
             children = self._children = {} if self._children is None else self._children
             taken = children.get(name)
             sibling = taken() if taken else None
@@ -329,6 +338,7 @@ class Budget(BudgetCore):
             timeout_s: As of reserve(). math.inf waits until the task is cancelled: asyncio.timeout() bounds that.
 
         Raises:
+            KernelError: There is no descriptor left for the eventfd that the event loop's tasks share.
             Exceptions as reserve().
         """
         size_bytes = parse_size(size, what="a reservation")
@@ -384,6 +394,16 @@ class Budget(BudgetCore):
             self._raise_if_unusable()
             refusal = Refusal(self, self._at(level), reservation.size_bytes)
             _or_raise(wait.make_room(self, refusal, lambda: reservation._move_once(self)))
+
+    def _collect_slack(self) -> bool:
+        """Have every budget of the tree give its slack back; whether there are such budgets. self: the root."""
+        if not self._policy.batched:
+            return False
+        with policy.lock:
+            batched = list(self._policy.batched)
+        for budget in batched:
+            budget._return_slack()
+        return True
 
     def _raise_if_unusable(self) -> None:
         budget: Budget | None = self
@@ -476,7 +496,7 @@ class Budget(BudgetCore):
         return self._own_bytes(self.children)
 
     def _own_bytes(self, children: tuple[Budget, ...]) -> int:
-        return max(0, self.used_bytes - sum(child.used_bytes for child in children))
+        return max(0, self.used_bytes - sum(child.used_bytes + child.slack_bytes for child in children))
 
     def top_consumers(self, count: int = report.TOP_CONSUMERS) -> tuple[Consumer, ...]:
         """Return the *count* largest holders among this budget and those below it, each with its own part."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from memsafe._native import ffi, lib
 from memsafe.budget import policy, reclaim
 from memsafe.budget.refusal import Refusal
+from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -77,7 +78,7 @@ def at_once(budget: Budget, size_bytes: int) -> Reservation | Refusal:
     inside = reclaim.is_inside(root)
     attempt = budget._overdraw if inside else budget._attempt
     outcome = attempt(size_bytes)
-    if isinstance(outcome, int) and root._follow():
+    if isinstance(outcome, int) and (root._follow() | root._collect_slack()):
         outcome = attempt(size_bytes)
     if not isinstance(outcome, int):
         return outcome
@@ -193,6 +194,7 @@ def _course(claim: Claim, timeout_s: float | None, *, asynchronous: bool) -> _Co
     with policy.lock:
         claims[claim] = began_s
     try:
+        budget._root()._collect_slack()  # as long as somebody stands in line, none is kept
         yield from _ask_reclaimers(claim, asynchronous)
         waited_s = None
         if timeout_s and claim.in_line:
@@ -284,7 +286,7 @@ class _Mailbox:
     def __init__(self, loop: AbstractEventLoop) -> None:
         native = lib.ms_mailbox_new()
         if native == ffi.NULL:
-            raise OSError(ffi.errno, f"eventfd: {os.strerror(ffi.errno)}")
+            raise KernelError(ffi.errno, "eventfd")
         self._loop = loop
         self._native = ffi.gc(native, lib.ms_mailbox_free)
         self._address = int(ffi.cast("uintptr_t", native))

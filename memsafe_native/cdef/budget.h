@@ -18,6 +18,7 @@ typedef struct {
     int64_t limit_bytes;      /* INT64_MAX where unlimited */
     int64_t soft_limit_bytes; /* INT64_MAX where there is none */
     int64_t charged_bytes;    /* the part of used_bytes that no reservation holds, this level only */
+    int64_t slack_bytes;      /* charged to the ancestors for later use, not in used_bytes */
     uint32_t waiting;         /* claims that this level holds up */
     int aborted, closed;
 } ms_budget_stats;
@@ -25,6 +26,14 @@ typedef struct {
 /* Make a budget below parent (NULL: a root), with one reference. limit in bytes, at least 0, INT64_MAX for none.
  * Returns NULL with errno: ENOMEM, EINVAL (deeper than MS_BUDGET_DEPTH_MAX). */
 ms_budget *ms_budget_new(ms_budget *parent, int64_t limit);
+
+/* As ms_budget_new; the budget draws from its ancestors in multiples of quantum (bytes, 0: exactly) and keeps what it
+ * does not use, below two quanta, so that its charges seldom touch them. Its own count and limit stay exact. They see
+ * the slack as used. None is kept while somebody stands in line. */
+ms_budget *ms_budget_new_batched(ms_budget *parent, int64_t limit, int64_t quantum);
+
+/* Give the slack back to the ancestors. */
+void ms_budget_return_slack(ms_budget *budget);
 
 /* Take or drop a reference; a child holds one on its parent. The last one frees. */
 void ms_budget_ref(ms_budget *budget);

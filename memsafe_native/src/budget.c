@@ -11,15 +11,34 @@ static int64_t overdraft_of(int64_t limit)
     return share < limit / 16 ? share : limit / 16;
 }
 
+static struct batched_budget *batched(ms_budget *budget)
+{
+    return (struct batched_budget *)budget;
+}
+
+static int64_t slack_of(const ms_budget *budget)
+{
+    return budget->batched ? atomic_load(&((const struct batched_budget *)budget)->slack) : 0;
+}
+
 ms_budget *ms_budget_new(ms_budget *parent, int64_t limit)
+{
+    return ms_budget_new_batched(parent, limit, 0);
+}
+
+ms_budget *ms_budget_new_batched(ms_budget *parent, int64_t limit, int64_t quantum)
 {
     if (parent && parent->depth + 1 >= MS_BUDGET_DEPTH_MAX) {
         errno = EINVAL;
         return NULL;
     }
-    ms_budget *budget = calloc(1, sizeof *budget);
+    ms_budget *budget = calloc(1, quantum ? sizeof(struct batched_budget) : sizeof *budget);
     if (!budget)
         return NULL;
+    if (quantum) {
+        budget->batched = 1;
+        batched(budget)->quantum = quantum;
+    }
     atomic_init(&budget->gate, limit);
     atomic_init(&budget->limit, limit);
     atomic_init(&budget->soft_above, INT64_MAX);
@@ -29,7 +48,7 @@ ms_budget *ms_budget_new(ms_budget *parent, int64_t limit)
     if (parent) {
         ms_budget_ref(parent);
         budget->parent = (ptrdiff_t)((uintptr_t)parent - (uintptr_t)budget);
-        budget->depth = (uint8_t)(parent->depth + 1);
+        budget->depth = (parent->depth + 1) & 0x7f;
     }
     return budget;
 }
@@ -77,8 +96,36 @@ static int note_soft_passed(ms_budget *budget, int64_t used)
     return MS_BUDGET_SOFT_PASSED;
 }
 
+static int somebody_stands_in_line(ms_budget *budget)
+{
+    for (ms_budget *above; (above = parent_of(budget));)
+        budget = above;
+    return atomic_load(&budget->lined);
+}
+
+/* Take up to n bytes of slack; returns how many. */
+static int64_t take_slack(ms_budget *budget, int64_t n)
+{
+    int64_t slack = atomic_load(&batched(budget)->slack), taken;
+    do
+        taken = slack < n ? slack : n;
+    while (taken && !atomic_compare_exchange_weak(&batched(budget)->slack, &slack, slack - taken));
+    return taken;
+}
+
+/* Keep n bytes, which every level above was charged, as slack. Returns how many must be given back above instead: all
+ * of it where the budget was closed or somebody stands in line, what is beyond one quantum where it came to two. */
+static int64_t keep_slack(ms_budget *budget, int64_t n)
+{
+    int64_t quantum = batched(budget)->quantum;
+    int64_t slack = atomic_fetch_add(&batched(budget)->slack, n) + n;
+    if (atomic_load(&budget->used) & CLOSED || somebody_stands_in_line(budget))
+        return take_slack(budget, INT64_MAX);
+    return slack - quantum >= quantum ? take_slack(budget, slack - quantum) : 0;
+}
+
 /* Returns where it ended: stop, or the level that it found closed. *waited: whether somebody waits at a level. */
-static ms_budget *subtract(ms_budget *budget, int64_t n, const ms_budget *stop, uint32_t *waited)
+static ms_budget *subtract(ms_budget *budget, int64_t n, ms_budget *stop, uint32_t *waited)
 {
     for (; budget != stop; budget = parent_of(budget)) {
         /* Sequentially consistent, as is hold_up() in claim.c: either this sees the claim or the claim sees this. */
@@ -87,11 +134,13 @@ static ms_budget *subtract(ms_budget *budget, int64_t n, const ms_budget *stop, 
             break;
         rearm_if_below(budget, COUNT(before) - n);
         *waited |= atomic_load(&budget->waiting);
+        if (MS_UNLIKELY(budget->batched) && parent_of(budget) != stop && !(n = keep_slack(budget, n)))
+            return stop;
     }
     return budget;
 }
 
-static ms_budget *give_back(ms_budget *budget, int64_t n, const ms_budget *stop)
+static ms_budget *give_back(ms_budget *budget, int64_t n, ms_budget *stop)
 {
     uint32_t waited = 0;
     ms_budget *end = subtract(budget, n, stop, &waited);
@@ -138,7 +187,62 @@ static inline int take(ms_budget *budget, int64_t n, enum charge_mode mode, int6
     return 0;
 }
 
-static inline int charge(ms_budget *budget, int64_t n, const ms_budget *stop, enum charge_mode mode, int *level)
+/* Have n bytes for a batched budget, from its slack or in its own steps from the levels above, up to stop.
+ * Returns as charge(), level counted from the budget itself; *drawn says how many there are now. */
+static int draw(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level, int64_t *drawn)
+{
+    ms_budget *above = parent_of(budget);
+    int64_t quantum = batched(budget)->quantum;
+    int up = 1;
+    for (ms_budget *at = above; at != stop; at = parent_of(at), up++) {
+        int ended = would_take(at, atomic_load(&at->used), 0, mode); /* slack or not */
+        if (ended) {
+            *level = up;
+            return ended;
+        }
+    }
+    int64_t have = take_slack(budget, n), missing = n - have, more = missing;
+    int result = 0;
+    /* Bytes that exist, and what is given in turn or as an overdraft, are no reason to take more. */
+    if (mode == CHARGE_ASKING && missing <= INT64_MAX - quantum)
+        more = (missing + quantum - 1) / quantum * quantum;
+    if (missing)
+        result = ms_budget_charge_by(above, more, stop, mode, &up);
+    if (result == -ENOMEM && more > missing)
+        result = ms_budget_charge_by(above, more = missing, stop, mode, &up);
+    *drawn = result < 0 ? have : have + more;
+    if (result < 0)
+        *level = up + 1;
+    return result;
+}
+
+/* As charge(), where the budget at `at`, the first batched one of the path, has its index. */
+static int charge_batched(ms_budget *budget, ms_budget *at, int index, int64_t n, ms_budget *stop,
+                          enum charge_mode mode, int *level)
+{
+    uint32_t waited = 0;
+    int64_t left = 0;
+    int refuser = 0;
+    int drawn = draw(at, n, stop, mode, &refuser, &left), result = drawn;
+    if (drawn < 0)
+        refuser += index;
+    else
+        result = ms_budget_charge_by(budget, n, parent_of(at), mode, &refuser);
+    if (result >= 0)
+        left -= n;
+    if (left && (left = keep_slack(at, left)))
+        subtract(parent_of(at), left, stop, &waited);
+    if (waited && mode != CHARGE_IN_TURN)
+        ms_line_serve(budget);
+    if (result < 0) {
+        if (level)
+            *level = refuser;
+        return result;
+    }
+    return result | drawn;
+}
+
+static inline int charge(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level)
 {
     ms_budget *levels[MS_BUDGET_DEPTH_MAX];
     int64_t used[MS_BUDGET_DEPTH_MAX];
@@ -146,6 +250,8 @@ static inline int charge(ms_budget *budget, int64_t n, const ms_budget *stop, en
 
     /* Look first: a charge that is bound to be refused must not, even for a moment, stand in the way of others. */
     for (ms_budget *at = budget; at != stop; at = parent_of(at)) {
+        if (MS_UNLIKELY(at->batched) && parent_of(at) != stop)
+            return charge_batched(budget, at, count, n, stop, mode, level);
         int here = would_take(at, atomic_load(&at->used), n, mode);
         if (MS_UNLIKELY(here)) {
             refused = here;
@@ -177,14 +283,14 @@ static inline int charge(ms_budget *budget, int64_t n, const ms_budget *stop, en
     return told;
 }
 
-int ms_budget_charge_by(ms_budget *budget, int64_t n, const ms_budget *stop, enum charge_mode mode, int *level)
+int ms_budget_charge_by(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level)
 {
     return charge(budget, n, stop, mode, level);
 }
 
 int ms_budget_charge(ms_budget *budget, int64_t n, const ms_budget *stop, int *level)
 {
-    return charge(budget, n, stop, CHARGE_ASKING, level);
+    return charge(budget, n, (ms_budget *)stop, CHARGE_ASKING, level);
 }
 
 int ms_budget_charge_overdraft(ms_budget *budget, int64_t n, int *level)
@@ -202,7 +308,7 @@ int ms_budget_charge_existing(ms_budget *budget, int64_t n, int *level)
 
 void ms_budget_uncharge(ms_budget *budget, int64_t n, const ms_budget *stop)
 {
-    give_back(budget, n, stop);
+    give_back(budget, n, (ms_budget *)stop);
 }
 
 int ms_budget_uncharge_existing(ms_budget *budget, int64_t n)
@@ -257,10 +363,18 @@ int64_t ms_budget_close(ms_budget *budget)
     if (before & CLOSED)
         return 0;
     ms_budget *parent = parent_of(budget);
-    if (parent && COUNT(before))
-        give_back(parent, COUNT(before), NULL);
+    int64_t drawn = COUNT(before) + (budget->batched ? take_slack(budget, INT64_MAX) : 0);
+    if (parent && drawn)
+        give_back(parent, drawn, NULL);
     ms_line_weed(budget);
     return COUNT(before);
+}
+
+void ms_budget_return_slack(ms_budget *budget)
+{
+    int64_t slack = budget->batched ? take_slack(budget, INT64_MAX) : 0;
+    if (slack && parent_of(budget))
+        give_back(parent_of(budget), slack, NULL);
 }
 
 int ms_budget_is_closed(const ms_budget *budget)
@@ -285,13 +399,14 @@ int ms_budget_take_soft_passed(ms_budget *budget)
 
 int64_t ms_budget_headroom(const ms_budget *budget)
 {
-    int64_t headroom = INT64_MAX;
+    int64_t headroom = INT64_MAX, slack = 0; /* which the levels above count as used */
     for (const ms_budget *at = budget; at; at = parent_of(at)) {
         int64_t limit = atomic_load(&at->aborted) ? 0 : atomic_load(&at->limit);
-        int64_t used = COUNT(atomic_load(&at->used));
+        int64_t used = COUNT(atomic_load(&at->used)) - slack;
         int64_t left = limit > used ? limit - used : 0;
         if (limit != INT64_MAX && left < headroom)
             headroom = left;
+        slack += slack_of(at);
     }
     return headroom;
 }
@@ -305,6 +420,7 @@ void ms_budget_read(const ms_budget *budget, ms_budget_stats *stats)
         .limit_bytes = atomic_load(&budget->limit),
         .soft_limit_bytes = atomic_load(&budget->soft_limit),
         .charged_bytes = atomic_load(&budget->charged),
+        .slack_bytes = slack_of(budget),
         .waiting = atomic_load(&budget->waiting),
         .aborted = atomic_load(&budget->aborted),
         .closed = (word & CLOSED) != 0,

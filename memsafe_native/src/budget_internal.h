@@ -26,9 +26,11 @@ struct ms_budget {
     _Atomic int64_t soft_rearm; /* falling to it arms again; -1 while armed */
     ptrdiff_t parent;           /* bytes from here to the parent, 0 at the root */
     _Atomic uint32_t waiting;   /* claims that are held up here; written under the lock of the line */
-    uint8_t depth;              /* 0 at the root */
+    uint8_t depth : 7;          /* 0 at the root */
+    uint8_t batched : 1;        /* it is a struct batched_budget */
     _Atomic uint8_t aborted;
     _Atomic uint8_t soft_passed; /* 1 until somebody takes it */
+    _Atomic uint8_t lined;       /* at the root: somebody stands in line; written under the lock of the line */
 
     _Atomic int64_t limit; /* written under the lock of the line, as gate is */
     _Atomic int64_t soft_limit;
@@ -36,6 +38,13 @@ struct ms_budget {
     _Atomic uint32_t references;
     uint32_t turn;   /* the last look along the line that found this level full; under the lock of the line */
     ms_claim *first; /* of the line, at the root only; under its lock */
+};
+
+/* A budget that draws more from its parent than it uses, to ask it less often. */
+struct batched_budget {
+    struct ms_budget base;
+    int64_t quantum;
+    _Atomic int64_t slack; /* charged to every level above and not used here */
 };
 
 _Static_assert(offsetof(struct ms_budget, limit) <= 56 && sizeof(struct ms_budget) > 88,
@@ -55,7 +64,7 @@ enum charge_mode {
 };
 
 /* As ms_budget_charge. In turn, an undone charge is not announced to the line: the caller is looking along it. */
-int ms_budget_charge_by(ms_budget *budget, int64_t n, const ms_budget *stop, enum charge_mode mode, int *level);
+int ms_budget_charge_by(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level);
 
 /* Bytes were given back at a level where somebody waits. Takes the lock of the line. */
 void ms_line_serve(ms_budget *budget);

@@ -55,10 +55,10 @@ static int core_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     BudgetCore *self = (BudgetCore *)object;
     PyObject *parent;
-    long long limit;
+    long long limit, quantum = 0;
     if (kwargs && PyDict_Size(kwargs))
         return PyErr_SetString(PyExc_TypeError, "BudgetCore takes no keyword arguments"), -1;
-    if (!PyArg_ParseTuple(args, "OL", &parent, &limit))
+    if (!PyArg_ParseTuple(args, "OL|L", &parent, &limit, &quantum))
         return -1;
     if (self->node)
         return PyErr_SetString(PyExc_RuntimeError, "a Budget cannot be initialised twice"), -1;
@@ -70,7 +70,7 @@ static int core_init(PyObject *object, PyObject *args, PyObject *kwargs)
         if (!above)
             return -1;
     }
-    self->node = ms_budget_new(above, limit);
+    self->node = ms_budget_new_batched(above, limit, quantum);
     if (self->node)
         return 0;
     if (errno == EINVAL)
@@ -256,6 +256,14 @@ static PyObject *core_abort(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
+static PyObject *core_return_slack(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    if (!node_of((BudgetCore *)self))
+        return NULL;
+    ms_budget_return_slack(((BudgetCore *)self)->node);
+    Py_RETURN_NONE;
+}
+
 static PyObject *core_take_soft_passed(PyObject *self, PyObject *Py_UNUSED(none))
 {
     return node_of((BudgetCore *)self) ? PyBool_FromLong(ms_budget_take_soft_passed(((BudgetCore *)self)->node)) : NULL;
@@ -318,6 +326,9 @@ static PyGetSetDef core_getset[] = {
      FIELD(used_bytes)},
     {"peak_bytes", core_get, NULL, "The most that used_bytes ever was.", FIELD(peak_bytes)},
     {"charged_bytes", core_get, NULL, "Bytes charged here by charge(), without a reservation.", FIELD(charged_bytes)},
+    {"slack_bytes", core_get, NULL,
+     "Bytes that the ancestors were charged for later use here: below two quanta, 0 without a quantum.",
+     FIELD(slack_bytes)},
     {"closed", core_is, NULL, "Whether close() was called.", FIELD(closed)},
     {"aborted", core_is, NULL, "Whether abort() was called.", FIELD(aborted)},
     {"_limit", core_get_optional, NULL, NULL, FIELD(limit_bytes)},
@@ -338,6 +349,7 @@ static PyMethodDef core_methods[] = {
     {"_uncharge_existing", core_uncharge_existing, METH_O, core_uncharge_existing_doc},
     {"_close", core_close, METH_NOARGS,
      "_close($self, /)\n--\n\nBytes that were still charged, given back to the ancestors."},
+    {"_return_slack", core_return_slack, METH_NOARGS, NULL},
     {"_abort", core_abort, METH_NOARGS, NULL},
     {"_set_limit", core_set_limit, METH_O, NULL},
     {"_set_soft_limit", core_set_soft_limit, METH_O, NULL},

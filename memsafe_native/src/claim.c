@@ -82,6 +82,7 @@ static void forget_everyone(void)
             root = at;
         }
         root->first = NULL;
+        atomic_store(&root->lined, 0);
         claim->in[LINE].previous = NULL;
         claim->held_up = NULL;
         if (atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
@@ -151,10 +152,17 @@ static void hold_up(ms_claim *claim, ms_budget *level)
         renew_gate(before);
 }
 
-static void leave(ms_claim *claim, ms_budget *root, int state)
+static void leave_line(ms_claim *claim, ms_budget *root)
 {
     hold_up(claim, NULL);
     take_out(&root->first, claim, LINE);
+    if (!root->first)
+        atomic_store(&root->lined, 0);
+}
+
+static void leave(ms_claim *claim, ms_budget *root, int state)
+{
+    leave_line(claim, root);
     atomic_store(&claim->state, state);
     signal_claim(claim);
 }
@@ -287,6 +295,7 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
     ms_budget *root = root_of(budget);
     append(&everyone, claim, EVERYONE);
     append(&root->first, claim, LINE);
+    atomic_store(&root->lined, 1);
     int error = hopeless(claim);
     if (error)
         leave(claim, root, error);
@@ -372,8 +381,7 @@ int ms_claim_end(ms_claim *claim, int *soft_passed)
         take_out(&claim->mailbox->first, claim, MAIL);
     if (state == MS_CLAIM_IN_LINE) {
         ms_budget *root = root_of(claim->budget);
-        hold_up(claim, NULL);
-        take_out(&root->first, claim, LINE);
+        leave_line(claim, root);
         serve(root); /* it may have held up others */
     }
     unlock();

@@ -85,10 +85,12 @@ static void race_charges_and_moves(void)
     middle = ms_budget_new(root, 900);
     ms_budget_set_soft_limit(middle, 400);
     for (uintptr_t i = 0; i < THREADS; i++) {
-        leaves[i] = ms_budget_new(middle, 700);
+        leaves[i] = ms_budget_new_batched(middle, 700, i == 0 ? 64 : 0);
         numbers[i] = (void *)i;
     }
     run(charge_and_move, numbers);
+    CHECK(stats_of(leaves[0]).slack_bytes < 128 && stats_of(middle).used_bytes == stats_of(leaves[0]).slack_bytes);
+    ms_budget_return_slack(leaves[0]);
     CHECK(stats_of(root).used_bytes == 0 && stats_of(middle).used_bytes == 0);
     CHECK(stats_of(root).peak_bytes <= LIMIT && stats_of(middle).peak_bytes <= 900);
     for (int i = 0; i < THREADS; i++) {
@@ -104,7 +106,7 @@ static void race_charges_with_a_close(void)
     for (int round = 0; round < 50; round++) {
         void *same[THREADS];
         ms_budget *parent = ms_budget_new(NULL, INT64_MAX);
-        ms_budget *leaf = ms_budget_new(parent, INT64_MAX);
+        ms_budget *leaf = ms_budget_new_batched(parent, INT64_MAX, round % 2 ? 100 : 0);
         pthread_t threads[THREADS];
         for (int i = 0; i < THREADS; i++) {
             same[i] = leaf;
@@ -131,6 +133,7 @@ static void *wait_in_line(void *argument)
     for (int i = 0; i < ROUNDS / 20; i++) {
         int64_t n = 1 + rand_r(&seed) % 700;
         ms_claim *claim = ms_claim_new(leaves[self], n, NULL, 0);
+        ms_budget_return_slack(leaves[0]); /* as who waits has to see to */
         int patient = i % 3;
         while (ms_claim_state(claim) == MS_CLAIM_IN_LINE) {
             int up = -1;
@@ -180,11 +183,12 @@ static void make_tree(void)
     root = ms_budget_new(NULL, LIMIT);
     middle = ms_budget_new(root, 900);
     for (int i = 0; i < THREADS; i++)
-        leaves[i] = ms_budget_new(middle, 700);
+        leaves[i] = ms_budget_new_batched(middle, 700, i == 0 ? 64 : 0);
 }
 
 static void drop_tree(void)
 {
+    ms_budget_return_slack(leaves[0]);
     for (int i = 0; i < THREADS; i++) {
         ms_budget_stats stats = stats_of(leaves[i]);
         CHECK(stats.used_bytes == 0 && stats.waiting == 0);
@@ -205,9 +209,51 @@ static void race_claims(void *(*work)(void *))
     run(work, numbers);
     CHECK(granted > 0 && stats_of(root).peak_bytes <= LIMIT);
     int up;
+    ms_budget_return_slack(leaves[0]);
     CHECK(ms_budget_charge(leaves[0], 700, NULL, &up) == 0); /* every gate is open again */
     ms_budget_uncharge(leaves[0], 700, NULL);
     drop_tree();
+}
+
+static _Atomic int round_now;
+
+static void spin(int turns)
+{
+    for (volatile int i = 0; i < turns; i++)
+        ;
+}
+
+/* Gives back the only byte of each round, once, a little earlier or later than the claim for it is made. */
+static void *release_once_a_round(void *argument)
+{
+    for (int i = 1; i <= ROUNDS; i++) {
+        while (atomic_load(&round_now) < i)
+            ;
+        spin(i % 200);
+        ms_budget_uncharge(argument, 1, NULL);
+    }
+    return NULL;
+}
+
+/* A release that comes between a claim's refusal and its place in line is the last one that there will be. */
+static void race_one_claim_with_the_only_release(void)
+{
+    ms_budget *top = ms_budget_new(NULL, 1), *leaf = ms_budget_new(top, 1);
+    pthread_t thread;
+    CHECK(ms_budget_charge(leaf, 1, NULL, NULL) == 0);
+    CHECK(pthread_create(&thread, NULL, release_once_a_round, leaf) == 0);
+    for (int i = 1; i <= ROUNDS; i++) {
+        atomic_store(&round_now, i);
+        spin(i / 200 % 100);
+        ms_claim *claim = ms_claim_new(leaf, 1, NULL, 0);
+        while (ms_claim_state(claim) == MS_CLAIM_IN_LINE)
+            CHECK(ms_claim_wait(claim, 20000000000) == 0);
+        CHECK(ms_claim_end(claim, NULL) == MS_CLAIM_GRANTED);
+    }
+    pthread_join(thread, NULL);
+    ms_budget_uncharge(leaf, 1, NULL);
+    ms_budget_unref(leaf);
+    ms_budget_unref(top);
 }
 
 static void *wait_for_the_end(void *argument)
@@ -310,6 +356,7 @@ int main(void)
     race_claims(wait_in_line);
     race_claims(charge_beside_the_line);
     CHECK(gave_up > 0);
+    race_one_claim_with_the_only_release();
     wake_by(ms_budget_abort, -ECANCELED);
     wake_by(close_it, -ESHUTDOWN);
     hear_by_mail();

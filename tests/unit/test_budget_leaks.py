@@ -49,7 +49,8 @@ def budget_reads():
     root, child = tree()
     call(child, "path", "children", "limit_bytes", "soft_limit_bytes", "used_bytes", "peak_bytes", "own_bytes")
     call(child, "charged_bytes", "closed", "aborted", "waiting", "headroom_bytes", "over_bytes", "reclaimable_bytes")
-    call(root, "parent", "name", "stats", "report", "top_consumers", "__repr__")
+    root.child("batched", quantum=64).reserve(1).release()
+    call(root, "slack_bytes", "parent", "name", "stats", "report", "top_consumers", "__repr__")
     str(root.report())
     root.report().as_dict()
 

@@ -348,6 +348,45 @@ assert db.used_bytes == 0
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_interpreter_ends_quietly_while_threads_wait_and_reclaim():
+    script = """
+import memsafe, threading, time
+db = memsafe.Budget(100, name="db")
+kept = db.reserve(100)
+inside = threading.Event()
+@db.reclaimer
+def slow(need_bytes):
+    inside.set()
+    time.sleep(60)
+for _ in range(3):
+    threading.Thread(target=db.reserve, args=(10,), kwargs={"timeout_s": 60}, daemon=True).start()
+assert inside.wait(60)
+while db.waiting < 3:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loop_without_a_descriptor_left_is_told_and_holds_nothing():
+    script = """
+import asyncio, errno, memsafe, os, resource
+async def main():
+    db = memsafe.Budget(100, name="db")
+    with db.reserve(100):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            await db.reserve_async(1, timeout_s=60)
+        except memsafe.KernelError as error:
+            assert error.errno == errno.EMFILE and error.call == "eventfd"
+            assert db.waiting == 0
+            print("told")
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "told\n", "")
+
+
 def test_many_threads_that_wait_never_pass_the_limit_and_end_at_zero():
     root = Budget(100)
     leaves = [root.child(f"leaf{i}", 70) for i in range(4)]
