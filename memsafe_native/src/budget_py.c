@@ -78,7 +78,7 @@ static PyObject *core_obtain(PyObject *self, PyObject *const *args, Py_ssize_t n
     if (require_one(nargs, name))
         return NULL;
     int64_t n = plain_size(args[0]);
-    if (MS_LIKELY(n >= 0) && ((BudgetCore *)self)->node) {
+    if (((BudgetCore *)self)->node && MS_LIKELY(n >= 0) && node_of((BudgetCore *)self)) {
         PyObject *result = attempt((BudgetCore *)self, n);
         if (MS_LIKELY(!result || Py_IS_TYPE(result, ms_reservation_type)))
             return result;
