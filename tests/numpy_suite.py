@@ -44,7 +44,9 @@ class Outcomes:
             return (yield)
         charged = self.tests[item.nodeid] = self.budget.child(str(len(self.tests)))
         with charged.numpy():
-            return (yield)
+            report = yield
+        item._instance = item._obj = None  # pytest keeps them
+        return report
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":

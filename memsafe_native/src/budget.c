@@ -385,6 +385,17 @@ int ms_budget_is_closed(const ms_budget *budget)
     return 0;
 }
 
+int ms_budget_may_lag(const ms_budget *budget)
+{
+    for (; budget; budget = parent_of(budget)) {
+        uint64_t word = atomic_load_explicit(&budget->used, memory_order_relaxed);
+        if (word & CLOSED || COUNT(word) >= atomic_load_explicit(&budget->gate, memory_order_relaxed) ||
+            atomic_load_explicit(&budget->soft_rearm, memory_order_relaxed) >= 0)
+            return 0;
+    }
+    return 1;
+}
+
 void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit)
 {
     atomic_store(&budget->soft_rearm, -1);

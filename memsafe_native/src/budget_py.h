@@ -38,8 +38,16 @@ static inline int64_t plain_size(PyObject *object)
     return overflow ? -1 : size;
 }
 
+/* The budget whose freed arrays may give back a little later (numpy_handler_py.c), or NULL. The GIL guards it. */
+extern ms_budget *ms_pocket_of;
+
+void ms_pocket_empty(void);
+
+/* The counters of a budget, up to date: whoever looks at them, or charges them, from Python comes this way. */
 static inline ms_budget *node_of(BudgetCore *self)
 {
+    if (MS_UNLIKELY(ms_pocket_of != NULL))
+        ms_pocket_empty();
     if (!self->node)
         PyErr_SetString(PyExc_RuntimeError, "Budget.__init__ was not called");
     return self->node;

@@ -131,15 +131,67 @@ static void tell_soft_limit(Handler *self)
     leave_python(state);
 }
 
+/* What freed arrays of one budget have yet to give back: mostly the next array of that budget takes it again, and then
+ * neither has touched the counters, whose atomic steps cost more than all the rest of a handler. The lag is not to be
+ * seen: the pocket is opened only where ms_budget_may_lag(), and closed before a budget is looked at or charged from
+ * Python, and before another budget's array is charged. (A native thread that charges without the GIL may find so much
+ * less.) Never open without a GIL. */
+enum { POCKET_BYTES_MAX = 64 << 10 };
+
+ms_budget *ms_pocket_of;
+static int64_t pocket_bytes;
+
+void ms_pocket_empty(void)
+{
+    if (pocket_bytes)
+        ms_budget_uncharge(ms_pocket_of, pocket_bytes, NULL);
+    pocket_bytes = 0;
+    ms_pocket_of = NULL;
+}
+
+static int64_t take_from_pocket(ms_budget *node, int64_t size)
+{
+    if (MS_UNLIKELY(ms_pocket_of != node)) {
+        if (ms_pocket_of)
+            ms_pocket_empty();
+        return 0;
+    }
+    int64_t taken = size < pocket_bytes ? size : pocket_bytes;
+    pocket_bytes -= taken;
+    return taken;
+}
+
+static int may_open_pocket(const ms_budget *node)
+{
+#ifdef Py_GIL_DISABLED
+    return (void)node, 0;
+#else
+    return !ms_pocket_of && ms_budget_may_lag(node);
+#endif
+}
+
+static void give_back(ms_budget *node, int64_t size)
+{
+    if (size <= POCKET_BYTES_MAX - pocket_bytes && (MS_LIKELY(ms_pocket_of == node) || may_open_pocket(node))) {
+        ms_pocket_of = node;
+        pocket_bytes += size;
+        return;
+    }
+    ms_budget_uncharge(node, size, NULL);
+}
+
 static int charge(Handler *self, size_t size)
 {
     if (MS_UNLIKELY(size > SIZE_MAX_BYTES))
         return -1;
-    int result = ms_budget_charge(self->node, (int64_t)size, NULL, NULL);
+    int64_t taken = take_from_pocket(self->node, (int64_t)size), rest = (int64_t)size - taken;
+    int result = rest ? ms_budget_charge(self->node, rest, NULL, NULL) : 0;
     if (MS_LIKELY(result == 0))
         return 0;
-    if (result < 0)
+    if (result < 0) {
+        ms_budget_uncharge(self->node, taken, NULL);
         return ask(self, size, ASK_FOR_ROOM);
+    }
     tell_soft_limit(self);
     return 0;
 }
@@ -176,7 +228,7 @@ static void handler_free(void *context, void *data, size_t Py_UNUSED(hint))
     Header *header = (Header *)data - 1;
     int64_t size = (int64_t)header->size;
     free(header);
-    ms_budget_uncharge(((Handler *)context)->node, size, NULL);
+    give_back(((Handler *)context)->node, size);
 }
 
 static int soft_limit_call(void *budget)
@@ -191,6 +243,8 @@ static int soft_limit_call(void *budget)
 static void tell_soft_limit_later(Handler *self)
 {
     PyGILState_STATE gil = PyGILState_Ensure();
+    if (ms_pocket_of)
+        ms_pocket_empty(); /* which may not lag until the limit is armed again */
     Py_INCREF(self->budget);
     if (Py_AddPendingCall(soft_limit_call, self->budget))
         Py_DECREF(self->budget); /* its queue is full: told at the next crossing */
@@ -223,6 +277,8 @@ static void handler_destroy(PyObject *capsule)
 {
     Handler *self = PyCapsule_GetPointer(capsule, CAPSULE);
     PyObject *budget = self->budget, *refused = self->refused;
+    if (ms_pocket_of == self->node)
+        ms_pocket_empty();
     free(self);
     Py_DECREF(budget);
     Py_DECREF(refused);

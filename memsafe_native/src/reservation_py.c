@@ -123,7 +123,7 @@ static PyObject *grow_locked(Reservation *self, int64_t n)
     int64_t size = atomic_load(&self->size);
     if (size == RELEASED)
         return closed_error(), NULL;
-    int result = ms_budget_charge(self->budget->node, n, NULL, &level);
+    int result = ms_budget_charge(node_of(self->budget), n, NULL, &level);
     if (result < 0)
         return PyLong_FromLong(level);
     do {
