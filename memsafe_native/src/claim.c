@@ -30,6 +30,7 @@ struct ms_claim {
 struct ms_mailbox {
     ms_claim *first;
     int fd;
+    uint32_t users; /* its maker and its claims */
 };
 
 /* Guards every field above but the atomic ones, and in budgets what their declaration says. */
@@ -293,6 +294,8 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
     claim->n = n;
     lock();
     ms_budget *root = root_of(budget);
+    if (mailbox)
+        mailbox->users++;
     append(&everyone, claim, EVERYONE);
     append(&root->first, claim, LINE);
     atomic_store(&root->lined, 1);
@@ -372,6 +375,19 @@ int64_t ms_claim_shortfall(ms_claim *claim, int *level)
     return need;
 }
 
+void ms_mailbox_free(ms_mailbox *mailbox)
+{
+    if (!mailbox)
+        return;
+    lock();
+    int last = --mailbox->users == 0;
+    unlock();
+    if (last) {
+        close(mailbox->fd);
+        free(mailbox);
+    }
+}
+
 int ms_claim_end(ms_claim *claim, int *soft_passed)
 {
     lock();
@@ -387,6 +403,7 @@ int ms_claim_end(ms_claim *claim, int *soft_passed)
     unlock();
     if (state == MS_CLAIM_GRANTED && soft_passed)
         *soft_passed = claim->soft_passed;
+    ms_mailbox_free(claim->mailbox);
     ms_budget_unref(claim->budget);
     free(claim);
     return state;
@@ -397,20 +414,13 @@ ms_mailbox *ms_mailbox_new(void)
     ms_mailbox *mailbox = calloc(1, sizeof *mailbox);
     if (!mailbox)
         return NULL;
+    mailbox->users = 1;
     mailbox->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (mailbox->fd < 0) {
         free(mailbox);
         return NULL;
     }
     return mailbox;
-}
-
-void ms_mailbox_free(ms_mailbox *mailbox)
-{
-    if (!mailbox)
-        return;
-    close(mailbox->fd);
-    free(mailbox);
 }
 
 int ms_mailbox_fd(const ms_mailbox *mailbox)
