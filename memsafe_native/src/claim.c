@@ -83,7 +83,7 @@ static void forget_everyone(void)
             root = at;
         }
         root->first = NULL;
-        atomic_store(&root->lined, 0);
+        atomic_store(&root->in_line, 0);
         claim->in[LINE].previous = NULL;
         claim->held_up = NULL;
         if (atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
@@ -157,8 +157,7 @@ static void leave_line(ms_claim *claim, ms_budget *root)
 {
     hold_up(claim, NULL);
     take_out(&root->first, claim, LINE);
-    if (!root->first)
-        atomic_store(&root->lined, 0);
+    atomic_fetch_sub(&root->in_line, 1);
 }
 
 static void leave(ms_claim *claim, ms_budget *root, int state)
@@ -212,8 +211,17 @@ static ms_budget *attempt(ms_claim *claim, ms_budget *root)
     }
 }
 
-/* The topmost level of the claim's path that an earlier one in line was found to wait for, this time. */
-static ms_budget *level_before(ms_claim *claim)
+/* Serve one claim, which those before it hold up at a level, or not (NULL). Returns as attempt(). */
+static ms_budget *consider(ms_claim *claim, ms_budget *root, ms_budget *level)
+{
+    if (!level)
+        return attempt(claim, root);
+    hold_up(claim, level);
+    return level;
+}
+
+/* The topmost level of the claim's path that this look along the line found full. */
+static ms_budget *full_level(const ms_claim *claim)
 {
     ms_budget *found = NULL;
     for (ms_budget *at = claim->budget; at; at = parent_of(at))
@@ -222,20 +230,29 @@ static ms_budget *level_before(ms_claim *claim)
     return found;
 }
 
-/* Look along the line of a tree, first to last. Nobody passes a root that is full. */
+/* Look along the line of a tree, first to last. Nobody passes a root that is full, nor what holds up all of them. */
 static void serve(ms_budget *root)
 {
     turns++;
     for (ms_claim *claim = root->first, *next; claim && root->turn != turns; claim = next) {
         next = claim->in[LINE].next;
-        ms_budget *level = level_before(claim);
-        if (level)
-            hold_up(claim, level);
-        else
-            level = attempt(claim, root);
-        if (level)
-            level->turn = turns;
+        ms_budget *level = consider(claim, root, full_level(claim));
+        if (!level)
+            continue;
+        level->turn = turns;
+        if (atomic_load(&level->waiting) == atomic_load(&root->in_line))
+            break;
     }
+}
+
+/* The topmost level of the claim's path that holds up somebody. */
+static ms_budget *waited_level(const ms_claim *claim)
+{
+    ms_budget *found = NULL;
+    for (ms_budget *at = claim->budget; at; at = parent_of(at))
+        if (atomic_load(&at->waiting))
+            found = at;
+    return found;
 }
 
 void ms_line_serve(ms_budget *budget)
@@ -298,14 +315,12 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
         mailbox->users++;
     append(&everyone, claim, EVERYONE);
     append(&root->first, claim, LINE);
-    atomic_store(&root->lined, 1);
+    atomic_fetch_add(&root->in_line, 1);
     int error = hopeless(claim);
     if (error)
         leave(claim, root, error);
     else
-        serve(root);
-    if (!claim->held_up && atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
-        hold_up(claim, root); /* which is full: the look did not get to the end */
+        consider(claim, root, waited_level(claim));
     unlock();
     return claim;
 }
