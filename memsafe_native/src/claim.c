@@ -365,19 +365,28 @@ static int64_t add_saturated(int64_t a, int64_t b)
     return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
 }
 
+static int is_below(const ms_budget *budget, const ms_budget *above)
+{
+    while (budget && budget != above)
+        budget = parent_of(budget);
+    return budget != NULL;
+}
+
 int64_t ms_claim_shortfall(ms_claim *claim, int *level)
 {
     int64_t need = 0;
     lock();
-    ms_budget *at = claim->held_up;
+    /* Not held_up: where a full root ended the look, that of those behind is as it was before. */
+    ms_budget *at = claim->held_up ? waited_level(claim) : NULL;
     if (at) {
+        ms_claim *first = root_of(at)->first;
         int up = 0;
         for (ms_budget *below = claim->budget; below != at; below = parent_of(below))
             up++;
         for (ms_claim *other = claim;; other = other->in[LINE].previous) {
-            if (other->held_up == at)
+            if (is_below(other->budget, at))
                 need = add_saturated(need, other->n);
-            if (other == root_of(at)->first)
+            if (other == first)
                 break;
         }
         need = add_saturated(need, COUNT(atomic_load(&at->used)) - atomic_load(&at->limit));
