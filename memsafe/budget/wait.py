@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # A request that fits only after this many rounds of reclaiming is losing a race against other requesters.
 _ROUNDS_MAX = 8
 
-# How long a request without a timeout waits for a reclaimer that another one is running: long enough to write a buffer
-# out, and bounded, because that reclaimer may be waiting for this very thread.
+# How long a request waits for a reclaimer that another one is running, if its own timeout does not end before: long
+# enough to write a buffer out, and bounded, because that reclaimer may be waiting for this very thread.
 _JOIN_MAX_S = 10.0
 
 
@@ -191,14 +191,15 @@ def _course(claim: Claim, timeout_s: float | None, *, asynchronous: bool) -> _Co
     budget, size_bytes = claim.budget, claim.size_bytes
     claims = _claims_of(budget)
     began_s = time.monotonic()
+    until_s = began_s + timeout_s if timeout_s else None
     with policy.lock:
         claims[claim] = began_s
     try:
         budget._root()._collect_slack()  # as long as somebody stands in line, none is kept
-        yield from _ask_reclaimers(claim, asynchronous)
+        yield from _ask_reclaimers(claim, until_s, asynchronous)
         waited_s = None
-        if timeout_s and claim.in_line:
-            waited_s = yield from _wait(claim, began_s + timeout_s)
+        if until_s and claim.in_line:
+            waited_s = yield from _wait(claim, until_s)
         level, _ = claim.shortfall()
         reservation = claim.take()
         if reservation is not None:
@@ -217,7 +218,9 @@ def _claims_of(budget: Budget) -> dict[Claim, float]:
         return policy.of(budget._root()).claims
 
 
-def _ask_reclaimers(claim: Claim, asynchronous: bool) -> Generator[_Ask | _Pause, int | None, None]:
+def _ask_reclaimers(
+    claim: Claim, until_s: float | None, asynchronous: bool
+) -> Generator[_Ask | _Pause, int | None, None]:
     """Ask round after round, in order, each for what is missing by then, until nobody has more to give."""
     stalled: set[ReclaimerEntry] = set()
     for _ in range(_ROUNDS_MAX):
@@ -230,7 +233,7 @@ def _ask_reclaimers(claim: Claim, asynchronous: bool) -> Generator[_Ask | _Pause
                 continue
             asked = True
             if not entry.begin():
-                if not (yield from _join(entry, claim)):
+                if not (yield from _join(entry, claim, until_s)):
                     stalled.add(entry)
                 continue
             before = claim.shortfall()
@@ -245,12 +248,13 @@ def _ask_reclaimers(claim: Claim, asynchronous: bool) -> Generator[_Ask | _Pause
             return
 
 
-def _join(entry: ReclaimerEntry, claim: Claim) -> Generator[_Pause, int | None, bool]:
+def _join(entry: ReclaimerEntry, claim: Claim, until_s: float | None) -> Generator[_Pause, int | None, bool]:
     """Wait for a reclaimer that is at work for somebody else: what it frees is shared out along the line.
 
     Returns whether it has ended.
     """
-    until_s = time.monotonic() + _JOIN_MAX_S
+    join_until_s = time.monotonic() + _JOIN_MAX_S
+    until_s = join_until_s if until_s is None else min(until_s, join_until_s)
     if entry.join(claim):
         while claim.in_line and entry.is_running:
             if (left_s := until_s - time.monotonic()) <= 0:

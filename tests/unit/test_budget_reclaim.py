@@ -381,6 +381,27 @@ def test_waiting_for_a_reclaimer_that_waits_for_oneself_ends(monkeypatch):
     hoard.release()
 
 
+def test_a_timeout_bounds_the_wait_for_a_reclaimer_that_another_one_runs():
+    db = Budget(100, name="db")
+    hoard, inside, over = db.reserve(100), threading.Event(), threading.Event()
+
+    @db.reclaimer
+    def slow(need_bytes):
+        inside.set()
+        assert over.wait(60)
+        hoard.shrink(need_bytes)
+        return need_bytes
+
+    first = threading.Thread(target=lambda: db.reserve(10).release())
+    first.start()
+    assert inside.wait(60)
+    with pytest.raises(BudgetExceededError, match="still at work in db"):
+        db.reserve(10, timeout_s=0.01)
+    over.set()  # which nobody would do before that if the wait were not bounded
+    first.join()
+    hoard.release()
+
+
 def test_a_reclaimer_may_overdraw_a_sixteenth_of_small_limits_and_all_share_it():
     db, granted = Budget(160, name="db"), []
     hoard = db.reserve(160)
