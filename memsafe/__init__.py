@@ -12,7 +12,10 @@ from typing import Any
 
 # Public names and their homes; __init__.pyi tells type checkers the same, and a test holds the two together.
 _MODULES = {
-    "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
+    "memsafe.budget": (
+        "Budget", "BudgetReport", "BudgetStats", "Consumer", "Drift", "ProcessBudget", "Reservation", "Waiter",
+        "current_budget",
+    ),
     "memsafe.commit": ("ForkAssessment", "assess_fork"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",

@@ -4,7 +4,10 @@ from memsafe.budget import (
     BudgetReport as BudgetReport,
     BudgetStats as BudgetStats,
     Consumer as Consumer,
+    Drift as Drift,
+    ProcessBudget as ProcessBudget,
     Reservation as Reservation,
+    Waiter as Waiter,
     current_budget as current_budget,
 )
 from memsafe.commit import ForkAssessment as ForkAssessment, assess_fork as assess_fork

@@ -12,8 +12,10 @@ _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
 BudgetCore = _types["BudgetCore"]
+Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
+current_budget_by = _types["current_budget_by"]
 fork = _types["fork"]
 numpy_connect = _types["numpy_connect"]
 numpy_handler = _types["numpy_handler"]
@@ -34,9 +36,11 @@ def check(result: int, call: str, detail: str = "") -> int:
 
 __all__ = [
     "BudgetCore",
+    "Claim",
     "RegionCore",
     "Reservation",
     "check",
+    "current_budget_by",
     "ffi",
     "fork",
     "lib",
