@@ -16,7 +16,11 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 @pytest.mark.parametrize(
     ("name", "concepts"),
-    [("budget_threads", ["budget", "claim"]), ("waiter_threads", ["waiter", "kept"]), ("region_faults", ["budget", "claim"])],
+    [
+        ("budget_threads", ["budget", "claim"]),
+        ("waiter_threads", ["waiter", "kept"]),
+        ("region_faults", ["budget", "claim"]),
+    ],
 )
 def test_a_program_runs_clean(tmp_path, name, concepts, sanitizers):
     program = tmp_path / name
