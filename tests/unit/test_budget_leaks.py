@@ -167,7 +167,7 @@ def memory_of_its_own():
 
 
 def arrays():
-    root, child = tree()
+    _root, child = tree()
     with child.numpy():
         array = numpy.ones(10)
         array.resize(20, refcheck=False)
