@@ -61,7 +61,17 @@ class _Setting:
 
 
 class _Number(_Setting):
-    """As _Setting, for what is not a size and may be negative."""
+    """As _Setting, for what is not a size."""
+
+    def _checked(self, value: Size) -> int:
+        number = int(value)
+        if number < 0:
+            raise ValueError(f"{self._name} must not be negative: {value}")
+        return number
+
+
+class _Signed(_Setting):
+    """As _Number, for what may be negative."""
 
     def _checked(self, value: Size) -> int:
         return int(value)
@@ -77,16 +87,19 @@ class _Part(ABC):
         self._values: dict[str, int | None] = dict(self._defaults)
 
     def set(self, **settings: Any) -> Self:
-        """Change several settings in one go; returns itself.
+        """Change several settings in one go, or none; returns itself.
 
         Raises:
             TypeError: There is no such setting.
+            ValueError: A value makes no sense.
         """
+        values: dict[str, int | None] = {}
         for name, value in settings.items():
             setting = next((vars(kind)[name] for kind in type(self).__mro__ if name in vars(kind)), None)
             if not isinstance(setting, _Setting):
                 raise TypeError(f"{type(self).__name__} has no setting {name!r}")
-            self._values[name] = None if value is None else setting._checked(value)
+            values[name] = None if value is None else setting._checked(value)
+        self._values.update(values)
         self._render()
         return self
 
@@ -164,7 +177,7 @@ class FakeOvercommit(_Part):
     def _limit_bytes(self) -> int:
         """Return CommitLimit as mm/util.c's vm_commit_limit() counts it."""
         of = self._kernel.machine
-        share_bytes = ((of.total or 0) - (of.hugetlb or 0)) // machine.PAGE_BYTES * (self.ratio or 0) // 100
+        share_bytes = max(0, (of.total or 0) - (of.hugetlb or 0)) // machine.PAGE_BYTES * (self.ratio or 0) // 100
         return (self.fixed or share_bytes * machine.PAGE_BYTES) + (of.swap_total or 0)
 
     def _render(self) -> None:
@@ -236,7 +249,7 @@ class FakeProcess(_Part):
     uid = _Number()
     capabilities = _Number()
     oom_score = _Number()
-    oom_score_adj = _Number()
+    oom_score_adj = _Signed()
     user_namespace = _Number()
 
     _defaults: ClassVar[dict[str, int | None]] = {
@@ -264,9 +277,9 @@ class FakeProcess(_Part):
             "VmPTE": self.page_tables, "VmSwap": self.swap,
         }  # fmt: skip
         show = self._kernel._show
-        uids = "\t".join([str(self.uid)] * 4)
+        uids = "" if self.uid is None else "Uid:" + f"\t{self.uid}" * 4 + "\n"
         text = (
-            f"Name:\tpython\nUid:\t{uids}\n{_labelled(sizes)}Threads:\t{self.threads or 0}\n"
+            f"Name:\tpython\n{uids}{_labelled(sizes)}Threads:\t{self.threads or 0}\n"
             f"CapEff:\t{self.capabilities or 0:016x}\n"
         )
         for name in ("self", _PID):
@@ -509,14 +522,15 @@ class FakeKernel:
             settings: Attributes of FakeCgroup.
 
         Raises:
-            ValueError: *path* is not absolute, or leads out of the hierarchy.
+            ValueError: *path* is no path of a cgroup, or a value makes no sense.
             TypeError: There is no such setting.
         """
         path = _cgroup_path(path)
         if path != "/":
             self.cgroup(str(PurePosixPath(path).parent))
-        group = self._cgroups.setdefault(path, FakeCgroup(self, path))
+        group = self._cgroups.get(path) or FakeCgroup(self, path)
         group.set(**settings)
+        self._cgroups[path] = group
         group._appear()
         return group
 
@@ -541,7 +555,7 @@ class FakeKernel:
         Returns:
             Where it is.
         """
-        data = content.encode() if isinstance(content, str) else content
+        data = os.fsencode(content) if isinstance(content, str) else content
         file = self._at(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_symlink() or not file.is_file():
@@ -679,9 +693,11 @@ def _rewrite(file: Path, data: bytes) -> None:
 
 
 def _cgroup_path(path: str) -> str:
-    if not path.startswith("/") or ".." in path.split("/"):
-        raise ValueError(f"a cgroup's path begins with a slash and has no '..': {path!r}")
-    return "/" + path.strip("/")
+    names = [name for name in path.split("/") if name]
+    # The kernel makes no cgroup with a newline in its name (kernel/cgroup/cgroup.c, cgroup_mkdir()).
+    if not path.startswith("/") or {".", ".."} & set(names) or "\n" in path:
+        raise ValueError(f"a cgroup's path begins with a slash and has no '.', '..' or newline: {path!r}")
+    return "/" + "/".join(names)
 
 
 def _within(path: str, top: str) -> str | None:

@@ -81,7 +81,7 @@ class Soak:
         self.failures: list[str] = []
         self.root = Budget(LIMIT_BYTES, name="soak", soft_limit=LIMIT_BYTES // 2)
         self.root.on_soft_limit(lambda budget: self.count("soft"))
-        self.shared = [self.root.child(f"shared{i}", LIMIT_BYTES // (1 + i)) for i in range(4)]
+        self.shared = [self.root.child(f"shared{i}", LIMIT_BYTES // (1 + i), quantum=i // 3 * 4096) for i in range(4)]
         self.caches = [Cache(self.shared[i % 4].child(f"cache{i}"), self, asynchronous=i % 3 == 2) for i in range(6)]
         self.progress = [0] * (threads + 2)
         self.threads = [
@@ -249,6 +249,7 @@ class Soak:
         for cache in self.caches:
             cache.empty()
         gc.collect()
+        self.root._collect_slack()
         budgets = [self.root, *self.shared, *(cache.budget for cache in self.caches)]
         for budget in budgets:
             if budget.used_bytes or budget.waiting or budget.charged_bytes:

@@ -161,7 +161,9 @@ class Budget(BudgetCore):
         budget._open(self, name, limit, soft_limit, quantum=quantum)
         with policy.lock:
             if quantum:
-                policy.of(self._root()).batched.add(budget)
+                known = policy.of(self._root())
+                known.batched = known.batched or weakref.WeakSet()
+                known.batched.add(budget)
             children = self._children = {} if self._children is None else self._children
             taken = children.get(name)
             sibling = taken() if taken else None
@@ -338,6 +340,7 @@ class Budget(BudgetCore):
             timeout_s: As of reserve(). math.inf waits until the task is cancelled: asyncio.timeout() bounds that.
 
         Raises:
+            KernelError: There is no descriptor left for the eventfd that the event loop's tasks share.
             Exceptions as reserve().
         """
         size_bytes = parse_size(size, what="a reservation")
@@ -355,13 +358,15 @@ class Budget(BudgetCore):
 
     def _grow(self, reservation: Reservation, size: Size, timeout_s: float | None) -> None:
         more_bytes = self._parse_growth(reservation, size)
-        reservation.merge(_or_raise(wait.obtain(self, more_bytes, wait.parse_timeout(timeout_s))))
+        with _or_raise(wait.obtain(self, more_bytes, wait.parse_timeout(timeout_s))) as more:
+            reservation.merge(more)
 
     def _try_grow(self, reservation: Reservation, size: Size) -> bool:
         outcome = wait.obtain(self, self._parse_growth(reservation, size))
         if isinstance(outcome, Refusal):
             return False
-        reservation.merge(outcome)
+        with outcome as more:
+            reservation.merge(more)
         return True
 
     def _parse_growth(self, reservation: Reservation, size: Size) -> int:
@@ -396,11 +401,13 @@ class Budget(BudgetCore):
 
     def _collect_slack(self) -> bool:
         """Have every budget of the tree give its slack back; whether there are such budgets. self: the root."""
-        if not self._policy.batched:
+        if self._policy.batched is None:
             return False
-        for budget in list(self._policy.batched):
+        with policy.lock:
+            batched = list(self._policy.batched)
+        for budget in batched:
             budget._return_slack()
-        return True
+        return bool(batched)
 
     def _raise_if_unusable(self) -> None:
         budget: Budget | None = self

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from memsafe._native import ffi, lib
 from memsafe.budget import policy, reclaim
 from memsafe.budget.refusal import Refusal
+from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -285,7 +286,7 @@ class _Mailbox:
     def __init__(self, loop: AbstractEventLoop) -> None:
         native = lib.ms_mailbox_new()
         if native == ffi.NULL:
-            raise OSError(ffi.errno, f"eventfd: {os.strerror(ffi.errno)}")
+            raise KernelError(ffi.errno, "eventfd")
         self._loop = loop
         self._native = ffi.gc(native, lib.ms_mailbox_free)
         self._address = int(ffi.cast("uintptr_t", native))

@@ -195,6 +195,57 @@ def test_a_method_that_there_is_none_of_is_refused():
         memsafe.DirtyMeter("guess")
 
 
+def inherited_meter(method):
+    """Ask the parent's meter in a forked child, which may have one of its own."""
+    meter = memsafe.DirtyMeter(method)
+    pid = os.fork()
+    if not pid:
+        own = memsafe.DirtyMeter(method)
+        try:
+            meter.read()
+        except ValueError:
+            os._exit(own.read().dirty_bytes < 0)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    meter.close()
+    return {"status": status}
+
+
+@pytest.mark.parametrize("method", [None, "minor-faults"])
+def test_in_a_forked_child_the_parents_meter_is_closed(method):
+    assert scenario.run(inherited_meter, method)["status"] == 0
+
+
+def closed_beside_readers(rounds):
+    """Threads read the same meter at once, until it is closed under their hands."""
+    told, started = [], threading.Semaphore(0)
+
+    def read(meter):
+        try:
+            meter.read()
+            started.release()
+            while True:
+                meter.read()
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+            started.release()
+
+    for _ in range(rounds):
+        with memsafe.DirtyMeter() as meter:
+            readers = [threading.Thread(target=read, args=[meter]) for _ in range(3)]
+            for reader in readers:
+                reader.start()
+            for _ in readers:
+                started.acquire()
+        for reader in readers:
+            reader.join()
+    return {"told": sorted(set(told))}
+
+
+def test_threads_share_a_meter_and_it_is_closed_when_none_counts():
+    assert scenario.run(closed_beside_readers, 20)["told"] == ["ValueError: the meter is closed"]
+
+
 def closed_meter():
     meter = memsafe.DirtyMeter()
     meter.close()

@@ -176,6 +176,32 @@ def test_grow_waits_too():
         assert reservation.size_bytes == 70
 
 
+def test_a_reservation_that_was_released_or_moved_while_it_waited_to_grow():
+    root = Budget(name="root")
+    budget, other = root.child("budget", 100), root.child("other", 100)
+    for change in ("release", "move", "move to no room"):
+        held, reservation = budget.reserve(50), budget.reserve(30)
+        waiting = in_line(budget, 40, call=reservation.grow)
+        other.limit_bytes = 60 if change == "move to no room" else 100
+        if change == "release":
+            reservation.release()
+        else:
+            reservation.move_to(other)
+        held.release()
+        if change == "release":
+            with pytest.raises(memsafe.ReservationClosedError):
+                waiting.outcome()
+        elif change == "move":
+            waiting.outcome()
+            assert (reservation.size_bytes, other.used_bytes) == (70, 70)
+        else:
+            with pytest.raises(BudgetExceededError):
+                waiting.outcome()
+            assert (reservation.size_bytes, other.used_bytes) == (30, 30)
+        reservation.release()
+        assert root.used_bytes == 0
+
+
 def test_a_timeout_is_a_refusal_that_says_how_long_who_holds_and_who_waits():
     budget = Budget(100, name="db")
     left, right = budget.child("left"), budget.child("right")
@@ -346,6 +372,45 @@ assert db.used_bytes == 0
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_interpreter_ends_quietly_while_threads_wait_and_reclaim():
+    script = """
+import memsafe, threading, time
+db = memsafe.Budget(100, name="db")
+kept = db.reserve(100)
+inside = threading.Event()
+@db.reclaimer
+def slow(need_bytes):
+    inside.set()
+    time.sleep(60)
+for _ in range(3):
+    threading.Thread(target=db.reserve, args=(10,), kwargs={"timeout_s": 60}, daemon=True).start()
+assert inside.wait(60)
+while db.waiting < 3:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loop_without_a_descriptor_left_is_told_and_holds_nothing():
+    script = """
+import asyncio, errno, memsafe, os, resource
+async def main():
+    db = memsafe.Budget(100, name="db")
+    with db.reserve(100):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            await db.reserve_async(1, timeout_s=60)
+        except memsafe.KernelError as error:
+            assert error.errno == errno.EMFILE and error.call == "eventfd"
+            assert db.waiting == 0
+            print("told")
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "told\n", "")
 
 
 def test_many_threads_that_wait_never_pass_the_limit_and_end_at_zero():

@@ -148,8 +148,8 @@ def test_the_last_snapshots_copies_are_a_forecast_that_the_caller_may_replace(tr
     assert (told.copy_forecast_bytes, told.forecast_source) == (3 * MIB, "caller")
 
 
-@pytest.mark.parametrize("number", [-1, float("nan")])
-def test_a_rate_or_a_time_below_zero_is_refused(tree: ProcTree, number: float) -> None:
+@pytest.mark.parametrize("number", [-1, float("nan"), 10**400])
+def test_a_rate_or_a_time_that_makes_no_sense_is_refused(tree: ProcTree, number: float) -> None:
     with pytest.raises(ValueError, match="dirty_bytes_per_s"):
         assess_fork(dirty_bytes_per_s=number, root=tree.root)
     with pytest.raises(ValueError, match="duration_s"):

@@ -48,6 +48,15 @@ def test_available_memory_below_free_memory_reclaims_nothing(tree: ProcTree) -> 
     assert (physical.reclaimable_bytes, physical.headroom_bytes) == (0, 8 * GIB)
 
 
+def test_a_machine_never_has_more_free_than_it_has(tmp_path: Path) -> None:
+    with FakeKernel(tmp_path) as kernel:
+        kernel.machine.set(total=GIB, available=2 * GIB, free=GIB, swap_total=MIB, swap_free=2 * MIB)
+        status = memory_status(root=kernel.root)
+    (physical,) = status.constraints
+    assert physical.headroom_bytes == physical.limit_bytes == GIB + MIB
+    assert (status.swap.free_bytes, status.swap.available_bytes) == (MIB, MIB)
+
+
 def test_the_ancestor_with_the_least_headroom_binds_not_the_lowest_limit(tree: ProcTree) -> None:
     tree.v2("/parent/child")
     tree.v2_group("/parent", 500 * MIB, 450 * MIB)
@@ -120,6 +129,19 @@ def test_v1_memory_and_swap_together_bind_when_what_is_swapped_leaves_less(tree:
 def test_v1_memory_and_swap_together_are_not_listed_where_they_leave_as_much(tree: ProcTree) -> None:
     assert memsw(tree, 600 * MIB, 400 * MIB) == [(500, 250)]
     assert memsw(tree, 9223372036854771712, 400 * MIB) == [(500, 250)]
+
+
+def test_v1_memory_and_swap_together_bind_in_the_cgroup_that_limits_them(tmp_path: Path) -> None:
+    with FakeKernel(tmp_path, layout="v1") as kernel:
+        kernel.machine.set(swap_total=GIB, swap_free=GIB)
+        kernel.cgroup("/pod", limit=4 * GIB, usage=GIB)
+        kernel.cgroup("/pod/app", limit=500 * MIB, usage=300 * MIB, swap=150 * MIB, swap_limit=100 * MIB).join()
+        limits = of_kind(memory_status(root=kernel.root), "memory.limit_in_bytes")
+    assert [(limit.path, limit.limit_bytes // MIB) for limit in limits] == [
+        ("/pod/app", 500),
+        ("/pod/app", 600),
+        ("/pod", 4096),
+    ]
 
 
 def test_v1_swap_that_cannot_be_read_is_a_warning(tree: ProcTree) -> None:
@@ -259,6 +281,13 @@ def test_commit_beyond_the_limit_leaves_nothing(tree: ProcTree) -> None:
     tree.overcommit(2)
     tree.meminfo(Committed_AS=9 * MIB)
     assert memory_status(root=tree.root).available_bytes == 0
+
+
+def test_reserves_beyond_the_limit_leave_no_limit_to_promise(tmp_path: Path) -> None:
+    with FakeKernel(tmp_path) as kernel:
+        kernel.overcommit.set(mode=2, ratio=0)
+        (commit,) = of_kind(memory_status(root=kernel.root), "commit")
+    assert (commit.limit_bytes, commit.headroom_bytes) == (0, 0)
 
 
 def test_every_headroom_is_its_limit_less_use_that_cannot_be_reclaimed(tree: ProcTree) -> None:

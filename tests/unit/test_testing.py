@@ -99,6 +99,7 @@ def test_a_cgroup_vanishes_with_those_below_and_returns_as_it_was(kernel):
 def test_a_cgroup_asked_for_again_is_the_same_and_keeps_its_settings(kernel):
     app = kernel.cgroup("/app", limit=GIB)
     assert kernel.cgroup("/app/") is app
+    assert kernel.cgroup("//app") is app
     assert kernel.cgroup("/app", usage=1).limit == GIB
 
 
@@ -285,7 +286,7 @@ def test_a_users_tasks_run_out(kernel):
     assert "RLIMIT_NPROC" in fork.reasons[0]
 
 
-@pytest.mark.parametrize("path", ["app", "/../app", "/a/../../b", ""])
+@pytest.mark.parametrize("path", ["app", "/../app", "/a/../../b", "", "/./app", "/a\nb"])
 def test_a_path_that_is_none_of_the_hierarchy_is_refused(kernel, path):
     with pytest.raises(ValueError, match="cgroup's path"):
         kernel.cgroup(path)
@@ -296,5 +297,24 @@ def test_a_setting_that_does_not_exist_is_an_error_and_changes_nothing(kernel):
         kernel.cgroup("/app", used=5)
     with pytest.raises(ValueError, match="usage must"):
         kernel.cgroup("/app").usage = -1
+    with pytest.raises(ValueError, match="pids must"):
+        kernel.cgroup("/app").set(limit=5, pids=-1)
+    assert kernel.cgroup("/app").limit is None
     with pytest.raises(ValueError, match="layout"):
         FakeKernel(kernel.root, layout="v3")
+
+
+def test_a_name_need_not_be_text(kernel):
+    kernel.cgroup("/\udcff", limit=GIB).join()
+    status = look(kernel)
+    assert (status.constraints[0].path, status.warnings) == ("/\udcff", ())
+
+
+def test_huge_pages_beyond_all_memory_leave_nothing_to_promise(kernel):
+    kernel.machine.hugetlb = "1 TiB"
+    assert (look(kernel).commit.limit_bytes, look(kernel).warnings) == (0, ())
+
+
+def test_a_kernel_may_not_tell_the_user(kernel):
+    kernel.process.set(uid=None, threads=50, processes_limit=50)
+    assert "it has no Uid" in assess_fork(root=kernel.root).reasons[-1]
