@@ -1,10 +1,13 @@
-from memsafe import oom as oom, testing as testing
+from memsafe import numpy as numpy, oom as oom, testing as testing
 from memsafe.budget import (
     Budget as Budget,
     BudgetReport as BudgetReport,
     BudgetStats as BudgetStats,
     Consumer as Consumer,
+    Drift as Drift,
+    ProcessBudget as ProcessBudget,
     Reservation as Reservation,
+    Waiter as Waiter,
     current_budget as current_budget,
 )
 from memsafe.commit import ForkAssessment as ForkAssessment, assess_fork as assess_fork
@@ -28,7 +31,8 @@ from memsafe.forecast import (
     DirtyRate as DirtyRate,
     measure_dirty_rate as measure_dirty_rate,
 )
-from memsafe.heap import trim as trim
+from memsafe.heap import HeapGuard as HeapGuard, guard_python_heap as guard_python_heap
+from memsafe.limits import ProcessLimit as ProcessLimit, limit_process as limit_process
 from memsafe.pressure import (
     PressureEvent as PressureEvent,
     PressureLevel as PressureLevel,
@@ -56,5 +60,6 @@ from memsafe.status import (
     SwapStatus as SwapStatus,
     memory_status as memory_status,
 )
+from memsafe.trimming import trim as trim
 
 __version__: str

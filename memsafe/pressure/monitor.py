@@ -10,11 +10,11 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
-from memsafe.heap import give_back
 from memsafe.pressure import levels
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
 from memsafe.status import status_once
+from memsafe.trimming import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable

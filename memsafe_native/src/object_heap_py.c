@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "ms.h"
+#include "object_heap_internal.h"
 #include "python_types_internal.h"
 
 /* struct mallinfo2, which headers before glibc 2.33 and musl lack. */
@@ -32,7 +33,7 @@ static int64_t arenas_of(const char *text)
     return -1;
 }
 
-static int64_t arena_bytes(void)
+int64_t ms_object_heap_arena_bytes(void)
 {
     print_stats *print = (print_stats *)(uintptr_t)dlsym(RTLD_DEFAULT, "_PyObject_DebugMallocStats");
     char *text = NULL;
@@ -46,9 +47,8 @@ static int64_t arena_bytes(void)
     return bytes;
 }
 
-/* What glibc's malloc has given out of its heaps: objects larger than pymalloc's 512 bytes are there. -1 where another
- * malloc serves, or glibc is older than 2.33. */
-static int64_t malloc_bytes(void)
+/* Objects larger than pymalloc's 512 bytes are there. */
+int64_t ms_object_heap_malloc_bytes(void)
 {
     ask_malloc *ask = (ask_malloc *)(uintptr_t)dlsym(RTLD_DEFAULT, "mallinfo2");
     if (!ask || dlsym(RTLD_DEFAULT, "mallctl") || dlsym(RTLD_DEFAULT, "mi_malloc"))
@@ -64,7 +64,7 @@ PyDoc_STRVAR(object_heap_bytes_doc,
 
 static PyObject *object_heap_bytes(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    int64_t arenas = arena_bytes(), blocks = malloc_bytes();
+    int64_t arenas = ms_object_heap_arena_bytes(), blocks = ms_object_heap_malloc_bytes();
     if (arenas < 0 || blocks < 0)
         Py_RETURN_NONE;
     return PyLong_FromLongLong(arenas + blocks);

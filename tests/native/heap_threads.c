@@ -1,0 +1,148 @@
+/* The accounts of Python's heap under threads, for the sanitizers: threads that count, ask and are refused while others
+ * open and close accounts and one forks must leave every budget at zero. Exits non-zero where they do not. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "ms.h"
+
+#include "budget.h"
+#include "heap.h"
+
+enum { THREADS = 4, ROUNDS = 3000, LIMIT = 8 << 20 };
+
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+static ms_budget *budgets[THREADS];
+static _Atomic int64_t refusals;
+
+static int64_t used_by(ms_budget *budget)
+{
+    ms_budget_stats stats;
+    ms_budget_read(budget, &stats);
+    return stats.used_bytes;
+}
+
+/* As the hooks: ask, count, free. */
+static void allocate(int64_t *held, int64_t size)
+{
+    int told;
+    int account = ms_heap_fits((size_t)size) ? -1 : ms_heap_refuser(size, 0, &told);
+    if (account >= 0) {
+        ms_heap_note_refusal(account);
+        refusals++;
+        return;
+    }
+    ms_heap_count(size);
+    *held += size;
+}
+
+static void *allocate_inside_accounts(void *argument)
+{
+    uintptr_t self = (uintptr_t)argument;
+    unsigned seed = (unsigned)self + 1;
+    int64_t held = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        int told = 0, account = ms_heap_open(budgets[(self + (unsigned)i) % THREADS], &told);
+        CHECK(account >= 0);
+        ms_heap_enter(account);
+        for (int j = 0; j < 10; j++)
+            allocate(&held, rand_r(&seed) % 200000);
+        CHECK(ms_heap_leave(account) == 0);
+        CHECK(ms_heap_leave(account) == -EPERM);
+        ms_heap_close(account);
+        if (held > LIMIT / 2 || i % 7 == 0) {
+            ms_heap_count(-held);
+            held = 0;
+        }
+    }
+    ms_heap_count(-held);
+    return NULL;
+}
+
+static void fork_while_they_run(void)
+{
+    for (int i = 0; i < 20; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            int told = 0, account = ms_heap_open(budgets[0], &told); /* hangs where the lock was left locked */
+            ms_heap_close(account);
+            _exit(0);
+        }
+        int status;
+        CHECK(waitpid(child, &status, 0) == child && status == 0);
+    }
+}
+
+static void refuse_in_steps(void)
+{
+    int64_t held = 0;
+    int told = 0, account = ms_heap_open(budgets[0], &told);
+    ms_heap_enter(account);
+    int64_t before = refusals;
+    while (refusals == before)
+        allocate(&held, 1000);
+    CHECK(held <= LIMIT && held > LIMIT - 1000);
+    CHECK(used_by(budgets[0]) == LIMIT);
+    int64_t at = held;
+    while (refusals == before + 1)
+        allocate(&held, 1000);
+    CHECK(held - at <= MS_HEAP_STEP && held - at > MS_HEAP_STEP - 1000);
+    CHECK(ms_heap_refuser(1000, MS_HEAP_STEP, &told) == -1); /* which can be borne */
+    ms_heap_count(-held);
+    held = 0;
+    CHECK(used_by(budgets[0]) == 0);
+    allocate(&held, LIMIT); /* exactly at the limit is allowed, and the pardon is forgotten */
+    CHECK(held == LIMIT && refusals == before + 2);
+    allocate(&held, 1);
+    CHECK(refusals == before + 3);
+    ms_heap_count(-held);
+    ms_budget_close(budgets[0]);
+    held = 0;
+    allocate(&held, 2 * LIMIT); /* a closed budget is told nothing any more, and refuses nothing */
+    CHECK(refusals == before + 3 && held == 2 * LIMIT);
+    ms_heap_count(-held);
+    CHECK(ms_heap_leave(account) == 0);
+    ms_heap_close(account);
+    CHECK(ms_heap_open(budgets[0], &told) == -ESHUTDOWN);
+}
+
+int main(void)
+{
+    for (int i = 0; i < THREADS; i++)
+        budgets[i] = ms_budget_new(NULL, LIMIT);
+    int told = 0, all[MS_HEAP_ACCOUNTS_MAX];
+    ms_budget *others[MS_HEAP_ACCOUNTS_MAX];
+    for (int i = 0; i < MS_HEAP_ACCOUNTS_MAX; i++) {
+        others[i] = ms_budget_new(NULL, LIMIT);
+        all[i] = ms_heap_open(others[i], &told);
+        CHECK(all[i] == i);
+    }
+    CHECK(ms_heap_open(budgets[0], &told) == -ENOSPC);
+    for (int i = 0; i < MS_HEAP_ACCOUNTS_MAX; i++) {
+        ms_heap_close(all[i]);
+        ms_budget_unref(others[i]);
+    }
+
+    pthread_t threads[THREADS];
+    for (uintptr_t i = 0; i < THREADS; i++)
+        CHECK(pthread_create(&threads[i], NULL, allocate_inside_accounts, (void *)i) == 0);
+    fork_while_they_run();
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
+    CHECK(ms_heap_count_bytes == 0);
+    for (int i = 0; i < THREADS; i++)
+        CHECK(used_by(budgets[i]) == 0);
+    refuse_in_steps();
+    for (int i = 0; i < THREADS; i++)
+        ms_budget_unref(budgets[i]);
+    return 0;
+}
