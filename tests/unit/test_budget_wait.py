@@ -285,6 +285,18 @@ def test_close_wakes_who_waits():
             waiting.outcome()
 
 
+def test_closing_a_tree_grants_nothing_of_what_its_children_give_back():
+    root = Budget(100)
+    child = root.child("child")
+    child.charge(60)
+    waiting = in_line(root, 50)
+    with pytest.warns(ResourceWarning):
+        assert root.close() == 60
+    assert child.closed
+    with pytest.raises(memsafe.BudgetClosedError):
+        waiting.outcome()
+
+
 def test_an_interrupt_while_waiting_passes_through_and_nothing_is_lost():
     budget = Budget(100)
 
