@@ -8,6 +8,7 @@ import pytest
 from memsafe import ForkAssessment, assess_fork
 from memsafe.commit import CHILD_NEEDS_BYTES
 from memsafe.forecast import ASSUMED_WRITE_BYTES_PER_S
+from memsafe.testing import FakeKernel
 from tests.unit.proc_tree import GIB, MIB, ProcTree
 from tests.unit.test_status import PSI
 
@@ -84,6 +85,37 @@ def test_the_ancestor_with_the_least_headroom_decides(tree: ProcTree) -> None:
     assert (fork.decision, fork.headroom_bytes) == ("defer", 10 * MIB)
     assert fork.binding is not None
     assert fork.binding.path == "/p"
+
+
+def test_the_gravest_finding_decides_and_not_the_first(tree: ProcTree) -> None:
+    tree.v2("/p/a")
+    tree.v2_group("/p", 2 * GIB, 2 * GIB - 10 * MIB)
+    tree.v2_group("/p/a", 500 * MIB, 400 * MIB)
+    fork = assess_fork(root=tree.root)
+    assert (fork.decision, len(fork.reasons)) == ("refuse", 2)
+    assert fork.binding is not None
+    assert fork.binding.path == "/p/a"
+
+
+@pytest.mark.parametrize(("reclaimable", "decision"), [(0, "refuse"), (150 * MIB, "defer")])
+def test_what_can_be_reclaimed_need_not_stay_beside_the_copies(tree: ProcTree, reclaimable: int, decision: str) -> None:
+    tree.v2_group("/a", 550 * MIB, 540 * MIB)
+    assert assess_fork(root=tree.root, reclaimable_bytes=reclaimable).decision == decision
+
+
+@pytest.mark.parametrize(("swapped_kb", "decision"), [(0, "defer"), (200 * 1024, "refuse")])
+def test_what_the_process_has_swapped_out_stays_too(tree: ProcTree, swapped_kb: int, decision: str) -> None:
+    tree.v2("/")
+    tree.meminfo(MemTotal=500 * 1024, MemFree=0, MemAvailable=0, SwapTotal=200 * 1024, SwapFree=0)
+    tree.status(anon_kb=HEAP_MIB * 1024, swap_kb=swapped_kb)
+    assert assess_fork(root=tree.root).decision == decision
+
+
+def test_what_a_cgroup_leaves_now_it_can_leave_whatever_the_process_holds(tree: ProcTree) -> None:
+    tree.v2_group("/a", 301 * MIB, 2 * MIB)  # the heap was charged elsewhere
+    fork = assess_fork(root=tree.root)
+    assert fork.decision == "refuse"
+    assert "could never leave more than 299 MiB" in fork.reasons[0]
 
 
 def test_physical_memory_decides_where_no_cgroup_does(tree: ProcTree) -> None:
@@ -216,6 +248,12 @@ def test_no_room_for_a_task_is_a_refusal(tree: ProcTree) -> None:
 def test_pressure_now_defers(tree: ProcTree, percent: str, decision: str) -> None:
     tree.write("/proc/pressure/memory", PSI.format(percent))
     assert assess_fork(root=tree.root).decision == decision
+
+
+def test_that_some_wait_does_not_defer(tmp_path: Path) -> None:
+    with FakeKernel(tmp_path) as kernel:
+        kernel.stall(some=90, full=9)
+        assert assess_fork(root=kernel.root).decision == "admit"
 
 
 def test_pressure_does_not_soften_a_refusal(tree: ProcTree) -> None:

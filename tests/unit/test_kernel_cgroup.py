@@ -104,6 +104,14 @@ def test_a_mount_that_exists_goes_before_one_that_is_hidden(tree: ProcTree) -> N
     assert seen(tree)[0][2] == "/mnt/memory/m"
 
 
+def test_another_controllers_hierarchy_is_not_looked_at(tree: ProcTree) -> None:
+    tree.v1("/m")
+    tree.mounts(V1_MOUNT.replace("memory", "pids"), V1_MOUNT)
+    tree.write("/sys/fs/cgroup/pids/m/pids.max", "1\n")
+    tree.write("/sys/fs/cgroup/memory/m/memory.usage_in_bytes", "1\n")
+    assert seen(tree)[0][2] == "/sys/fs/cgroup/memory/m"
+
+
 def test_of_two_mounts_the_one_that_shows_more_ancestors_is_taken(tree: ProcTree) -> None:
     tree.v1("/pod/app")
     tree.mounts(V1_MOUNT.replace(" / ", " /pod "), V1_MOUNT.replace("/sys/fs/cgroup/memory", "/mnt/memory"))

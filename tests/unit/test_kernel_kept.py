@@ -13,6 +13,7 @@ import pytest
 from memsafe import memory_status
 from memsafe._kernel import files, kept
 from memsafe._kernel.kept import DESCRIPTORS_MAX, KeptFiles
+from memsafe._native import lib
 from memsafe.errors import KernelError
 from memsafe.status import status_once
 from tests.unit.proc_tree import GIB, MIB, ProcTree
@@ -70,6 +71,27 @@ def test_descriptors_stay_open_and_what_is_written_is_seen(keeping: KeptFiles, t
     assert list(first.values()) == [str(file)]
     look(keeping, file)
     assert open_in(tmp_path) == first
+
+
+def test_what_is_asked_for_besides_leaves_the_others_open(keeping: KeptFiles, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for file in (one, two):
+        file.write_bytes(b"1")
+    for _ in range(2):
+        look(keeping, one)
+    look(keeping, one, two)
+    assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
+
+
+def test_what_somebody_else_had_read_answers_one_look_and_no_more(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    for _ in range(2):
+        look(keeping, file)
+    lib.ms_kept_read(keeping.native)
+    keeping.was_read()
+    file.write_bytes(b"2")
+    assert [look(keeping, file), look(keeping, file)] == [[b"1"], [b"2"]]
 
 
 def test_a_file_made_anew_under_the_same_name_is_the_one_that_is_read(keeping: KeptFiles, tmp_path: Path) -> None:
@@ -252,6 +274,18 @@ def test_directories_are_told_from_files_and_from_nothing(keeping: KeptFiles, tm
     for _ in range(3):
         with keeping.reading():
             assert [files.is_directory(str(path)) for path in paths] == [True, False, False]
+
+
+def test_mounts_that_did_not_fit_are_read_again_where_there_is_room() -> None:
+    keeping, path = KeptFiles("/"), Path("/proc/self/mountinfo")
+    for _ in range(2):
+        look(keeping, path)
+    capacity, keeping.native.capacity = keeping.native.capacity, 8
+    keeping.close()
+    lib.ms_kept_read(keeping.native)
+    keeping.native.capacity = capacity
+    assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
+    keeping.close()
 
 
 def test_the_mounts_are_told_each_time_though_read_once() -> None:
