@@ -61,6 +61,7 @@ class HeapGuard:
             raise RuntimeError("a heap guard can be entered once: make another with guard_python_heap()")
         _install()
         if self.enforce:
+            _shield()
             _require_sound_dicts()
         _require_one_budget_a_tree(self.budget)
         account = heap.open(self.budget)
@@ -123,7 +124,6 @@ def _install() -> None:
     reason = heap.install(_soft_limit_passed)
     if reason is not None:
         raise UnsupportedError(f"Python's heap cannot be guarded: {reason}. Budgets, regions and limit_process() can.")
-    _shield()
 
 
 def _shield() -> None:

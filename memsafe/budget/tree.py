@@ -569,7 +569,9 @@ class Budget(BudgetCore):
         return left_bytes
 
     def _close_tree(self) -> int:
-        left_bytes = sum(child._close_tree() for child in self.children) + self._close()
+        left_bytes = self._close()  # first of all, so that nothing which its children give back is granted any more
+        for child in self.children:
+            child._close_tree()
         dropped: tuple[reclaim.ReclaimerEntry, ...] = ()
         with policy.lock:
             if self._policy is not NO_POLICY:

@@ -286,14 +286,13 @@ static PyObject *end_shield(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(non
     Py_RETURN_NONE;
 }
 
-/* For gc.callbacks. The collector leaves "stop" out where it could not tell of "start": a state, not a count. */
-static PyObject *note_collection(PyObject *Py_UNUSED(module), PyObject *args)
+/* For gc.callbacks: ("start" or "stop", info). The collector leaves "stop" out where it could not tell of "start": a
+ * state, not a count. */
+static PyObject *note_collection(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    const char *phase;
-    PyObject *info;
-    if (!PyArg_ParseTuple(args, "sO", &phase, &info))
-        return NULL;
-    here.collecting = strcmp(phase, "start") == 0;
+    if (count != 2 || !PyUnicode_Check(args[0]))
+        return PyErr_SetString(PyExc_TypeError, "note_collection() is for gc.callbacks"), NULL;
+    here.collecting = PyUnicode_CompareWithASCIIString(args[0], "start") == 0;
     Py_RETURN_NONE;
 }
 
@@ -308,9 +307,12 @@ static PyObject *stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 int ms_heap_shield_add(PyObject *module)
 {
     static PyMethodDef methods[] = {
-        {"shield", shield, METH_O, shield_doc},        {"begin_shield", begin_shield, METH_NOARGS, NULL},
-        {"end_shield", end_shield, METH_NOARGS, NULL}, {"note_collection", note_collection, METH_VARARGS, NULL},
-        {"stop", stop, METH_NOARGS, stop_doc},         {0},
+        {"shield", shield, METH_O, shield_doc},
+        {"begin_shield", begin_shield, METH_NOARGS, NULL},
+        {"end_shield", end_shield, METH_NOARGS, NULL},
+        {"note_collection", (PyCFunction)(void (*)(void))note_collection, METH_FASTCALL, NULL},
+        {"stop", stop, METH_NOARGS, stop_doc},
+        {0},
     };
     return PyModule_AddFunctions(module, methods);
 }

@@ -91,6 +91,21 @@ def refusals_are_single_and_in_steps():
         assert 8 * MIB < budget.used_bytes - budget.limit_bytes < 11 * MIB
 
 
+def no_arena_is_lost_by_a_refusal():
+    with guard_python_heap(Budget(name="heap")) as guard:
+        kept = []
+        for _ in range(50):
+            full(guard)
+            assert refused(lambda: kept.extend({n} for n in range(100_000)))
+            kept.clear()
+            guard.budget.limit_bytes = None
+        before = guard.heap_bytes
+        kept.extend({n} for n in range(100_000))
+        kept.clear()
+        assert guard.heap_bytes - before < 2 * MIB
+        assert before < 30 * MIB
+
+
 def other_threads_are_charged_and_not_refused():
     budget = Budget(name="heap")
     results = []
@@ -340,6 +355,7 @@ def hooks_that_were_put_away_are_noticed():
 SCENARIOS = [
     the_whole_heap_is_charged_and_given_back,
     refusals_are_single_and_in_steps,
+    no_arena_is_lost_by_a_refusal,
     other_threads_are_charged_and_not_refused,
     what_must_not_be_refused_is_not,
     a_child_has_its_own_copy,
