@@ -8,7 +8,7 @@ C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/na
 SOURCES := memsafe memsafe_native tests benchmarks examples docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-kernel fuzz bench docs format lint types clean
+.PHONY: help build dev demo test test-kernel fetch-kernels fuzz bench docs format lint types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -49,7 +49,11 @@ fuzz: $(VENV)/.fuzz ## fuzz the readers of the kernel's files, FUZZ_SECONDS (600
 	nice $(PY) -m tests.fuzz
 
 test-kernel: build ## run the kernel tests in virtual machines; KERNEL=6.1 K=memory_events for one on one kernel
-	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-k '$(K)') $(PYTEST_ARGS)
+	$(PY) -m pytest tests/kernel -v $(addprefix --kernel ,$(KERNEL)) $(if $(K),-s -k '$(K)') \
+		$(if $(SEED),--seed '$(SEED)') $(PYTEST_ARGS)
+
+fetch-kernels: build ## fetch the newest kernels to run them on
+	$(PY) -m tests.kernel.lab.kernels
 
 bench: dev ## measure, each figure beside a peer in the same run
 	$(PY) -m benchmarks $(BENCH_ARGS)

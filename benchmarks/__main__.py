@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import budget, fork, heap, importing, memkv, spawn, status
+from benchmarks import budget, fork, heap, importing, memkv, numpy, spawn, status
 from benchmarks.report import main
 
 MEASURES = {
@@ -15,6 +15,7 @@ MEASURES = {
     "fork": fork.measure,
     "importing": importing.measure,
     "memkv": memkv.measure,
+    "numpy": numpy.measure,
 }
 
 sys.exit(main(MEASURES, choose=True))

@@ -12,7 +12,10 @@ from typing import Any
 
 # Public names and their homes; __init__.pyi tells type checkers the same, and a test holds the two together.
 _MODULES = {
-    "memsafe.budget": ("Budget", "BudgetReport", "BudgetStats", "Consumer", "Reservation", "current_budget"),
+    "memsafe.budget": (
+        "Budget", "BudgetReport", "BudgetStats", "Consumer", "Drift", "ProcessBudget", "Reservation", "Waiter",
+        "current_budget",
+    ),
     "memsafe.commit": ("ForkAssessment", "assess_fork"),
     "memsafe.errors": (
         "BudgetAbortedError", "BudgetClosedError", "BudgetExceededError", "KernelError", "MemsafeError",
@@ -28,15 +31,16 @@ _MODULES = {
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (
-        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status",
+        "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
+        "SwapStatus", "memory_status",
     ),
     "memsafe.trimming": ("trim",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = frozenset({"oom", "testing"})
+_SUBMODULES = frozenset({"numpy", "oom", "testing"})
 
 __version__ = "0.1.0"
-__all__ = sorted({*_HOME, *_SUBMODULES})
+__all__ = sorted({*_HOME, *_SUBMODULES} - {"numpy"})  # a star must not hide NumPy behind memsafe.numpy
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,13 @@
-from memsafe import oom as oom, testing as testing
+from memsafe import numpy as numpy, oom as oom, testing as testing
 from memsafe.budget import (
     Budget as Budget,
     BudgetReport as BudgetReport,
     BudgetStats as BudgetStats,
     Consumer as Consumer,
+    Drift as Drift,
+    ProcessBudget as ProcessBudget,
     Reservation as Reservation,
+    Waiter as Waiter,
     current_budget as current_budget,
 )
 from memsafe.commit import ForkAssessment as ForkAssessment, assess_fork as assess_fork
@@ -53,6 +56,8 @@ from memsafe.status import (
     Pressure as Pressure,
     ProcessMemory as ProcessMemory,
     Stall as Stall,
+    SwapLimit as SwapLimit,
+    SwapStatus as SwapStatus,
     memory_status as memory_status,
 )
 from memsafe.trimming import trim as trim

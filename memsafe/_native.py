@@ -12,10 +12,15 @@ _types: dict[str, Any] = {}
 if lib.ms_python_types_attach(ffi.cast("uintptr_t", id(_types))):
     raise ImportError("memsafe_native could not create its types; the error is printed above")
 BudgetCore = _types["BudgetCore"]
+Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
+current_budget_by = _types["current_budget_by"]
 fork = _types["fork"]
 heap = _types["heap"]
+numpy_connect = _types["numpy_connect"]
+numpy_handler = _types["numpy_handler"]
+numpy_swap_handler = _types["numpy_swap_handler"]
 object_heap_bytes = _types["object_heap_bytes"]
 
 
@@ -30,4 +35,19 @@ def check(result: int, call: str, detail: str = "") -> int:
     return result
 
 
-__all__ = ["BudgetCore", "RegionCore", "Reservation", "check", "ffi", "fork", "heap", "lib", "object_heap_bytes"]
+__all__ = [
+    "BudgetCore",
+    "Claim",
+    "RegionCore",
+    "Reservation",
+    "check",
+    "current_budget_by",
+    "ffi",
+    "fork",
+    "heap",
+    "lib",
+    "numpy_connect",
+    "numpy_handler",
+    "numpy_swap_handler",
+    "object_heap_bytes",
+]

@@ -149,6 +149,7 @@ class _Facts:
         own = self.status.process
         self.copyable_bytes = _sum(own.anonymous_bytes, own.swap_bytes)
         self.tasks_exhausted: str | None = None
+        self.tasks_known = False
         self._read_mappings(root)
         self._read_tasks(root)
 
@@ -166,6 +167,7 @@ class _Facts:
     def _read_tasks(self, root: Root) -> None:
         with self._noting():
             self.tasks_exhausted = tasks.exhausted(cgroup.placement(root), root)
+            self.tasks_known = True
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -196,14 +198,19 @@ class _Judgement:
 
     def assessment(self) -> ForkAssessment:
         facts = self._facts
-        memory = [c for c in facts.status.constraints if c.kind in _MEMORY_KINDS and c.headroom_bytes is not None]
+        limits = [c for c in facts.status.constraints if c.kind in _MEMORY_KINDS]
+        memory = [c for c in limits if c.headroom_bytes is not None]
         allowed = self._ask_kernel()
+        self._ask_unknown(c for c in limits if c.headroom_bytes is None)
         self._ask_memory(memory)
         self._ask_rlimits()
         self._ask_pressure()
         tightest = min(memory, key=fork_headroom_bytes, default=None)
         if self._decision == "admit":
             self._say_admitted(tightest)
+        if facts.problems:
+            problems = "; ".join(dict.fromkeys(facts.problems))
+            self._reasons.append(f"What could not be read does not count here: {problems}.")
         return ForkAssessment(
             decision=self._decision,
             kernel_would_allow=allowed,
@@ -238,9 +245,10 @@ class _Judgement:
         if facts.tasks_exhausted:
             allowed = False
             self._find("refuse", None, f"fork() would fail with EAGAIN: there are {facts.tasks_exhausted}.")
+        elif allowed and not facts.tasks_known:
+            allowed = None
         if allowed is None:
-            missing = "; ".join(facts.problems) or "vm.overcommit_memory is not told"
-            self._reasons.append(f"Whether fork() would be granted is not known: {missing}.")
+            self._reasons.append("Whether fork() would be granted is not known.")
         return allowed
 
     def _ask_guess(self, largest_bytes: int, limit_bytes: int) -> bool:
@@ -269,11 +277,17 @@ class _Judgement:
         )
         return False
 
+    def _ask_unknown(self, limits: Iterable[Constraint]) -> None:
+        """A limit of which nobody tells what is left may be the one that kills."""
+        for limit in limits:
+            where = _where(limit)
+            self._find("refuse", limit, f"How much {where} ({format_size(limit.limit_bytes)}) leaves is not known.")
+
     def _ask_memory(self, memory: Iterable[Constraint]) -> None:
         """Find out whether page tables and copies fit under every limit: now, or ever."""
         need_bytes, known = self._need_bytes, False
         if need_bytes is None:
-            self._find("refuse", None, f"How much fork needs is not known: {'; '.join(self._facts.problems)}.")
+            self._find("refuse", None, "How much fork needs is not known.")
             return
         for constraint in sorted(memory, key=fork_headroom_bytes):
             known = True
@@ -281,7 +295,7 @@ class _Judgement:
             if need_bytes <= headroom_bytes:
                 break
             most_bytes = max(headroom_bytes, self._most_bytes(constraint))
-            where = f"{constraint.kind} of {constraint.path}" if constraint.path else "physical memory and swap"
+            where = _where(constraint)
             if headroom_bytes < need_bytes <= headroom_bytes + self._reclaimable_bytes:
                 self._find(
                     "defer",
@@ -306,8 +320,7 @@ class _Judgement:
                     f"{self._helps()}",
                 )
         if not known:
-            problems = "; ".join(self._facts.problems) or "no limit could be read"
-            self._find("refuse", None, f"How much memory is left is not known: {problems}.")
+            self._find("refuse", None, "How much memory is left is not known.")
 
     def _most_bytes(self, constraint: Constraint) -> int:
         """Return what *constraint* would leave if nobody but this process used anything of it."""
@@ -344,7 +357,7 @@ class _Judgement:
     def _say_admitted(self, tightest: Constraint | None) -> None:
         if tightest is None:
             return
-        where = f"{tightest.kind} of {tightest.path}" if tightest.path else "physical memory and swap"
+        where = _where(tightest)
         left_bytes = fork_headroom_bytes(tightest)
         self._reasons.append(f"{self._needs()}, and {where}, the tightest, leaves {format_size(left_bytes)}.")
 
@@ -359,6 +372,10 @@ class _Judgement:
         if self._bounded:
             return "A smaller max_copy, a smaller heap or a larger limit would help."
         return "Pass max_copy=... to bound the copies; a smaller heap or a larger limit would help."
+
+
+def _where(limit: Constraint) -> str:
+    return f"{limit.kind} of {limit.path}" if limit.path else "physical memory and swap"
 
 
 def fork_headroom_bytes(constraint: Constraint) -> int:

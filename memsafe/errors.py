@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memsafe.budget import Budget, Consumer
+    from memsafe.budget import Budget, Consumer, Waiter
     from memsafe.commit import ForkAssessment
 
 
@@ -38,6 +38,8 @@ class BudgetExceededError(MemsafeError, MemoryError):
             that was pickled both are None: a budget belongs to one process.
         available_bytes: What *refused_by* had left when it refused.
         top_consumers: The largest holders under *refused_by*, largest first.
+        waited_s: How long the request waited; None: it did not.
+        waiters: Who else waits under *refused_by*, first come first.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class BudgetExceededError(MemsafeError, MemoryError):
         refused_by: Budget,
         available_bytes: int,
         top_consumers: Sequence[Consumer] = (),
+        waited_s: float | None = None,
+        waiters: Sequence[Waiter] = (),
     ) -> None:
         super().__init__(message)
         self.requested_bytes = requested_bytes
@@ -56,6 +60,8 @@ class BudgetExceededError(MemsafeError, MemoryError):
         self.refused_by = refused_by
         self.available_bytes = available_bytes
         self.top_consumers = tuple(top_consumers)
+        self.waited_s = waited_s
+        self.waiters = tuple(waiters)
 
     def _state(self) -> dict[str, Any]:
         return {**self.__dict__, "budget": None, "refused_by": None}

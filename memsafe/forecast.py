@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
-from math import isnan
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from memsafe._kernel import dirty, process
@@ -60,7 +60,7 @@ class DirtyRate:
         The number of distinct pages grows ever more slowly (hot pages are written again), so a longer time writes at
         most in proportion, and a shorter one at most as much.
         """
-        return int(min(self.dirty_bytes * max(1.0, duration_s / self.duration_s), 2.0**63))
+        return _times(self.dirty_bytes, max(1.0, duration_s / self.duration_s))
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -73,7 +73,7 @@ class DirtyMeter:
     Beginning write-protects all private memory (some milliseconds per GiB, during which no memory can be mapped);
     then each page's first write takes a fault of about a microsecond. ``soft-dirty`` uses bits of the page tables that
     belong to the process: CRIU, if it takes incremental images of it, loses track. ``pagemap-scan`` (userfaultfd, Linux
-    6.7) divides huge pages that are written. One meter at a time in a process; a forked child has none.
+    6.7) divides huge pages that are written. One meter at a time in a process, for any thread; a forked child has none.
 
     Args:
         method: Which one; None: soft-dirty, else pagemap-scan, else minor-faults.
@@ -132,9 +132,9 @@ class DirtyMeter:
 
         Raises:
             KernelError: The page tables could not be read.
-            ValueError: It was closed.
+            ValueError: It was closed, or is the parent's of this forked child.
         """
-        if self._closed:
+        if self._closed or _at_work.get("") is not self._token:
             raise ValueError("the meter is closed")
         if self._pages is not None:
             dirty_bytes = self._pages.count_bytes()
@@ -211,7 +211,7 @@ class LastSnapshot:
         In proportion to memory that has grown since, and to time where it is told to take longer.
         """
         grown = _ratio(private_bytes, self.private_bytes) * _ratio(duration_s, self.duration_s)
-        return int(min(self.copy_bytes * grown, 2.0**63))
+        return _times(self.copy_bytes, grown)
 
 
 def _ratio(now: float | None, then: float | None) -> float:
@@ -315,8 +315,7 @@ class Forecast:
         if duration_s is None:
             duration_s = _expected_s(private_bytes, None, seen)
             words = f"by the rate given, in {duration_s:.1f} s"
-        expected_bytes = int(min(bytes_per_s * duration_s, 2.0**63))
-        return cls(_least(private_bytes, expected_bytes), "caller", words)
+        return cls(_least(private_bytes, _times(bytes_per_s, duration_s)), "caller", words)
 
 
 def _expected_s(private_bytes: int | None, duration_s: float | None, seen: Observations) -> float:
@@ -328,13 +327,18 @@ def _expected_s(private_bytes: int | None, duration_s: float | None, seen: Obser
     return (private_bytes or 0) / ASSUMED_WRITE_BYTES_PER_S
 
 
+def _times(size_bytes: float, factor: float) -> int:
+    """Return the product in whole bytes, no more than there can be; nothing is nothing, for ever too."""
+    return int(min(size_bytes * factor, 2.0**63)) if size_bytes and factor else 0
+
+
 def _least(*sizes_bytes: int | None) -> int | None:
     return min((size_bytes for size_bytes in sizes_bytes if size_bytes is not None), default=None)
 
 
 def check_number(name: str, number: float | None) -> None:
-    """Raise ValueError unless *number* is None, or a number from 0."""
-    if number is not None and (isnan(number) or number < 0):
+    """Raise ValueError unless *number* is None, or a number from 0 that a float can hold."""
+    if number is not None and not (0 <= number <= sys.float_info.max or number == float("inf")):
         raise ValueError(f"{name} must be a number from 0: {number!r}")
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from memsafe._kernel import cgroup, files, kept, machine, overcommit, process, psi
 from memsafe._kernel.files import UNLIMITED
 from memsafe._kernel.psi import Pressure, Stall
 from memsafe.errors import KernelError, printable
 
-__all__ = ["CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "memory_status"]
+__all__ = [
+    "CommitStatus",
+    "Constraint",
+    "MemoryStatus",
+    "Pressure",
+    "ProcessMemory",
+    "Stall",
+    "SwapLimit",
+    "SwapStatus",
+    "memory_status",
+]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -19,15 +30,15 @@ if TYPE_CHECKING:
     from memsafe._kernel.cgroup import MemoryCgroup, Placement
     from memsafe._kernel.files import Root
     from memsafe._kernel.machine import MemInfo
-    from memsafe._kernel.process import ProcessStatus
+    from memsafe._kernel.process import Limits, ProcessStatus
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 Kind: TypeAlias = Literal[
     "memory.max", "memory.high", "memory.limit_in_bytes", "rlimit_data", "rlimit_as", "physical", "commit"
 ]
 Consequence: TypeAlias = Literal["kill", "throttle", "refuse"]
+SwapKind: TypeAlias = Literal["memory.swap.max", "memory.swap.high", "memory.memsw.limit_in_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,8 @@ class Constraint:
         kind: The file or the rule that limits. A second ``memory.limit_in_bytes`` of one cgroup is v1's limit of memory
             and swap together, memory.memsw.limit_in_bytes, listed where it leaves less.
         path: The cgroup whose limit it is, None for the others.
-        limit_bytes: The limit. Swap counts in ``physical``; the kernel's reserves are taken off ``commit``.
+        limit_bytes: The limit. Swap counts in ``physical``, as far as the process's cgroups may use it; the kernel's
+            reserves are taken off ``commit``.
         used_bytes: What counts against it, of every process under it; None where that could not be read.
         reclaimable_bytes: The part of it that the kernel takes back without disturbing anybody: the inactive file
             cache of a cgroup; for ``physical`` what MemAvailable adds to MemFree. Never more than *used_bytes*.
@@ -87,6 +99,54 @@ class CommitStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapLimit:
+    """A limit on what may be swapped out of one cgroup. Unlimited ones are not listed.
+
+    Attributes:
+        kind: ``memory.swap.max``: at it nothing more is swapped out, and what is there stays in RAM.
+            ``memory.swap.high``: beyond it allocations are throttled. ``memory.memsw.limit_in_bytes`` (v1): of memory
+            and swap together; at it the OOM killer comes.
+        path: The cgroup whose limit it is.
+        limit_bytes: The limit.
+        used_bytes: What counts against it, of every process under it; None where that could not be read.
+        headroom_bytes: limit - used, at least 0; None where unknown.
+    """
+
+    kind: SwapKind
+    path: str
+    limit_bytes: int
+    used_bytes: int | None
+    headroom_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SwapStatus:
+    """The machine's swap, and how much of it this process's cgroups may use.
+
+    Attributes:
+        total_bytes: All swap of the machine.
+        free_bytes: The part of it that nobody uses.
+        available_bytes: How much more of this process's cgroup can be swapped out: what is free, and what every
+            ``memory.swap.max`` of it and its ancestors leaves. v1's limit does not count here: swapping out takes from
+            memory what it adds to swap.
+        limits: Every limit on swap, own cgroup first; none where the machine has no swap.
+    """
+
+    total_bytes: int | None
+    free_bytes: int | None
+    available_bytes: int | None
+    limits: tuple[SwapLimit, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**asdict(self), "limits": [limit.as_dict() for limit in self.limits]}
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessMemory:
     """This process's own memory; None stands for what could not be read.
 
@@ -132,6 +192,7 @@ class MemoryStatus:
         binding: The constraint that is met first: the one with the least headroom.
         constraints: All of them: own cgroup first, then its ancestors, then rlimits, physical memory, commit.
         commit: How commit is accounted.
+        swap: The machine's swap, and the limits on it.
         pressure: Of the process's own cgroup where it has PSI, else of the system; None where PSI is off.
         process: This process's own memory.
         warnings: A sentence for each fact that could not be read.
@@ -142,6 +203,7 @@ class MemoryStatus:
     binding: Constraint | None
     constraints: tuple[Constraint, ...]
     commit: CommitStatus
+    swap: SwapStatus
     pressure: Pressure | None
     process: ProcessMemory
     warnings: tuple[str, ...]
@@ -154,6 +216,7 @@ class MemoryStatus:
             "binding": self.binding.as_dict() if self.binding else None,
             "constraints": [constraint.as_dict() for constraint in self.constraints],
             "commit": self.commit.as_dict(),
+            "swap": self.swap.as_dict(),
             "pressure": self.pressure.as_dict() if self.pressure else None,
             "process": self.process.as_dict(),
             "warnings": list(self.warnings),
@@ -177,7 +240,7 @@ def memory_status(*, root: Root = "/") -> MemoryStatus:
 
 
 def status_once(root: Root) -> MemoryStatus:
-    """Return memory_status(), and keep nothing open: for who asks seldom, or reads ahead by other means."""
+    """Return memory_status() without keeping anything open: for who asks seldom, or keeps files of his own."""
     return _Reader(root).status()
 
 
@@ -199,11 +262,13 @@ class _Reader:
         meminfo = self._fact(machine.meminfo, self._root)
         own = self._fact(process.status, self._root)
         placement = self._fact(cgroup.placement, self._root)
+        groups = self._cgroups(placement)
         commit, reserve_bytes = self._commit(meminfo, own)
+        swap = self._swap(meminfo, groups)
         constraints = (
-            *self._cgroup_constraints(placement),
+            *chain.from_iterable(self._limits_of(group, swap) for group in groups),
             *self._rlimit_constraints(own),
-            *self._physical_constraint(meminfo),
+            *self._physical_constraint(meminfo, swap),
             *_commit_constraint(commit, reserve_bytes),
         )
         binding = tightest(constraints)
@@ -213,53 +278,51 @@ class _Reader:
             binding=binding,
             constraints=constraints,
             commit=commit,
+            swap=swap,
             pressure=self._pressure(placement),
             process=self._process(own),
             warnings=tuple(self._warnings),
         )
 
-    def _fact(self, read: Callable[P, T | None], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what *read* returns; None, with a warning, where it cannot."""
+    def _fact(self, read: Callable[..., T | None], *args: object, missing: str = "") -> T | None:
+        """Return what *read* returns; None, with a warning, where it cannot, and with *missing* where there is none."""
         try:
-            return read(*args, **kwargs)
+            value = read(*args)
         except KernelError as error:
             self._warn(str(error))
             return None
+        if value is None and missing:
+            self._warn(missing)
+        return value
 
     def _warn(self, sentence: str) -> None:
         self._warnings[printable(sentence)] = None
 
     def _told(self, path: str, read: Callable[[Root], T | None]) -> T | None:
-        """Return what *read* returns of a file that every machine has, with a warning also where it is missing."""
-        warned = len(self._warnings)
-        value = self._fact(read, self._root)
-        if value is None and len(self._warnings) == warned:
-            self._warn(f"{files.under(self._root, path)} does not exist")
-        return value
+        """Return what *read* returns of a file that every machine has."""
+        return self._fact(read, self._root, missing=f"{files.under(self._root, path)} does not exist")
 
-    def _field(self, source: object, name: str) -> int | None:
+    def _field(self, source: MemInfo | ProcessStatus | Limits | None, name: str) -> int | None:
         """Return a field of a file that parses itself when asked; None where there is no file."""
         if source is None:
             return None
-        value: int | None = self._fact(getattr, source, name)
-        return value
+        return self._fact(getattr, source, name, missing=f"{source.path} does not tell {name}")
 
-    def _cgroup_constraints(self, placement: Placement | None) -> Iterator[Constraint]:
+    def _cgroups(self, placement: Placement | None) -> tuple[MemoryCgroup, ...]:
         if placement is None:
-            return
+            return ()
         located = placement.locate("memory")
         if located.problem:
             self._warn(located.problem)
-        for group in cgroup.as_memory(located):
-            yield from self._limits_of(group)
+        return cgroup.as_memory(located)
 
-    def _limits_of(self, group: MemoryCgroup) -> Iterator[Constraint]:
+    def _limits_of(self, group: MemoryCgroup, swap: SwapStatus) -> Iterator[Constraint]:
         limits: list[tuple[Kind, int, Consequence]] = []
         kind: Kind = "memory.max" if group.version == 2 else "memory.limit_in_bytes"
-        warned = len(self._warnings)
-        limit_bytes, high_bytes = self._fact(group.limit_bytes), self._fact(group.high_bytes)
-        if limit_bytes is None and len(self._warnings) == warned and group.path != "/":
-            self._warn(f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?")
+        missing = f"{group.file(kind)} does not exist: was the cgroup {group.path} removed?"
+        # The root of all has no limit.
+        limit_bytes = self._fact(group.limit_bytes, missing="" if group.path == "/" else missing)
+        high_bytes = self._fact(group.high_bytes)
         if limit_bytes is not None and limit_bytes < UNLIMITED:
             limits.append((kind, limit_bytes, "kill"))
         if high_bytes is not None and high_bytes < UNLIMITED:
@@ -269,31 +332,18 @@ class _Reader:
         used_bytes, (inactive_bytes, active_bytes) = self._usage_of(group)
         for kind, limit, consequence in limits:
             yield _constraint(kind, group.path, limit, used_bytes, inactive_bytes, consequence, active_bytes)
-        yield from self._memsw_limit_of(group, limits[0][1], used_bytes, inactive_bytes, active_bytes)
-
-    def _memsw_limit_of(
-        self,
-        group: MemoryCgroup,
-        limit_bytes: int,
-        used_bytes: int | None,
-        inactive_bytes: int | None,
-        active_bytes: int,
-    ) -> Iterator[Constraint]:
-        """Yield v1's limit of memory and swap together, where what is swapped out makes it the tighter of the two."""
-        memsw_bytes = self._fact(group.memsw_limit_bytes)
-        if memsw_bytes is None or memsw_bytes >= UNLIMITED or used_bytes is None:
-            return
-        both_bytes = self._fact(group.memsw_usage_bytes)
-        if both_bytes is not None and memsw_bytes - both_bytes < limit_bytes - used_bytes:
-            kind: Kind = "memory.limit_in_bytes"
-            yield _constraint(kind, group.path, memsw_bytes, both_bytes, inactive_bytes, "kill", active_bytes)
+        # v1's limit of memory and swap together: never below that of memory, but what is swapped out counts in it.
+        for memsw in (limit for limit in swap.limits if limit.kind == "memory.memsw.limit_in_bytes"):
+            if memsw.path != group.path or memsw.used_bytes is None or used_bytes is None:
+                continue
+            if memsw.limit_bytes - memsw.used_bytes < limits[0][1] - used_bytes:
+                both_bytes = memsw.used_bytes
+                yield _constraint(kind, group.path, memsw.limit_bytes, both_bytes, inactive_bytes, "kill", active_bytes)
 
     def _usage_of(self, group: MemoryCgroup) -> tuple[int | None, tuple[int | None, int]]:
-        warned = len(self._warnings)
-        used_bytes, cache_bytes = self._fact(group.usage_bytes), self._fact(group.file_cache_bytes)
-        if (used_bytes is None or cache_bytes is None) and len(self._warnings) == warned:
-            what = "usage" if used_bytes is None else "file cache in memory.stat"
-            self._warn(f"the cgroup at {group.directory} does not tell its {what}")
+        silent = f"the cgroup at {group.directory} does not tell its"
+        used_bytes = self._fact(group.usage_bytes, missing=f"{silent} usage")
+        cache_bytes = self._fact(group.file_cache_bytes, missing=f"{silent} file cache in memory.stat")
         return used_bytes, cache_bytes or (None, 0)
 
     def _rlimit_constraints(self, own: ProcessStatus | None) -> Iterator[Constraint]:
@@ -307,17 +357,44 @@ class _Reader:
             if limit_bytes is not None and limit_bytes < UNLIMITED:
                 yield _constraint(kind, None, limit_bytes, self._field(own, used_name), 0, "refuse")
 
-    def _physical_constraint(self, meminfo: MemInfo | None) -> Iterator[Constraint]:
-        total_bytes = self._field(meminfo, "total_bytes")
-        if meminfo is None or total_bytes is None:
-            self._warn(f"physical memory is not known: {files.under(self._root, '/proc/meminfo')} tells no MemTotal")
+    def _swap(self, meminfo: MemInfo | None, groups: tuple[MemoryCgroup, ...]) -> SwapStatus:
+        total_bytes, free_bytes = self._field(meminfo, "swap_total_bytes"), self._field(meminfo, "swap_free_bytes")
+        if total_bytes is not None and free_bytes is not None:
+            free_bytes = min(free_bytes, total_bytes)
+        warned = len(self._warnings)
+        # Limits on swap that is not there limit nothing: their files are not even opened.
+        limits = () if total_bytes == 0 else tuple(chain.from_iterable(map(self._swap_limits_of, groups)))
+        available_bytes = free_bytes if len(self._warnings) == warned else None
+        if available_bytes is not None:
+            available_bytes = min((available_bytes, *_swap_headrooms_bytes(limits)))
+        return SwapStatus(total_bytes, free_bytes, available_bytes, limits)
+
+    def _swap_limits_of(self, group: MemoryCgroup) -> Iterator[SwapLimit]:
+        limits: tuple[tuple[SwapKind, int | None], ...] = (
+            ("memory.swap.max", self._fact(group.swap_limit_bytes)),
+            ("memory.swap.high", self._fact(group.swap_high_bytes)),
+            ("memory.memsw.limit_in_bytes", self._fact(group.memsw_limit_bytes)),
+        )
+        known = [(kind, limit_bytes) for kind, limit_bytes in limits if limit_bytes not in {None, UNLIMITED}]
+        if not known:
             return
-        swap_bytes = self._field(meminfo, "swap_total_bytes") or 0
-        swap_free_bytes = min(self._field(meminfo, "swap_free_bytes") or 0, swap_bytes)
+        usage = group.swap_usage_bytes if group.version == 2 else group.memsw_usage_bytes
+        used_bytes = self._fact(usage, missing=f"the cgroup at {group.directory} does not tell its use of swap")
+        for kind, limit_bytes in known:
+            headroom_bytes = None if used_bytes is None else max(0, limit_bytes - used_bytes)
+            yield SwapLimit(kind, group.path, limit_bytes, used_bytes, headroom_bytes)
+
+    def _physical_constraint(self, meminfo: MemInfo | None, swap: SwapStatus) -> Iterator[Constraint]:
+        total_bytes = self._field(meminfo, "total_bytes")
+        if total_bytes is None:
+            return
+        # Swap that this process's cgroups may not use can only hold what others have in RAM, and nobody says how much.
+        most_bytes = (limit.limit_bytes for limit in swap.limits if limit.kind == "memory.swap.max")
+        swap_bytes = min((swap.total_bytes or 0, *most_bytes))
+        swap_free_bytes = min((swap.free_bytes or 0, swap_bytes, *_swap_headrooms_bytes(swap.limits)))
         free_bytes, available_bytes = self._field(meminfo, "free_bytes"), self._field(meminfo, "available_bytes")
         limit_bytes = total_bytes + swap_bytes
         if available_bytes is None:
-            self._warn(f"{files.under(self._root, '/proc/meminfo')} tells no MemAvailable")
             yield Constraint("physical", None, limit_bytes, None, None, None, "kill")
             return
         headroom_bytes = min(available_bytes, total_bytes) + swap_free_bytes
@@ -357,6 +434,13 @@ class _Reader:
             oom_score_adj=self._told("/proc/self/oom_score_adj", process.oom_score_adj),
             _root=self._root,
         )
+
+
+def _swap_headrooms_bytes(limits: tuple[SwapLimit, ...]) -> Iterator[int]:
+    """Yield what each known limit on swapping out leaves."""
+    for limit in limits:
+        if limit.kind == "memory.swap.max" and limit.headroom_bytes is not None:
+            yield limit.headroom_bytes
 
 
 def _constraint(

@@ -30,6 +30,9 @@ Layout: TypeAlias = Literal["v2", "v1", "hybrid"]
 # What a v1 kernel with pages of 4 KiB prints for "no limit" (mm/page_counter.c, PAGE_COUNTER_MAX).
 _V1_UNLIMITED = 2**63 - 4096
 
+_PID = 4242
+"""The number of the made-up process."""
+
 _MOUNTS: dict[Layout, tuple[str, ...]] = {
     "v2": ("30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate",),
     "v1": (
@@ -58,7 +61,17 @@ class _Setting:
 
 
 class _Number(_Setting):
-    """As _Setting, for what is not a size and may be negative."""
+    """As _Setting, for what is not a size."""
+
+    def _checked(self, value: Size) -> int:
+        number = int(value)
+        if number < 0:
+            raise ValueError(f"{self._name} must not be negative: {value}")
+        return number
+
+
+class _Signed(_Setting):
+    """As _Number, for what may be negative."""
 
     def _checked(self, value: Size) -> int:
         return int(value)
@@ -74,16 +87,19 @@ class _Part(ABC):
         self._values: dict[str, int | None] = dict(self._defaults)
 
     def set(self, **settings: Any) -> Self:
-        """Change several settings in one go; returns itself.
+        """Change several settings in one go, or none; returns itself.
 
         Raises:
             TypeError: There is no such setting.
+            ValueError: A value makes no sense.
         """
+        values: dict[str, int | None] = {}
         for name, value in settings.items():
             setting = next((vars(kind)[name] for kind in type(self).__mro__ if name in vars(kind)), None)
             if not isinstance(setting, _Setting):
                 raise TypeError(f"{type(self).__name__} has no setting {name!r}")
-            self._values[name] = None if value is None else setting._checked(value)
+            values[name] = None if value is None else setting._checked(value)
+        self._values.update(values)
         self._render()
         return self
 
@@ -133,7 +149,7 @@ class FakeMachine(_Part):
             "Committed_AS": self.committed, "Hugetlb": self.hugetlb,
         }  # fmt: skip
         self._kernel._show("/proc/meminfo", _labelled(labels) + "HugePages_Total:       0\n")
-        threads = None if self.threads is None else f"0.00 0.00 0.00 1/{self.threads} 4242\n"
+        threads = None if self.threads is None else f"0.00 0.00 0.00 1/{self.threads} {_PID}\n"
         self._kernel._show("/proc/loadavg", threads)
         self._kernel._show_number("/proc/sys/kernel/threads-max", self.threads_max)
 
@@ -161,7 +177,7 @@ class FakeOvercommit(_Part):
     def _limit_bytes(self) -> int:
         """Return CommitLimit as mm/util.c's vm_commit_limit() counts it."""
         of = self._kernel.machine
-        share_bytes = ((of.total or 0) - (of.hugetlb or 0)) // machine.PAGE_BYTES * (self.ratio or 0) // 100
+        share_bytes = max(0, (of.total or 0) - (of.hugetlb or 0)) // machine.PAGE_BYTES * (self.ratio or 0) // 100
         return (self.fixed or share_bytes * machine.PAGE_BYTES) + (of.swap_total or 0)
 
     def _render(self) -> None:
@@ -214,7 +230,9 @@ class FakeProcess(_Part):
         rss, anonymous, swap, pss, total_vm, data_vm, page_tables: Its sizes.
         data_limit, address_space_limit: RLIMIT_DATA and RLIMIT_AS, the soft ones; None: unlimited.
         processes_limit: RLIMIT_NPROC; None: unlimited.
+        threads: How many it has: with RLIMIT_NPROC, what its user may have more.
         uid, capabilities, oom_score, oom_score_adj: As in its status; ``1 << 21`` is CAP_SYS_ADMIN.
+        user_namespace: The number of its user namespace; None: the first, where capabilities are worth what they say.
     """
 
     rss = _Setting()
@@ -227,14 +245,16 @@ class FakeProcess(_Part):
     data_limit = _Setting()
     address_space_limit = _Setting()
     processes_limit = _Number()
+    threads = _Number()
     uid = _Number()
     capabilities = _Number()
     oom_score = _Number()
-    oom_score_adj = _Number()
+    oom_score_adj = _Signed()
+    user_namespace = _Number()
 
     _defaults: ClassVar[dict[str, int | None]] = {
         "rss": 8 << 20, "anonymous": 4 << 20, "swap": 0, "pss": 2 << 20, "total_vm": 64 << 20, "data_vm": 32 << 20,
-        "page_tables": 1 << 20, "uid": 1000, "capabilities": 0, "oom_score": 666, "oom_score_adj": 0,
+        "page_tables": 1 << 20, "threads": 1, "uid": 1000, "capabilities": 0, "oom_score": 666, "oom_score_adj": 0,
     }  # fmt: skip
 
     def __init__(self, kernel: FakeKernel) -> None:
@@ -257,9 +277,15 @@ class FakeProcess(_Part):
             "VmPTE": self.page_tables, "VmSwap": self.swap,
         }  # fmt: skip
         show = self._kernel._show
-        uids = "\t".join([str(self.uid)] * 4)
-        text = f"Name:\tpython\nUid:\t{uids}\n{_labelled(sizes)}Threads:\t1\nCapEff:\t{self.capabilities or 0:016x}\n"
-        show("/proc/self/status", text)
+        uids = "" if self.uid is None else "Uid:" + f"\t{self.uid}" * 4 + "\n"
+        text = (
+            f"Name:\tpython\n{uids}{_labelled(sizes)}Threads:\t{self.threads or 0}\n"
+            f"CapEff:\t{self.capabilities or 0:016x}\n"
+        )
+        for name in ("self", _PID):
+            show(f"/proc/{name}/status", text)
+        namespace = None if self.user_namespace is None else f"user:[{self.user_namespace}]"
+        self._kernel._show_link("/proc/self/ns/user", namespace)
         show("/proc/self/limits", self._limits())
         self._kernel._show_number("/proc/self/oom_score", self.oom_score)
         self._kernel._show_number("/proc/self/oom_score_adj", self.oom_score_adj)
@@ -295,7 +321,8 @@ class FakeCgroup(_Part):
         path: Its path in the hierarchy.
         limit, high: memory.max (v1: memory.limit_in_bytes) and memory.high; None: unlimited.
         usage, inactive_file, active_file, swap: What it and those below hold; until it is set, what those below do.
-        swap_limit: memory.swap.max (v1: what the memsw limit leaves beyond the limit); None: unlimited.
+        swap_limit, swap_high: memory.swap.max (v1: what the memsw limit leaves beyond the limit) and memory.swap.high;
+            None: unlimited.
         ooms, oom_kills: How often it ran out of memory, and how many processes it lost for that; the ancestors'
             memory.events count them too.
         pids, pids_limit: Its tasks, and how many it may have; None: not told, and unlimited.
@@ -308,6 +335,7 @@ class FakeCgroup(_Part):
     active_file = _Setting()
     swap = _Setting()
     swap_limit = _Setting()
+    swap_high = _Setting()
     ooms = _Number()
     oom_kills = _Number()
     pids = _Number()
@@ -332,10 +360,10 @@ class FakeCgroup(_Part):
     def remove(self) -> None:
         """Let it vanish, with all below it, in one moment. A process that is in it is still told to be."""
         for group in list(self._kernel._cgroups.values()):
-            if group.path == self.path or group.path.startswith(self.path.rstrip("/") + "/"):
+            if _within(group.path, self.path) is not None:
                 group._exists = False
         for base in self._kernel._hierarchies():
-            self._kernel._remove_folder(f"{base}{self.path}")
+            self._kernel._remove_folder(self._folder(base))
 
     def restore(self) -> None:
         """Make it anew under the same name, as it was set last; those below it stay away until they are restored."""
@@ -343,7 +371,12 @@ class FakeCgroup(_Part):
 
     def file(self, name: str) -> str:
         """Return the path of its file *name*, for FakeKernel.write() and its sisters."""
-        return f"{self._kernel._memory_base()}{self.path.rstrip('/')}/{name}"
+        return f"{self._folder(self._kernel._memory_base())}/{name}"
+
+    def _folder(self, base: str) -> str:
+        """Return the folder that shows it in the hierarchy at *base*: one out of sight is kept out of sight."""
+        seen = _within(self.path, self._kernel.visible_from)
+        return f"/out-of-sight{base}{self.path}" if seen is None else f"{base}{seen}"
 
     def _get(self, name: str) -> int | None:
         if name in {"usage", "inactive_file", "active_file", "swap"} and name not in self._values:
@@ -383,7 +416,7 @@ class FakeCgroup(_Part):
 
     def _folders(self) -> Iterator[tuple[str, dict[str, str | None]]]:
         """Give each folder that shows it, with its files; None where there is no such file."""
-        path = self.path.rstrip("/")
+        at = self._folder
         pids = {
             "pids.max": "max\n" if self.pids_limit is None else f"{self.pids_limit}\n",
             "pids.current": None if self.pids is None else f"{self.pids}\n",
@@ -393,12 +426,12 @@ class FakeCgroup(_Part):
             # The root of all has no limit and tells no usage; one with settings is a namespace's.
             memory = {} if self.path == "/" and not self._values else {**self._v2_files(), **pids}
             controllers = {"cgroup.controllers": "cpu io memory pids\n", "cgroup.procs": ""}
-            yield f"/sys/fs/cgroup{path}", {**controllers, **memory, **stalls}
+            yield at("/sys/fs/cgroup"), {**controllers, **memory, **stalls}
             return
-        yield f"/sys/fs/cgroup/memory{path}", {"cgroup.procs": "", **self._v1_files()}
-        yield f"/sys/fs/cgroup/pids{path}", pids
+        yield at("/sys/fs/cgroup/memory"), {"cgroup.procs": "", **self._v1_files()}
+        yield at("/sys/fs/cgroup/pids"), pids
         if self._kernel.layout == "hybrid":
-            yield f"/sys/fs/cgroup/unified{path}", {"cgroup.controllers": "\n", "cgroup.procs": "", **stalls}
+            yield at("/sys/fs/cgroup/unified"), {"cgroup.controllers": "\n", "cgroup.procs": "", **stalls}
 
     def _v2_files(self) -> dict[str, str | None]:
         def events(ooms: int, oom_kills: int) -> str:
@@ -410,6 +443,7 @@ class FakeCgroup(_Part):
             "memory.current": f"{self.usage or 0}\n",
             "memory.stat": f"anon 1\ninactive_file {self.inactive_file or 0}\nactive_file {self.active_file or 0}\n",
             "memory.swap.max": _limit(self.swap_limit),
+            "memory.swap.high": _limit(self.swap_high),
             "memory.swap.current": f"{self.swap or 0}\n",
             "memory.events": events(self._total("ooms"), self._total("oom_kills")),
             "memory.events.local": events(self.ooms or 0, self.oom_kills or 0),
@@ -422,6 +456,7 @@ class FakeCgroup(_Part):
             "memory.limit_in_bytes": f"{limit_bytes}\n",
             "memory.usage_in_bytes": f"{self.usage or 0}\n",
             "memory.memsw.limit_in_bytes": f"{both_bytes}\n",
+            "memory.memsw.usage_in_bytes": f"{(self.usage or 0) + (self.swap or 0)}\n",
             "memory.use_hierarchy": "1\n",
             "memory.oom_control": f"oom_kill_disable 0\nunder_oom 0\noom_kill {self.oom_kills or 0}\n",
             "memory.stat": (
@@ -444,25 +479,31 @@ class FakeKernel:
         root: The folder to fill, such as pytest's tmp_path; by default a new temporary one.
         layout: ``v2``: one cgroup2. ``v1``: the memory controller on v1. ``hybrid``: the same with a cgroup2 beside,
             which has memory.pressure alone.
+        visible_from: The cgroup that is mounted as the root: a container that is shown its own cgroup and those below
+            it, by their paths on the host. What lies above limits it as well, but cannot be seen.
 
     Attributes:
         root: What to pass as ``root=``.
-        layout: As given.
+        layout, visible_from: As given.
         machine: Physical memory, swap and commit (FakeMachine).
         overcommit: The mode and the reserves (FakeOvercommit).
         process: The process itself (FakeProcess).
 
     Raises:
-        ValueError: *layout* is none of the three.
+        ValueError: *layout* is none of the three, or *visible_from* no path of a cgroup.
     """
 
-    def __init__(self, root: str | os.PathLike[str] | None = None, *, layout: Layout = "v2") -> None:
+    def __init__(
+        self, root: str | os.PathLike[str] | None = None, *, layout: Layout = "v2", visible_from: str = "/"
+    ) -> None:
         if layout not in _MOUNTS:
             raise ValueError(f"layout must be one of {', '.join(_MOUNTS)}: {layout!r}")
+        visible_from = _cgroup_path(visible_from)
         self._own = root is None
         self.root = Path(tempfile.mkdtemp(prefix="memsafe-kernel-") if root is None else root)
         self.root.mkdir(parents=True, exist_ok=True)
         self.layout: Layout = layout
+        self.visible_from = visible_from
         self._shown: dict[str, str | None] = {}
         self._cgroups: dict[str, FakeCgroup] = {}
         self.machine = FakeMachine(self)
@@ -470,8 +511,8 @@ class FakeKernel:
         self.process = FakeProcess(self)
         for part in (self.overcommit, self.process):
             part._render()
-        self.mounts(*_MOUNTS[layout])
-        self.cgroup("/").join()
+        self.mounts(*(line.replace(" / ", f" {_escaped(visible_from)} ", 1) for line in _MOUNTS[layout]))
+        self.cgroup(visible_from).join()
 
     def cgroup(self, path: str, **settings: Any) -> FakeCgroup:
         """Return the cgroup at *path*, with *settings* changed; it and its ancestors are made where they are not there.
@@ -481,16 +522,15 @@ class FakeKernel:
             settings: Attributes of FakeCgroup.
 
         Raises:
-            ValueError: *path* is not absolute, or leads out of the hierarchy.
+            ValueError: *path* is no path of a cgroup, or a value makes no sense.
             TypeError: There is no such setting.
         """
-        if not path.startswith("/") or ".." in path.split("/"):
-            raise ValueError(f"a cgroup's path begins with a slash and has no '..': {path!r}")
-        path = "/" + path.strip("/")
+        path = _cgroup_path(path)
         if path != "/":
             self.cgroup(str(PurePosixPath(path).parent))
-        group = self._cgroups.setdefault(path, FakeCgroup(self, path))
+        group = self._cgroups.get(path) or FakeCgroup(self, path)
         group.set(**settings)
+        self._cgroups[path] = group
         group._appear()
         return group
 
@@ -515,7 +555,7 @@ class FakeKernel:
         Returns:
             Where it is.
         """
-        data = content.encode() if isinstance(content, str) else content
+        data = os.fsencode(content) if isinstance(content, str) else content
         file = self._at(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_symlink() or not file.is_file():
@@ -593,6 +633,14 @@ class FakeKernel:
         self._shown.pop(path, None)
         self._show(path, text)
 
+    def _show_link(self, path: str, target: str | None) -> None:
+        """Have a symbolic link lead to *target*, None for no link."""
+        link = self._at(path)
+        link.unlink(missing_ok=True)
+        if target is not None:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
+
     def _show_number(self, path: str, value: int | None) -> None:
         self._show(path, None if value is None else f"{value}\n")
 
@@ -642,6 +690,27 @@ def _rewrite(file: Path, data: bytes) -> None:
             os.pwrite(raw.fileno(), b"\n" * (len(data) - before_bytes), before_bytes)
         os.pwrite(raw.fileno(), data.ljust(before_bytes, b"\n"), 0)
         os.ftruncate(raw.fileno(), len(data))
+
+
+def _cgroup_path(path: str) -> str:
+    names = [name for name in path.split("/") if name]
+    # The kernel makes no cgroup with a newline in its name (kernel/cgroup/cgroup.c, cgroup_mkdir()).
+    if not path.startswith("/") or {".", ".."} & set(names) or "\n" in path:
+        raise ValueError(f"a cgroup's path begins with a slash and has no '.', '..' or newline: {path!r}")
+    return "/" + "/".join(names)
+
+
+def _within(path: str, top: str) -> str | None:
+    """Return *path* as it is seen from *top*: "" for *top* itself, None outside of it."""
+    base = top.rstrip("/")
+    if path != top and not path.startswith(base + "/"):
+        return None
+    return path[len(base) :].rstrip("/")
+
+
+def _escaped(path: str) -> str:
+    """Return *path* as mountinfo writes it."""
+    return "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in path)
 
 
 def _labelled(sizes: dict[str, int | None]) -> str:

@@ -27,10 +27,15 @@ def trim() -> int:
     Source: malloc_trim(3); jemalloc(3), arena.<i>.purge; mimalloc's mi_collect.
     """
     before_bytes = _anonymous_bytes()
+    give_back()
+    return max(0, before_bytes - _anonymous_bytes())
+
+
+def give_back() -> None:
+    """Do what trim() does, and do not measure it: in a full cgroup, opening a file can call the OOM killer."""
     _drop_interpreter_caches()
     gc.collect()
     lib.ms_trim()
-    return max(0, before_bytes - _anonymous_bytes())
 
 
 def _drop_interpreter_caches() -> None:

@@ -6,12 +6,16 @@ Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst; proc(5) 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 
 from memsafe._kernel import files
 from memsafe._kernel.files import Flat, Root
+
+_CONTROLLERS = "cgroup.controllers"
+_NAMES = re.compile(rb"[a-z0-9_ ]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,10 @@ class MemoryCgroup(Cgroup):
         """Return the limit of its swap; v1 limits memory and swap together instead, see memsw_limit_bytes()."""
         return files.read_limit(self.file("memory.swap.max")) if self.version == 2 else None
 
+    def swap_high_bytes(self) -> int | None:
+        """Return the use of swap past which allocations are throttled; v1 has none."""
+        return files.read_limit(self.file("memory.swap.high")) if self.version == 2 else None
+
     def swap_usage_bytes(self) -> int | None:
         """Return the swap that it and its descendants use."""
         if self.version == 2:
@@ -141,6 +149,7 @@ class Placement:
     root: Root
     memberships: tuple[Membership, ...]
     mounts: tuple[Mount, ...]
+    pid: int | str = "self"
 
     def locate(self, controller: str) -> Located:
         """Return the cgroups by which *controller* holds the process."""
@@ -149,24 +158,26 @@ class Placement:
         version = 2 if member is None else 1
         if member is None:
             member = self._unified()
+        told = _membership_path(self.root, self.pid)
         if member is None:
-            return Located(None, (), f"the process is in no hierarchy with the {controller} controller")
+            return Located(None, (), f"{told} names no hierarchy with the {controller} controller")
         mounts = [m for m in self.mounts if m.version == version and (version == 2 or controller in m.options)]
         mount = _best_mount(mounts, member.path, self.root)
         if mount is None:
             seen = ", ".join(f"{m.root} at {m.point}" for m in mounts) or "not mounted"
-            return Located(None, (), f"no mount shows the v{version} {controller} cgroup {member.path} ({seen})")
-        levels = _levels(version, member.path, mount, self.root)
+            shown = f"shows the v{version} {controller} cgroup {member.path} of {told} ({seen})"
+            return Located(None, (), f"no mount in {_mounts_path(self.root, self.pid)} {shown}")
+        levels = _levels(version, member.path, mount, os.fspath(self.root))
         if version == 1:
             levels = _accounting_upwards(levels)
         elif not _has_controller(levels[-1], controller):
-            return Located(None, (), f"cgroup2 at {mount.point} has no {controller} controller")
+            return Located(None, (), f"{levels[-1].file(_CONTROLLERS)} names no {controller} controller")
         else:
             # Below where subtree_control stops, the charge goes to the nearest cgroup that has the controller.
             levels = tuple(level for level in levels if _has_controller(level, controller))
         problem = None
         if not files.is_directory(levels[0].directory):
-            problem = f"the {controller} cgroup {levels[0].path} has no directory at {levels[0].directory}"
+            problem = f"the {controller} cgroup {levels[0].path} of {told} has no directory at {levels[0].directory}"
         return Located(version, levels, problem)
 
     def unified_directory(self) -> str | None:
@@ -187,10 +198,18 @@ def placement(root: Root = "/", pid: int | str = "self") -> Placement:
     Raises:
         KernelError: /proc/<pid>/cgroup or mountinfo cannot be read or makes no sense.
     """
-    path, mounts_path = files.under(root, f"/proc/{pid}/cgroup"), files.under(root, f"/proc/{pid}/mountinfo")
+    path, mounts_path = _membership_path(root, pid), _mounts_path(root, pid)
     memberships = _memberships(files.read(path), path)
     # A host of containers has thousands of mounts: 64 MiB is far beyond mount-max.
-    return Placement(root, memberships, _mounts(files.read(mounts_path, max_bytes=2**26), mounts_path))
+    return Placement(root, memberships, _mounts(files.read(mounts_path, max_bytes=2**26), mounts_path), pid)
+
+
+def _membership_path(root: Root, pid: int | str) -> str:
+    return files.under(root, f"/proc/{pid}/cgroup")
+
+
+def _mounts_path(root: Root, pid: int | str) -> str:
+    return files.under(root, f"/proc/{pid}/mountinfo")
 
 
 def locate(controller: str, root: Root = "/", pid: int | str = "self") -> Located:
@@ -255,7 +274,7 @@ def parse_mount(line: str, file: str) -> Mount | None:
     return Mount(version, _unescape(before[3]), _unescape(before[4]), frozenset(after[2].split(",")))
 
 
-# Both texts change seldom and are asked for often: the same text need not be parsed twice.
+# Both texts change seldom and are asked for often: neither they nor what follows from them is worked out twice.
 @lru_cache(maxsize=2)
 def _memberships(text: bytes, path: str) -> tuple[Membership, ...]:
     return tuple(parse_membership(line, path) for line in os.fsdecode(text).split("\n") if line)
@@ -303,10 +322,13 @@ def _best_mount(mounts: list[Mount], path: str, root: Root) -> Mount | None:
         return exists, len(_relative(path, mount) or ""), at_home
 
     on_top = {mount.point: mount for mount in mounts}.values()  # a later mount covers an earlier one
-    return max((mount for mount in on_top if _relative(path, mount) is not None), key=rank, default=None)
+    showing = [mount for mount in on_top if _relative(path, mount) is not None]
+    # As a rule there is one: its directory need not be looked at.
+    return max(showing, key=rank) if len(showing) > 1 else next(iter(showing), None)
 
 
-def _levels(version: int, path: str, mount: Mount, root: Root) -> tuple[Cgroup, ...]:
+@lru_cache(maxsize=8)
+def _levels(version: int, path: str, mount: Mount, root: str) -> tuple[Cgroup, ...]:
     """Return the cgroup at *path* and each ancestor up to the root of *mount*."""
     base, point = mount.root.rstrip("/"), files.under(root, mount.point).rstrip("/")
     relative = _relative(path, mount) or ""
@@ -324,9 +346,9 @@ def _accounting_upwards(levels: tuple[Cgroup, ...]) -> tuple[Cgroup, ...]:
 
 
 def _has_controller(level: Cgroup, controller: str) -> bool:
-    """Whether a v2 cgroup has the controller's files; where that cannot be read, assume so and let the reader say."""
-    controllers = _text_or_none(level.file("cgroup.controllers"))
-    return controllers is None or controller.encode() in controllers.split()
+    """Whether a v2 cgroup has the controller's files; where nobody tells, assume so and let the reader say."""
+    text = _text_or_none(level.file(_CONTROLLERS))
+    return text is None or not _NAMES.fullmatch(text) or controller.encode() in text.split()
 
 
 def _text_or_none(path: str) -> bytes | None:

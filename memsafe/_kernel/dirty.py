@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ REFUSALS = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES,
 
 
 class DirtyPages:
-    """Counts the private pages that were written since it was made, or restarted. One at a time in a process.
+    """Counts the private pages that were written since it was made. One at a time in a process.
 
     Raises:
         KernelError: This kernel cannot, or does not let this process; see REFUSALS.
@@ -31,29 +32,32 @@ class DirtyPages:
         self._native: Any = ffi.new("ms_dirty *")
         self._sum: Any = ffi.new("uint64_t *")
         self._open = False
+        # Two readings share one file position. Reentrant: a signal handler may close what its own thread reads.
+        self._lock = threading.RLock()
         check(lib.ms_dirty_open(METHODS[method], self._native), f"count written pages by {method}")
         self._open = True
         _meters.add(self)
-
-    def restart(self) -> None:
-        """Count from now on.
-
-        Raises:
-            KernelError: The kernel refused.
-        """
-        check(lib.ms_dirty_restart(self._native), "protect pages anew")
 
     def count_bytes(self) -> int:
         """Return the bytes of the pages that were written since; of memory that is new, all that is there.
 
         Raises:
             KernelError: The page tables could not be read.
+            ValueError: It was closed.
         """
-        check(lib.ms_dirty_count(self._native, self._sum), "count written pages")
-        return int(self._sum[0])
+        with self._lock:
+            if not self._open:
+                raise ValueError("the meter is closed")
+            check(lib.ms_dirty_count(self._native, self._sum), "count written pages")
+            return int(self._sum[0])
 
     def close(self) -> None:
-        """Stop counting. Twice is a no-op."""
+        """Stop counting, once nobody counts. Twice is a no-op."""
+        if self._open:
+            with self._lock:
+                self._release()
+
+    def _release(self) -> None:
         if self._open:
             self._open = False
             lib.ms_dirty_close(self._native)
@@ -75,9 +79,9 @@ _meters: weakref.WeakSet[DirtyPages] = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    """In a forked child: an inherited userfaultfd acts on the parent's memory."""
+    """In a forked child: an inherited userfaultfd acts on the parent's memory. A lost thread may hold the lock."""
     for meter in list(_meters):
-        meter.close()
+        meter._release()
 
 
 os.register_at_fork(after_in_child=_close_all)

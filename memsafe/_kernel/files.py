@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Reader(Protocol):
-        """Who has read files already: ahead.py, kept.py. None: read it yourself."""
+        """Who has read files already, see kept.py. None: read it yourself."""
 
         def read(self, path: str) -> bytes | None: ...
         def is_directory(self, path: str) -> bool | None: ...
@@ -37,7 +37,7 @@ _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH})
 
 
 class _Ahead(threading.local):
-    """Who answers for this thread from what was read together; see ahead.py and kept.py."""
+    """Who answers for this thread from what was read together; see kept.py."""
 
     reader: Reader | None = None
 

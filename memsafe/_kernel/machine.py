@@ -22,6 +22,11 @@ class MemInfo:
         self._lines = lines
 
     @property
+    def path(self) -> str:
+        """The file."""
+        return self._lines.path
+
+    @property
     def total_bytes(self) -> int | None:
         """RAM that the kernel manages."""
         return self._lines.size_bytes(b"MemTotal")

@@ -94,7 +94,7 @@ def commit_limit_bytes(meminfo: MemInfo, root: Root = "/") -> int | None:
     ratio, total_bytes = machine.sysctl("vm/overcommit_ratio", root), meminfo.total_bytes
     if ratio is None or total_bytes is None:
         return None
-    pages = (total_bytes - (meminfo.hugetlb_bytes or 0)) // machine.PAGE_BYTES
+    pages = max(0, total_bytes - (meminfo.hugetlb_bytes or 0)) // machine.PAGE_BYTES
     return pages * ratio // 100 * machine.PAGE_BYTES + swap_bytes
 
 

@@ -28,6 +28,11 @@ class ProcessStatus:
         self._lines = lines
 
     @property
+    def path(self) -> str:
+        """The file."""
+        return self._lines.path
+
+    @property
     def rss_bytes(self) -> int | None:
         """What is in RAM."""
         return self._lines.size_bytes(b"VmRSS")
@@ -82,10 +87,10 @@ class ProcessStatus:
 class Limits:
     """Soft limits in /proc/<pid>/limits; files.UNLIMITED where there is none, None where the file does not tell."""
 
-    __slots__ = ("_path", "_texts")
+    __slots__ = ("_texts", "path")
 
     def __init__(self, text: bytes, path: str) -> None:
-        self._path = path
+        self.path = path
         self._texts = dict(_LIMIT.findall(text))
 
     @property
@@ -107,7 +112,7 @@ class Limits:
         text = self._texts.get(name)
         if text is None or text == b"unlimited":
             return None if text is None else UNLIMITED
-        return files.limit(text, self._path)
+        return files.limit(text, self.path)
 
 
 _LIMIT = re.compile(rb"^Max (data size|address space|processes) +(\S+) ", re.MULTILINE)

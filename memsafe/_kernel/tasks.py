@@ -35,12 +35,15 @@ def _user_exhausted(all_threads: int | None, root: Root) -> str | None:
     Source: kernel/fork.c, copy_process(): the first user of the first namespace is exempt, and who may administer. The
     kernel's count is told nowhere: it is added up here, of the processes that can be seen, so it may be too low.
     """
-    own = process.status(root)
-    limit, uid = process.limits(root).processes, own.real_uid
-    if limit is None or uid is None or limit == UNLIMITED:
+    limit = process.limits(root).processes
+    if limit is None or limit == UNLIMITED:
         return None
     if all_threads is not None and all_threads < limit:
         return None  # whoever they belong to: there is no need to look at every process
+    own = process.status(root)
+    uid = own.real_uid
+    if uid is None:
+        raise files.lacking(own.path, "Uid")
     administers = own.effective_capabilities & (1 << process.CAP_SYS_ADMIN | 1 << process.CAP_SYS_RESOURCE)
     if (uid == 0 or administers) and process.in_initial_user_namespace(root):
         return None

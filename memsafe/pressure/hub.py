@@ -7,13 +7,15 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from memsafe._kernel.ahead import ReadAhead
+from memsafe._kernel import kept
 from memsafe.errors import KernelError
 from memsafe.pressure import sources
+from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
     from memsafe.pressure.levels import Cause, Thresholds
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from memsafe.status import MemoryStatus
 
 _log = logging.getLogger("memsafe.pressure")
+
+# So much must be left for memory to be taken for the next look: it must not be that which fills the cgroup, even if
+# others take more meanwhile. A sixteenth of the limit, within bounds.
+_PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
 
 
 class Hub:
@@ -38,12 +44,13 @@ class Hub:
         self._chosen: list[Source] = []
         self._limits_seen: object = None
         self._polling = sources.Polling()
-        self.ahead = ReadAhead()
         self._poll_after_s: float | None = None
+        self._files = kept.keep(root)
+        self._reserve = BlockReserve()
         self._waiter = Waiter()
         try:
             self._polling.open(self._waiter, next(self._tokens))
-            self._between = Look(self._polling.timer_fd, self.ahead)
+            self._between = Look(self._polling.timer_fd, self._files, self._reserve)
         except BaseException:
             self._waiter.close()
             raise
@@ -62,6 +69,15 @@ class Hub:
         """Let the timer signal *delay_s* after the next wait() begins, and at no other time."""
         self._poll_after_s = delay_s
 
+    def provide(self, status: MemoryStatus) -> None:
+        """Hold memory for the next look, if there is plenty."""
+        tightest = status.binding
+        if tightest is None or tightest.headroom_bytes is None:
+            return
+        plenty_bytes = min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)
+        if tightest.headroom_bytes > plenty_bytes:
+            self._reserve.take()
+
     def choose(self, status: MemoryStatus) -> bool:
         """Open the sources that fit the limits in *status*, keep those that still do, close the others.
 
@@ -71,9 +87,11 @@ class Hub:
         limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
         if limits == self._limits_seen:
             return False
-        kept = {source.key: source for source in self._chosen if source.used}
-        self._chosen = [kept.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)]
-        for source in kept.values():
+        before = {source.key: source for source in self._chosen if source.used}
+        self._chosen = [
+            before.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)
+        ]
+        for source in before.values():
             source.close(self._waiter)
         used = {source.key for source in self._chosen if source.used}
         for source in self._chosen:
@@ -85,6 +103,7 @@ class Hub:
             source.open(self._waiter, next(self._tokens))
             if source.used:
                 used.add(source.key)
+        self._files.hold(path for source in self._chosen if source.used for path in source.reads)
         self._limits_seen = limits
         return True
 
@@ -97,6 +116,13 @@ class Hub:
         self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
         self._poll_after_s = None
         return self._waiter.wait(self._between)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
+
+        To be left before user code runs, which may want to look for itself.
+        """
+        return self._files.reading()
 
     def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
         """Return the names of the sources that signalled, and what they say by themselves."""
@@ -126,6 +152,7 @@ class Hub:
         for source in (*self._chosen, self._polling):
             source.close(None if forked else self._waiter, reason)
         self._waiter.close()
+        self._files.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

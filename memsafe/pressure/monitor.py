@@ -14,7 +14,7 @@ from memsafe.pressure import levels
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
 from memsafe.status import status_once
-from memsafe.trimming import trim
+from memsafe.trimming import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +176,9 @@ class PressureMonitor:
         hub = Hub(self._root, self._thresholds)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            hub.choose(status_once(self._root))
+            with hub.reading():
+                status = status_once(self._root)
+            hub.choose(status)
         except BaseException:
             self._shut(hub)
             raise
@@ -355,8 +357,7 @@ class PressureMonitor:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         wants_look = any(request.level is None and request.callback is None for request in requests)
         try:
-            # All files in one native call; it ends before user code runs, which may want to look for itself.
-            with hub.ahead:
+            with hub.reading():
                 heard, causes = hub.hear(reports)
                 status = status_once(self._root) if heard or wants_look else None
             if status is not None:
@@ -389,12 +390,14 @@ class PressureMonitor:
         if hub.choose(status):
             self._source_statuses = hub.statuses
         self._set_timer(hub, status)
+        hub.provide(status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
         previous, now_s = self._ladder.level, self._clock()
         if level == previous:
             return
-        status = status_once(self._root)
+        with hub.reading():
+            status = status_once(self._root)
         judgement = levels.judge(status, self._thresholds)
         self._ladder.force(level, now_s)
         drill = replace(judgement, raised=level, held=level, detail=f"simulated; {judgement.detail}")
@@ -466,7 +469,7 @@ class PressureMonitor:
 
     def _trim(self) -> None:
         try:
-            trim()
+            give_back()
         except Exception:
             _log.exception("giving memory back failed")
 

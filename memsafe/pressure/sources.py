@@ -55,11 +55,13 @@ class Source(ABC):
         name, path: As of SourceStatus.
         key: Sources with the same key are the same.
         how: How the waiter must wait for it.
+        reads: The files that hear() reads.
         purpose: What it does, for people.
         stands_in_for: The key of a better source; this one is opened only where that cannot be had.
     """
 
     how = How.COUNTER
+    reads: tuple[str, ...] = ()
 
     def __init__(self, name: str, path: str | None, purpose: str) -> None:
         self.name = name
@@ -148,6 +150,7 @@ class CgroupEvents(Source):
         super().__init__("memory.events", group.file("memory.events"), "wakes when a limit of the cgroup is met")
         self._group = group
         self._before: dict[bytes, int] = {}
+        self.reads = (group.file("memory.events.local"), group.file("memory.events"))
 
     def hear(self) -> Cause | None:
         counts = self._counts()
@@ -199,6 +202,7 @@ class OomNotice(Source):
             "oom_control", group.file("memory.oom_control"), "raises CRITICAL when the OOM killer is called"
         )
         self._group = group
+        self.reads = (group.file("memory.oom_control"),)
 
     def hear(self) -> Cause | None:
         kills = self._group.oom_kills()
@@ -225,6 +229,7 @@ class StallTrigger(Source):
         self._level = level
         self._stall_us = stall_us
         self._before_us = 0
+        self.reads = (path,)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memsafe._kernel.ahead import ReadAhead
 from memsafe._native import check, ffi, lib
+
+if TYPE_CHECKING:
+    from memsafe._kernel.kept import KeptFiles
+    from memsafe.pressure.reserve import BlockReserve
 
 _REPORTS = 64
 
@@ -45,22 +48,25 @@ class Look:
 
     Args:
         timer_fd: A timer of open_timer().
-        ahead: What is read together when there is something to tell.
+        kept: What is read when there is something to tell.
+        reserve: What is given back when the wait ends, before anything is allocated.
     """
 
-    def __init__(self, timer_fd: int, ahead: ReadAhead) -> None:
-        self.ahead = ahead
-        self._native: Any = ffi.new("ms_waiter_look *", {"timer_fd": timer_fd, "timer_ns": -1})
+    def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve) -> None:
+        self._kept = kept
+        self._reserve = reserve
+        self.native: Any = ffi.new("ms_waiter_look *", {"timer_fd": timer_fd, "timer_ns": -1, "kept": kept.native})
 
     def set(self, *, timer_s: float | None = None, rest_s: float = 0.0) -> None:
         """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*."""
-        self._native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
-        self._native.rest_ns = int(rest_s * 1e9)
+        self.native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
+        self.native.rest_ns = int(rest_s * 1e9)
 
-    def native(self) -> Any:
-        """Return the ms_waiter_look."""
-        self.ahead.describe(self._native)
-        return self._native
+    def ended(self, count: int) -> None:
+        """The wait is over, and *count* sources had something to tell; less than 0: it failed."""
+        self._reserve.give()
+        if count > 0:
+            self._kept.was_read()
 
 
 class Waiter:
@@ -106,11 +112,11 @@ class Waiter:
 
     def wait(self, look: Look | None = None) -> list[Report]:
         """Wait until fileno() is readable, then take(); nothing, where somebody only wrote to it."""
-        native = ffi.NULL if look is None else look.native()
-        reports = self._reported(lib.ms_waiter_wait(self._open(), native, self._reports, _REPORTS))
-        if look is not None and reports:
-            look.ahead.was_read()
-        return reports
+        native = ffi.NULL if look is None else look.native
+        count = lib.ms_waiter_wait(self._open(), native, self._reports, _REPORTS)
+        if look is not None:
+            look.ended(count)
+        return self._reported(count)
 
     def _reported(self, count: int) -> list[Report]:
         if count == -errno.EINTR:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import cgroup, process
+from memsafe._kernel import cgroup, kept, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
 from memsafe.status import status_once
@@ -57,18 +57,26 @@ class Meter:
         """Begin with what is left now; there are no copies yet."""
         self._root = root
         self._max_copy_bytes = max_copy_bytes
+        # Of their own: what is measured seldom takes long to read, what is counted often does not.
+        self._measured, self._counted = kept.keep(root), kept.keep(root)
         now_s = time.monotonic()
         self.next_look_s = self._due_s = self._in_doubt_due_s = now_s + _LOOK_EVERY_S
-        self._reserves = {
-            (c.kind, c.path): min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, headroom // _RESERVE_SHARE_OF_START)
-            for c, headroom in self._headrooms()
-        }
+        with self._measured.reading():
+            self._reserves = {
+                (c.kind, c.path): min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, headroom // _RESERVE_SHARE_OF_START)
+                for c, headroom in self._headrooms()
+            }
         self._faults = 0  # when last measured; the child's begin at 0
         self._slack_bytes: float = 0  # copies until a bound, when last measured
 
     def stop(self) -> None:
         """Measure no more."""
         self.next_look_s = self._due_s = self._in_doubt_due_s = math.inf
+
+    def close(self) -> None:
+        """Close what was kept open. Twice is a no-op."""
+        self._measured.close()
+        self._counted.close()
 
     def is_due(self, pid: int) -> bool:
         """Whether measure() should be called now; plans the next look."""
@@ -86,9 +94,10 @@ class Meter:
         """
         began_s = time.thread_time()
         try:
-            self._faults = self._count_faults(pid, 0) // _PAGE_BYTES
-            copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
-            short, margin_bytes = self._look_around()
+            with self._measured.reading():
+                self._faults = self._count_faults(pid, 0) // _PAGE_BYTES
+                copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
+                short, margin_bytes = self._look_around()
         finally:
             cost_s = time.thread_time() - began_s
             now_s = time.monotonic()
@@ -102,7 +111,8 @@ class Meter:
         """Return the most that both processes can have copied since they had taken *since* faults, in bytes."""
         own = getrusage(RUSAGE_SELF).ru_minflt
         try:
-            return (own + process.minor_faults(pid) - since) * _PAGE_BYTES
+            with self._counted.reading():
+                return (own + process.minor_faults(pid) - since) * _PAGE_BYTES
         except KernelError:
             return 0  # it has ended; the next reading by the clock finds out
 

@@ -103,6 +103,7 @@ class Supervisor:
             self._close_write_end.callback(os.close, self._report_write_fd)
             self._reader = ReportReader(self._report_fd)
             self._meter = Meter(bounds.root, bounds.max_copy_bytes)
+            stack.callback(self._meter.close)
             self._oom_kills_before = oom_kills(bounds.root)
             self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
             self.job = SnapshotJob(self.run)

@@ -25,9 +25,6 @@ typedef struct ms_dirty {
  * (seccomp), EACCES where the process is not dumpable. On failure nothing is left behind. */
 int ms_dirty_open(int method, ms_dirty *meter);
 
-/* Count from now on again: pages written before are clean. Returns 0 or -errno. */
-int ms_dirty_restart(ms_dirty *meter);
-
 /* Add up the private writable pages, in RAM or swapped, that were written since; memory mapped since counts whole, and
  * so does what the method cannot see (of MS_DIRTY_SCAN, pages copied from private file mappings).
  * Returns 0 and sets *dirty_bytes, or -errno. */

@@ -46,18 +46,15 @@ int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
 /* What else ms_waiter_wait does: all that lies between two looks at the machine, because beside busy Python threads
  * each return from native code may wait a switch interval for the GIL. */
 typedef struct ms_waiter_look {
-    int64_t rest_ns;  /* first, let events gather for so long */
-    int timer_fd;     /* of ms_timer_open, set to fire timer_ns after the call; -1: none */
-    int64_t timer_ns; /* less than 0: leave it as it is set */
-    ms_file *files;   /* read together, as by ms_files_read, when there was something to take; may be none */
-    int file_count;
-    char *buffer;
-    size_t buffer_capacity;
+    int64_t rest_ns;         /* first, let events gather for so long */
+    int timer_fd;            /* of ms_timer_open, set to fire timer_ns after the call; -1: none */
+    int64_t timer_ns;        /* less than 0: leave it as it is set */
+    const ms_kept_set *kept; /* read by ms_kept_read when there was something to take; NULL: none */
 } ms_waiter_look;
 
 /* As ms_waiter_take, but first wait until ms_waiter_fileno is readable, and do what look says; look may be NULL.
  * Returns as ms_waiter_take, perhaps 0; or -EINTR, or what setting the timer gave. Needs no GIL. Thread-safe where no
- * other call uses the same look. */
+ * other call uses the same look or what it reads. */
 int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity);
 
 /* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.

@@ -1,45 +1,45 @@
-#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "ms.h"
-#include "budget.h"
+#include "budget_internal.h"
 
-/* The top bit of `used` says closed. It shares the word with the count so that one atomic operation both closes and
- * learns what is left: every byte is then given back to the ancestors exactly once, by the closing or by its owner. */
-#define CLOSED      (UINT64_C(1) << 63)
-#define COUNT(word) ((int64_t)((word) & ~CLOSED))
-
-struct ms_budget {
-    _Atomic uint64_t used;
-    _Atomic int64_t limit;
-    _Atomic int64_t peak;
-    _Atomic int64_t soft_above; /* passing it is told; INT64_MAX while disarmed */
-    _Atomic int64_t soft_rearm; /* falling to it arms again; -1 while armed */
-    _Atomic int64_t soft_limit;
-    _Atomic int64_t charged; /* without a reservation, this level only */
-    ptrdiff_t parent;        /* bytes from here to the parent, 0 at the root */
-    uint32_t depth;          /* 0 at the root */
-    _Atomic uint32_t references;
-    _Atomic uint32_t soft_passed; /* 1 until somebody takes it */
-};
-
-static ms_budget *parent_of(const ms_budget *budget)
+/* A reclaimer may need a buffer to write out what it frees: beyond each limit, all of them together get a 64th of it,
+ * from 1 MiB (a good size for a write) to 64 MiB, and never more than a 16th. */
+static int64_t overdraft_of(int64_t limit)
 {
-    return budget->parent ? (ms_budget *)((uintptr_t)budget + (uintptr_t)budget->parent) : NULL;
+    const int64_t least = INT64_C(1) << 20, most = INT64_C(64) << 20;
+    int64_t share = limit / 64 < least ? least : limit / 64 > most ? most : limit / 64;
+    return share < limit / 16 ? share : limit / 16;
+}
+
+static struct batched_budget *batched(ms_budget *budget)
+{
+    return (struct batched_budget *)budget;
+}
+
+static int64_t slack_of(const ms_budget *budget)
+{
+    return budget->batched ? atomic_load(&((const struct batched_budget *)budget)->slack) : 0;
 }
 
 ms_budget *ms_budget_new(ms_budget *parent, int64_t limit)
+{
+    return ms_budget_new_batched(parent, limit, 0);
+}
+
+ms_budget *ms_budget_new_batched(ms_budget *parent, int64_t limit, int64_t quantum)
 {
     if (parent && parent->depth + 1 >= MS_BUDGET_DEPTH_MAX) {
         errno = EINVAL;
         return NULL;
     }
-    /* Whole cache lines, so that two budgets never share one. */
-    ms_budget *budget = aligned_alloc(64, (sizeof *budget + 63) & ~(size_t)63);
+    ms_budget *budget = calloc(1, quantum ? sizeof(struct batched_budget) : sizeof *budget);
     if (!budget)
         return NULL;
-    memset(budget, 0, sizeof *budget);
+    if (quantum) {
+        budget->batched = 1;
+        batched(budget)->quantum = quantum;
+    }
+    atomic_init(&budget->gate, limit);
     atomic_init(&budget->limit, limit);
     atomic_init(&budget->soft_above, INT64_MAX);
     atomic_init(&budget->soft_rearm, -1);
@@ -48,7 +48,7 @@ ms_budget *ms_budget_new(ms_budget *parent, int64_t limit)
     if (parent) {
         ms_budget_ref(parent);
         budget->parent = (ptrdiff_t)((uintptr_t)parent - (uintptr_t)budget);
-        budget->depth = parent->depth + 1;
+        budget->depth = (parent->depth + 1) & 0x7f;
     }
     return budget;
 }
@@ -96,33 +96,89 @@ static int note_soft_passed(ms_budget *budget, int64_t used)
     return MS_BUDGET_SOFT_PASSED;
 }
 
-static void give_back(ms_budget *budget, int64_t n, const ms_budget *stop)
+static int somebody_stands_in_line(ms_budget *budget)
+{
+    for (ms_budget *above; (above = parent_of(budget));)
+        budget = above;
+    return atomic_load(&budget->in_line) != 0;
+}
+
+/* Take up to n bytes of slack; returns how many. */
+static int64_t take_slack(ms_budget *budget, int64_t n)
+{
+    int64_t slack = atomic_load(&batched(budget)->slack), taken;
+    do
+        taken = slack < n ? slack : n;
+    while (taken && !atomic_compare_exchange_weak(&batched(budget)->slack, &slack, slack - taken));
+    return taken;
+}
+
+/* Keep n bytes, which every level above was charged, as slack. Returns how many must be given back above instead: all
+ * of it where the budget was closed or somebody stands in line, what is beyond one quantum where it came to two. */
+static int64_t keep_slack(ms_budget *budget, int64_t n)
+{
+    int64_t quantum = batched(budget)->quantum;
+    int64_t slack = atomic_fetch_add(&batched(budget)->slack, n) + n;
+    if (atomic_load(&budget->used) & CLOSED || somebody_stands_in_line(budget))
+        return take_slack(budget, INT64_MAX);
+    return slack - quantum >= quantum ? take_slack(budget, slack - quantum) : 0;
+}
+
+/* Returns where it ended: stop, or the level that it found closed. *waited: whether somebody waits at a level. */
+static ms_budget *subtract(ms_budget *budget, int64_t n, ms_budget *stop, uint32_t *waited)
 {
     for (; budget != stop; budget = parent_of(budget)) {
-        uint64_t before = atomic_fetch_sub_explicit(&budget->used, (uint64_t)n, memory_order_acq_rel);
+        /* Sequentially consistent, as is hold_up() in claim.c: either this sees the claim or the claim sees this. */
+        uint64_t before = atomic_fetch_sub(&budget->used, (uint64_t)n);
         if (MS_UNLIKELY(before & CLOSED))
-            return;
+            break;
         rearm_if_below(budget, COUNT(before) - n);
+        *waited |= atomic_load(&budget->waiting);
+        if (MS_UNLIKELY(budget->batched) && parent_of(budget) != stop && !(n = keep_slack(budget, n)))
+            return stop;
+    }
+    return budget;
+}
+
+static ms_budget *give_back(ms_budget *budget, int64_t n, ms_budget *stop)
+{
+    uint32_t waited = 0;
+    ms_budget *end = subtract(budget, n, stop, &waited);
+    if (MS_UNLIKELY(waited))
+        ms_line_serve(budget);
+    return end;
+}
+
+static inline int64_t bound_of(const ms_budget *budget, enum charge_mode mode)
+{
+    int64_t limit;
+    switch (mode) {
+    case CHARGE_ASKING:
+        return atomic_load_explicit(&budget->gate, memory_order_relaxed);
+    case CHARGE_EXISTING:
+        return INT64_MAX;
+    default:
+        limit = atomic_load(&budget->aborted) ? SHUT : atomic_load(&budget->limit);
+        return mode == CHARGE_OVERDRAFT && limit < INT64_MAX / 2 ? limit + overdraft_of(limit) : limit;
     }
 }
 
 /* Whether a level that holds `word` would take n more: 0, -ENOMEM or -ESHUTDOWN. */
-static inline int would_take(uint64_t word, int64_t limit, int64_t n)
+static inline int would_take(const ms_budget *budget, uint64_t word, int64_t n, enum charge_mode mode)
 {
     if (MS_UNLIKELY(word & CLOSED))
         return -ESHUTDOWN;
-    if (MS_LIKELY(COUNT(word) <= limit - n))
+    if (MS_LIKELY(COUNT(word) <= bound_of(budget, mode) - n))
         return 0;
-    /* Nothing never passes a limit, though others may have; only an aborted budget (limit < 0) refuses it. */
-    return n == 0 && limit >= 0 ? 0 : -ENOMEM;
+    /* Nothing never passes a limit, though others may have; only an aborted budget refuses it. */
+    return n == 0 && !atomic_load(&budget->aborted) ? 0 : -ENOMEM;
 }
 
-static int take(ms_budget *budget, int64_t n, int ask_limit, int64_t *used)
+static inline int take(ms_budget *budget, int64_t n, enum charge_mode mode, int64_t *used)
 {
     uint64_t word = atomic_load_explicit(&budget->used, memory_order_relaxed);
     do {
-        int64_t limit = ask_limit ? atomic_load_explicit(&budget->limit, memory_order_relaxed) : INT64_MAX;
-        int refused = would_take(word, limit, n);
+        int refused = would_take(budget, word, n, mode);
         if (MS_UNLIKELY(refused))
             return refused;
     } while (!atomic_compare_exchange_weak_explicit(&budget->used, &word, word + (uint64_t)n, memory_order_acq_rel,
@@ -131,7 +187,62 @@ static int take(ms_budget *budget, int64_t n, int ask_limit, int64_t *used)
     return 0;
 }
 
-static int charge(ms_budget *budget, int64_t n, const ms_budget *stop, int ask_limit, int *level)
+/* Have n bytes for a batched budget, from its slack or in its own steps from the levels above, up to stop.
+ * Returns as charge(), level counted from the budget itself; *drawn says how many there are now. */
+static int draw(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level, int64_t *drawn)
+{
+    ms_budget *above = parent_of(budget);
+    int64_t quantum = batched(budget)->quantum;
+    int up = 1;
+    for (ms_budget *at = above; at != stop; at = parent_of(at), up++) {
+        int ended = would_take(at, atomic_load(&at->used), 0, mode); /* slack or not */
+        if (ended) {
+            *level = up;
+            return ended;
+        }
+    }
+    int64_t have = take_slack(budget, n), missing = n - have, more = missing;
+    int result = 0;
+    /* Bytes that exist, and what is given in turn or as an overdraft, are no reason to take more. */
+    if (mode == CHARGE_ASKING && missing <= INT64_MAX - quantum)
+        more = (missing + quantum - 1) / quantum * quantum;
+    if (missing)
+        result = ms_budget_charge_by(above, more, stop, mode, &up);
+    if (result == -ENOMEM && more > missing)
+        result = ms_budget_charge_by(above, more = missing, stop, mode, &up);
+    *drawn = result < 0 ? have : have + more;
+    if (result < 0)
+        *level = up + 1;
+    return result;
+}
+
+/* As charge(), where the budget at `at`, the first batched one of the path, has its index. */
+static int charge_batched(ms_budget *budget, ms_budget *at, int index, int64_t n, ms_budget *stop,
+                          enum charge_mode mode, int *level)
+{
+    uint32_t waited = 0;
+    int64_t left = 0;
+    int refuser = 0;
+    int drawn = draw(at, n, stop, mode, &refuser, &left), result = drawn;
+    if (drawn < 0)
+        refuser += index;
+    else
+        result = ms_budget_charge_by(budget, n, parent_of(at), mode, &refuser);
+    if (result >= 0)
+        left -= n;
+    if (left && (left = keep_slack(at, left)))
+        subtract(parent_of(at), left, stop, &waited);
+    if (waited && mode != CHARGE_IN_TURN)
+        ms_line_serve(budget);
+    if (result < 0) {
+        if (level)
+            *level = refuser;
+        return result;
+    }
+    return result | drawn;
+}
+
+static inline int charge(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level)
 {
     ms_budget *levels[MS_BUDGET_DEPTH_MAX];
     int64_t used[MS_BUDGET_DEPTH_MAX];
@@ -139,8 +250,9 @@ static int charge(ms_budget *budget, int64_t n, const ms_budget *stop, int ask_l
 
     /* Look first: a charge that is bound to be refused must not, even for a moment, stand in the way of others. */
     for (ms_budget *at = budget; at != stop; at = parent_of(at)) {
-        int64_t limit = ask_limit ? atomic_load_explicit(&at->limit, memory_order_relaxed) : INT64_MAX;
-        int here = would_take(atomic_load_explicit(&at->used, memory_order_relaxed), limit, n);
+        if (MS_UNLIKELY(at->batched) && parent_of(at) != stop)
+            return charge_batched(budget, at, count, n, stop, mode, level);
+        int here = would_take(at, atomic_load(&at->used), n, mode);
         if (MS_UNLIKELY(here)) {
             refused = here;
             refuser = count;
@@ -148,11 +260,14 @@ static int charge(ms_budget *budget, int64_t n, const ms_budget *stop, int ask_l
         levels[count++] = at;
     }
     for (int i = count - 1; !refused && i >= 0; i--) {
-        refused = take(levels[i], n, ask_limit, &used[i]);
+        refused = take(levels[i], n, mode, &used[i]);
         if (MS_UNLIKELY(refused)) {
+            uint32_t waited = 0;
             refuser = i;
             if (i + 1 < count)
-                give_back(levels[i + 1], n, stop);
+                subtract(levels[i + 1], n, stop, &waited);
+            if (waited && mode != CHARGE_IN_TURN)
+                ms_line_serve(budget); /* for a moment there seemed to be less */
         }
     }
     if (MS_UNLIKELY(refused)) {
@@ -168,14 +283,24 @@ static int charge(ms_budget *budget, int64_t n, const ms_budget *stop, int ask_l
     return told;
 }
 
+int ms_budget_charge_by(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode mode, int *level)
+{
+    return charge(budget, n, stop, mode, level);
+}
+
 int ms_budget_charge(ms_budget *budget, int64_t n, const ms_budget *stop, int *level)
 {
-    return charge(budget, n, stop, 1, level);
+    return charge(budget, n, (ms_budget *)stop, CHARGE_ASKING, level);
+}
+
+int ms_budget_charge_overdraft(ms_budget *budget, int64_t n, int *level)
+{
+    return charge(budget, n, NULL, CHARGE_OVERDRAFT, level);
 }
 
 int ms_budget_charge_existing(ms_budget *budget, int64_t n, int *level)
 {
-    int result = charge(budget, n, NULL, 0, level);
+    int result = charge(budget, n, NULL, CHARGE_EXISTING, level);
     if (result >= 0)
         atomic_fetch_add(&budget->charged, n);
     return result == -ENOMEM ? -EOVERFLOW : result;
@@ -183,7 +308,7 @@ int ms_budget_charge_existing(ms_budget *budget, int64_t n, int *level)
 
 void ms_budget_uncharge(ms_budget *budget, int64_t n, const ms_budget *stop)
 {
-    give_back(budget, n, stop);
+    give_back(budget, n, (ms_budget *)stop);
 }
 
 int ms_budget_uncharge_existing(ms_budget *budget, int64_t n)
@@ -197,7 +322,7 @@ int ms_budget_uncharge_existing(ms_budget *budget, int64_t n)
     return 0;
 }
 
-static const ms_budget *common_ancestor(const ms_budget *a, const ms_budget *b)
+static ms_budget *common_ancestor(ms_budget *a, ms_budget *b)
 {
     while (a != b) {
         if (!a || !b)
@@ -210,16 +335,25 @@ static const ms_budget *common_ancestor(const ms_budget *a, const ms_budget *b)
     return a;
 }
 
+/* A close came in between: it gave n bytes back above its level that are held elsewhere by now. Limits are not asked,
+ * because until that moment the bytes were counted there. */
+static void count_again(ms_budget *budget, int64_t n)
+{
+    for (; budget; budget = parent_of(budget))
+        if (atomic_fetch_add(&budget->used, (uint64_t)n) & CLOSED)
+            break;
+}
+
 int ms_budget_move(ms_budget *from, ms_budget *to, int64_t n, int *level)
 {
-    const ms_budget *stop = common_ancestor(from, to);
+    ms_budget *common = common_ancestor(from, to), *stop = common;
     /* Bytes of a closed budget were given back above it by its closing: they must be asked for all the way. */
-    for (const ms_budget *at = from; at != stop; at = parent_of(at))
+    for (const ms_budget *at = from; at != common; at = parent_of(at))
         if (atomic_load(&at->used) & CLOSED)
             stop = NULL;
-    int result = charge(to, n, stop, 1, level);
-    if (result >= 0)
-        give_back(from, n, stop);
+    int result = charge(to, n, stop, CHARGE_ASKING, level);
+    if (result >= 0 && give_back(from, n, stop) != stop && stop)
+        count_again(stop, n);
     return result;
 }
 
@@ -229,9 +363,18 @@ int64_t ms_budget_close(ms_budget *budget)
     if (before & CLOSED)
         return 0;
     ms_budget *parent = parent_of(budget);
-    if (parent && COUNT(before))
-        give_back(parent, COUNT(before), NULL);
+    int64_t drawn = COUNT(before) + (budget->batched ? take_slack(budget, INT64_MAX) : 0);
+    if (parent && drawn)
+        give_back(parent, drawn, NULL);
+    ms_line_weed(budget);
     return COUNT(before);
+}
+
+void ms_budget_return_slack(ms_budget *budget)
+{
+    int64_t slack = budget->batched ? take_slack(budget, INT64_MAX) : 0;
+    if (slack && parent_of(budget))
+        give_back(parent_of(budget), slack, NULL);
 }
 
 int ms_budget_is_closed(const ms_budget *budget)
@@ -242,9 +385,15 @@ int ms_budget_is_closed(const ms_budget *budget)
     return 0;
 }
 
-void ms_budget_set_limit(ms_budget *budget, int64_t limit)
+int ms_budget_may_lag(const ms_budget *budget)
 {
-    atomic_store(&budget->limit, limit);
+    for (; budget; budget = parent_of(budget)) {
+        uint64_t word = atomic_load_explicit(&budget->used, memory_order_relaxed);
+        if (word & CLOSED || COUNT(word) >= atomic_load_explicit(&budget->gate, memory_order_relaxed) ||
+            atomic_load_explicit(&budget->soft_rearm, memory_order_relaxed) >= 0)
+            return 0;
+    }
+    return 1;
 }
 
 void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit)
@@ -261,13 +410,14 @@ int ms_budget_take_soft_passed(ms_budget *budget)
 
 int64_t ms_budget_headroom(const ms_budget *budget)
 {
-    int64_t headroom = INT64_MAX;
+    int64_t headroom = INT64_MAX, slack = 0; /* which the levels above count as used */
     for (const ms_budget *at = budget; at; at = parent_of(at)) {
-        int64_t limit = atomic_load(&at->limit);
-        int64_t used = COUNT(atomic_load(&at->used));
+        int64_t limit = atomic_load(&at->aborted) ? 0 : atomic_load(&at->limit);
+        int64_t used = COUNT(atomic_load(&at->used)) - slack;
         int64_t left = limit > used ? limit - used : 0;
         if (limit != INT64_MAX && left < headroom)
             headroom = left;
+        slack += slack_of(at);
     }
     return headroom;
 }
@@ -281,6 +431,9 @@ void ms_budget_read(const ms_budget *budget, ms_budget_stats *stats)
         .limit_bytes = atomic_load(&budget->limit),
         .soft_limit_bytes = atomic_load(&budget->soft_limit),
         .charged_bytes = atomic_load(&budget->charged),
+        .slack_bytes = slack_of(budget),
+        .waiting = atomic_load(&budget->waiting),
+        .aborted = atomic_load(&budget->aborted),
         .closed = (word & CLOSED) != 0,
     };
 }

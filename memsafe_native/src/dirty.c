@@ -159,7 +159,8 @@ struct wanted {
     uint64_t none; /* and must not have */
 };
 
-/* Add up the pages of a range that are there and wanted. Returns 0 or -errno; ENOENT where the mapping is gone. */
+/* Add up the pages of a range that are there and wanted; of a mapping that is gone there are none. Returns 0 or -errno.
+ */
 static int scan(int pagemap_fd, const struct range *range, struct wanted wanted, uint64_t *sum)
 {
     struct scan_region regions[REGIONS];
@@ -275,6 +276,11 @@ static int open_file(const char *path, int flags, int32_t *fd)
     return *fd < 0 ? -errno : 0;
 }
 
+static int clear_soft(const ms_dirty *meter)
+{
+    return pwrite(meter->clear_refs_fd, "4", 1, 0) == 1 ? 0 : -errno;
+}
+
 /* A kernel without soft-dirty bits takes the order to clear them all the same: only a page that was written tells. */
 static int probe_soft(const ms_dirty *meter)
 {
@@ -285,7 +291,9 @@ static int probe_soft(const ms_dirty *meter)
     struct range range = {.start = (uintptr_t)page, .end = (uintptr_t)page + size};
     uint64_t before = 0, after = 0;
     page[0] = 1;
-    int error = pwrite(meter->clear_refs_fd, "4", 1, 0) == 1 ? count_soft(meter, &range, &before) : -errno;
+    int error = clear_soft(meter);
+    if (!error)
+        error = count_soft(meter, &range, &before);
     page[0] = 2;
     if (!error)
         error = count_soft(meter, &range, &after);
@@ -311,19 +319,12 @@ int ms_dirty_open(int method, ms_dirty *meter)
         error = made.userfault_fd < 0 ? made.userfault_fd : 0;
     }
     if (!error)
-        error = ms_dirty_restart(&made);
+        error = method == MS_DIRTY_SOFT ? clear_soft(&made) : for_each(&made, protect, NULL);
     if (error)
         ms_dirty_close(&made);
     else
         *meter = made;
     return error;
-}
-
-int ms_dirty_restart(ms_dirty *meter)
-{
-    if (meter->method == MS_DIRTY_SOFT)
-        return pwrite(meter->clear_refs_fd, "4", 1, 0) == 1 ? 0 : -errno;
-    return for_each(meter, protect, NULL);
 }
 
 int ms_dirty_count(const ms_dirty *meter, uint64_t *dirty_bytes)

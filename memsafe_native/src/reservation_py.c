@@ -34,9 +34,12 @@ PyObject *ms_reservation_new(BudgetCore *budget, int64_t size)
 /* Give everything back, once. Returns the bytes, RELEASED if that was done before. */
 static int64_t give_back(Reservation *self)
 {
-    int64_t size = atomic_exchange(&self->size, RELEASED);
+    int64_t size;
+    MS_LOCK(self);
+    size = atomic_exchange(&self->size, RELEASED);
     if (size > 0)
         ms_budget_uncharge(self->budget->node, size, NULL);
+    MS_UNLOCK();
     return size;
 }
 
@@ -54,6 +57,16 @@ static int closed_error(void)
     Py_XDECREF(type);
     Py_XDECREF(module);
     return -1;
+}
+
+PyDoc_STRVAR(reservation_disown_doc, "_disown($self, /)\n--\n\n"
+                                     "Release it but leave its bytes charged, to somebody who gives them back in C.\n"
+                                     "Returns how many they are.");
+
+static PyObject *reservation_disown(PyObject *object, PyObject *Py_UNUSED(none))
+{
+    int64_t size = atomic_exchange(&((Reservation *)object)->size, RELEASED);
+    return size == RELEASED ? (closed_error(), NULL) : PyLong_FromLongLong(size);
 }
 
 /* The net under a reservation that nobody released: the bytes go back, and the owner hears of it. */
@@ -103,14 +116,14 @@ static int reservation_clear(PyObject *object)
     return 0;
 }
 
-/* One attempt to grow: None, or how many levels up it was refused. */
-static PyObject *grow_once(Reservation *self, int64_t n)
+/* The functions called _locked are for what has to happen to budget and size together. */
+static PyObject *grow_locked(Reservation *self, int64_t n)
 {
     int level;
     int64_t size = atomic_load(&self->size);
     if (size == RELEASED)
         return closed_error(), NULL;
-    int result = ms_budget_charge(self->budget->node, n, NULL, &level);
+    int result = ms_budget_charge(node_of(self->budget), n, NULL, &level);
     if (result < 0)
         return PyLong_FromLong(level);
     do {
@@ -124,6 +137,16 @@ static PyObject *grow_once(Reservation *self, int64_t n)
     Py_RETURN_NONE;
 }
 
+/* One attempt to grow: None, or how many levels up it was refused. */
+static PyObject *grow_once(Reservation *self, int64_t n)
+{
+    PyObject *result;
+    MS_LOCK(self);
+    result = grow_locked(self, n);
+    MS_UNLOCK();
+    return result;
+}
+
 static PyObject *reservation_policy(Reservation *self, const char *method, PyObject *size)
 {
     if (!self->budget)
@@ -131,52 +154,55 @@ static PyObject *reservation_policy(Reservation *self, const char *method, PyObj
     return PyObject_CallMethod((PyObject *)self->budget, method, "OO", (PyObject *)self, size);
 }
 
-static PyObject *obtain_more(Reservation *self, PyObject *const *args, Py_ssize_t nargs, const char *name,
-                             const char *policy, PyObject *success)
+/* 1: it grew. 0: Python has to look at it. -1: an error is set. */
+static int grow_at_once(Reservation *self, PyObject *size)
 {
-    if (require_one(nargs, name))
-        return NULL;
-    int64_t n = plain_size(args[0]);
-    if (MS_LIKELY(n >= 0)) {
-        PyObject *refused = grow_once(self, n);
-        if (MS_UNLIKELY(!refused))
-            return NULL;
-        Py_DECREF(refused);
-        if (MS_LIKELY(refused == Py_None)) {
-            Py_INCREF(success);
-            return success;
-        }
-    }
-    return reservation_policy(self, policy, args[0]);
+    int64_t n = plain_size(size);
+    if (MS_UNLIKELY(n < 0))
+        return 0;
+    PyObject *refused = grow_once(self, n);
+    if (MS_UNLIKELY(!refused))
+        return -1;
+    Py_DECREF(refused);
+    return refused == Py_None;
 }
 
-PyDoc_STRVAR(reservation_grow_doc, "grow($self, size, /)\n--\n\n"
-                                   "Reserve *size* bytes more, or change nothing. Errors as of Budget.reserve(), and\n"
-                                   "ReservationClosedError.\n");
+PyDoc_STRVAR(reservation_grow_doc, "grow($self, size, /, *, timeout_s=None)\n--\n\n"
+                                   "Reserve *size* bytes more, or change nothing. Arguments and errors as of\n"
+                                   "Budget.reserve(), and ReservationClosedError.\n");
 
-static PyObject *reservation_grow(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *reservation_grow(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
-    return obtain_more((Reservation *)self, args, nargs, "grow", "_grow", Py_None);
+    Reservation *self = (Reservation *)object;
+    PyObject *timeout;
+    if (ms_parse_size_and_timeout(nargs, args, kwnames, "grow", &timeout))
+        return NULL;
+    int grown = grow_at_once(self, args[0]);
+    if (MS_UNLIKELY(grown < 0))
+        return NULL;
+    if (MS_LIKELY(grown))
+        Py_RETURN_NONE;
+    if (!self->budget)
+        return closed_error(), NULL;
+    return PyObject_CallMethod((PyObject *)self->budget, "_grow", "OOO", object, args[0], timeout);
 }
 
 PyDoc_STRVAR(reservation_try_grow_doc, "try_grow($self, size, /)\n--\n\n"
                                        "Reserve *size* bytes more: True, or False where grow() raises\n"
                                        "BudgetExceededError.\n");
 
-static PyObject *reservation_try_grow(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *reservation_try_grow(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
-    return obtain_more((Reservation *)self, args, nargs, "try_grow", "_try_grow", Py_True);
+    Reservation *self = (Reservation *)object;
+    if (require_one(nargs, "try_grow"))
+        return NULL;
+    int grown = grow_at_once(self, args[0]);
+    if (grown < 0)
+        return NULL;
+    return grown ? PyBool_FromLong(1) : reservation_policy(self, "_try_grow", args[0]);
 }
 
-static PyObject *reservation_grow_once(PyObject *self, PyObject *size)
-{
-    int64_t n = plain_size(size);
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    return grow_once((Reservation *)self, n);
-}
-
-static PyObject *shrink_by(Reservation *self, int64_t n)
+static PyObject *shrink_locked(Reservation *self, int64_t n)
 {
     int64_t size = atomic_load(&self->size);
     do {
@@ -188,6 +214,15 @@ static PyObject *shrink_by(Reservation *self, int64_t n)
     } while (!atomic_compare_exchange_weak(&self->size, &size, size - n));
     ms_budget_uncharge(self->budget->node, n, NULL);
     Py_RETURN_NONE;
+}
+
+static PyObject *shrink_by(Reservation *self, int64_t n)
+{
+    PyObject *result;
+    MS_LOCK(self);
+    result = shrink_locked(self, n);
+    MS_UNLOCK();
+    return result;
 }
 
 PyDoc_STRVAR(reservation_shrink_doc, "shrink($self, size, /)\n--\n\n"
@@ -205,21 +240,22 @@ static PyObject *reservation_shrink(PyObject *self, PyObject *const *args, Py_ss
                              : reservation_policy((Reservation *)self, "_shrink", args[0]);
 }
 
-/* One attempt to resize, from the size that it has now: None, or how many levels up it was refused. */
-static PyObject *resize_once(Reservation *self, int64_t target)
+static PyObject *resize_locked(Reservation *self, int64_t target)
 {
     int64_t size = atomic_load(&self->size);
     if (size == RELEASED)
         return closed_error(), NULL;
-    return target <= size ? shrink_by(self, size - target) : grow_once(self, target - size);
+    return target <= size ? shrink_locked(self, size - target) : grow_locked(self, target - size);
 }
 
-static PyObject *reservation_resize_once(PyObject *self, PyObject *size)
+/* One attempt to resize, from the size that it has now: None, or how many levels up it was refused. */
+static PyObject *resize_once(Reservation *self, int64_t target)
 {
-    int64_t n = plain_size(size);
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    return resize_once((Reservation *)self, n);
+    PyObject *result;
+    MS_LOCK(self);
+    result = resize_locked(self, target);
+    MS_UNLOCK();
+    return result;
 }
 
 PyDoc_STRVAR(reservation_resize_doc, "resize($self, size, /)\n--\n\n"
@@ -253,14 +289,8 @@ PyDoc_STRVAR(reservation_split_doc, "split($self, size, /)\n--\n\n"
                                     "Return a Reservation of *size* bytes taken out of this one; the budget sees no\n"
                                     "change. Errors as of shrink().\n");
 
-static PyObject *reservation_split(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *split_locked(Reservation *self, int64_t n)
 {
-    Reservation *self = (Reservation *)object;
-    if (require_one(nargs, "split"))
-        return NULL;
-    int64_t n = plain_size(args[0]);
-    if (n < 0)
-        return reservation_policy(self, "_split", args[0]);
     int64_t size = atomic_load(&self->size);
     do {
         if (size == RELEASED)
@@ -272,18 +302,28 @@ static PyObject *reservation_split(PyObject *object, PyObject *const *args, Py_s
     return ms_reservation_new(self->budget, n);
 }
 
-static PyObject *reservation_move_once(PyObject *object, PyObject *target)
+static PyObject *reservation_split(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
 {
-    Reservation *self = (Reservation *)object;
-    if (!PyObject_TypeCheck(target, ms_budget_type))
-        return PyErr_SetString(PyExc_TypeError, "move_to() takes a Budget"), NULL;
-    BudgetCore *to = (BudgetCore *)target, *from = self->budget;
+    if (require_one(nargs, "split"))
+        return NULL;
+    int64_t n = plain_size(args[0]);
+    if (n < 0)
+        return reservation_policy((Reservation *)object, "_split", args[0]);
+    PyObject *result;
+    MS_LOCK(object);
+    result = split_locked((Reservation *)object, n);
+    MS_UNLOCK();
+    return result;
+}
+
+/* None; an int, how many levels up it was refused; or NULL. */
+static PyObject *move_locked(Reservation *self, BudgetCore *to)
+{
+    BudgetCore *from = self->budget;
     int64_t size = atomic_load(&self->size);
     int level;
     if (size == RELEASED)
         return closed_error(), NULL;
-    if (!node_of(to))
-        return NULL;
     int result = ms_budget_move(from->node, to->node, size, &level);
     if (result < 0)
         return PyLong_FromLong(level);
@@ -293,6 +333,56 @@ static PyObject *reservation_move_once(PyObject *object, PyObject *target)
     if (result == MS_BUDGET_SOFT_PASSED && ms_budget_tell_soft_limit(to))
         return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *reservation_move_once(PyObject *object, PyObject *target)
+{
+    if (!PyObject_TypeCheck(target, ms_budget_type))
+        return PyErr_SetString(PyExc_TypeError, "move_to() takes a Budget"), NULL;
+    if (!node_of((BudgetCore *)target))
+        return NULL;
+    PyObject *result;
+    MS_LOCK(object);
+    result = move_locked((Reservation *)object, (BudgetCore *)target);
+    MS_UNLOCK();
+    return result;
+}
+
+/* None; NotImplemented where the two are not charged to one budget; or NULL. */
+static PyObject *merge_locked(Reservation *self, Reservation *other)
+{
+    int64_t more = atomic_load(&other->size), size = atomic_load(&self->size);
+    if (more == RELEASED || size == RELEASED)
+        return closed_error(), NULL;
+    if (self->budget != other->budget) {
+        Py_INCREF(Py_NotImplemented);
+        return Py_NotImplemented;
+    }
+    atomic_store(&other->size, RELEASED);
+    atomic_fetch_add(&self->size, more);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(reservation_merge_doc, "merge($self, other, /)\n--\n\n"
+                                    "Take over what another reservation holds, which is released by it: the way back\n"
+                                    "from split(). Where it is charged to another budget, as its move_to() first.\n");
+
+static PyObject *reservation_merge(PyObject *self, PyObject *other)
+{
+    PyObject *result;
+    if (!Py_IS_TYPE(other, ms_reservation_type) || self == other)
+        return PyErr_SetString(PyExc_TypeError, "merge() takes another Reservation"), NULL;
+    MS_LOCK2(self, other);
+    result = merge_locked((Reservation *)self, (Reservation *)other);
+    MS_UNLOCK2();
+    if (result != Py_NotImplemented)
+        return result;
+    Py_DECREF(result);
+    PyObject *moved = PyObject_CallMethod(other, "move_to", "O", (PyObject *)((Reservation *)self)->budget);
+    if (!moved)
+        return NULL;
+    Py_DECREF(moved);
+    return reservation_merge(self, other);
 }
 
 PyDoc_STRVAR(reservation_move_to_doc, "move_to($self, budget, /)\n--\n\n"
@@ -369,15 +459,15 @@ static PyMemberDef reservation_members[] = {
 };
 
 static PyMethodDef reservation_methods[] = {
-    {"grow", (PyCFunction)(void (*)(void))reservation_grow, METH_FASTCALL, reservation_grow_doc},
+    {"grow", (PyCFunction)(void (*)(void))reservation_grow, METH_FASTCALL | METH_KEYWORDS, reservation_grow_doc},
     {"try_grow", (PyCFunction)(void (*)(void))reservation_try_grow, METH_FASTCALL, reservation_try_grow_doc},
-    {"_grow_once", reservation_grow_once, METH_O, NULL},
-    {"_resize_once", reservation_resize_once, METH_O, NULL},
     {"_move_once", reservation_move_once, METH_O, NULL},
     {"shrink", (PyCFunction)(void (*)(void))reservation_shrink, METH_FASTCALL, reservation_shrink_doc},
     {"resize", (PyCFunction)(void (*)(void))reservation_resize, METH_FASTCALL, reservation_resize_doc},
     {"split", (PyCFunction)(void (*)(void))reservation_split, METH_FASTCALL, reservation_split_doc},
+    {"merge", reservation_merge, METH_O, reservation_merge_doc},
     {"move_to", reservation_move_to, METH_O, reservation_move_to_doc},
+    {"_disown", reservation_disown, METH_NOARGS, reservation_disown_doc},
     {"release", reservation_release, METH_NOARGS, reservation_release_doc},
     {"__enter__", reservation_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))reservation_exit, METH_FASTCALL, NULL},

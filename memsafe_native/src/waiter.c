@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #include "ms.h"
-#include "files.h"
+#include "kept.h"
 #include "waiter.h"
 
 enum {
@@ -427,7 +427,7 @@ int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_repo
     if (poll(&news, 1, -1) < 0)
         return -errno;
     int taken = ms_waiter_take(waiter, reports, capacity);
-    if (taken > 0 && look)
-        ms_files_read(look->files, look->file_count, look->buffer, look->buffer_capacity);
+    if (taken > 0 && look && look->kept)
+        ms_kept_read(look->kept);
     return taken;
 }

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from memsafe._kernel import cgroup, machine, oom, overcommit, process, psi, tasks
+from memsafe._kernel import cgroup, files, machine, oom, overcommit, process, psi, tasks
 from memsafe.commit import assess_fork
 from memsafe.errors import MemsafeError
 from memsafe.sizes import MAX_SIZE_BYTES, parse_size
@@ -37,16 +37,17 @@ class Target:
     read: Callable[[Path], None]
 
     def check(self, bench: Bench, data: bytes) -> None:
-        with bench.holding(self.path, data), only_memsafe_errors(naming=self.path):
-            self.read(bench.kernel.root)
+        with bench.v2.holding(self.path, data), only_memsafe_errors(naming=self.path):
+            self.read(bench.v2.kernel.root)
 
 
-class Bench:
+class Machine:
     """A made-up machine on which one file at a time holds the input, and all others are sound."""
 
-    def __init__(self, root: Path) -> None:
-        self.kernel = made_up_machine(root)
-        self.sound = {target.path: (root / target.path.lstrip("/")).read_bytes() for target in TARGETS.values()}
+    def __init__(self, root: Path, layout: Literal["v2", "hybrid"]) -> None:
+        self.kernel = made_up_machine(root, layout)
+        paths = sorted(path for path in root.rglob("*") if path.is_file())
+        self.sound = {f"/{path.relative_to(root)}": path.read_bytes() for path in paths}
 
     @contextmanager
     def holding(self, path: str, data: bytes) -> Iterator[None]:
@@ -56,24 +57,40 @@ class Bench:
         finally:
             self.kernel.write(path, self.sound[path])
 
+
+class Bench:
+    """What the targets are run on."""
+
+    def __init__(self, root: Path) -> None:
+        self.v2, self.hybrid = Machine(root / "v2", "v2"), Machine(root / "hybrid", "hybrid")
+
     def seeds(self, name: str) -> list[bytes]:
         """Inputs to begin with: what a sound file holds."""
-        if name == "whole":
-            return [bytes([number]) + sound for number, sound in enumerate(self.sound.values())]
+        if name in WHOLE:
+            sound = WHOLE[name](self).sound
+            return [bytes([number]) + text for number, text in enumerate(sound.values())]
         if name == "size":
             return [b"64 MiB", b"1.5GB", b"65536"]
-        return [self.sound[TARGETS[name].path]]
+        return [self.v2.sound[TARGETS[name].path]]
 
 
-def made_up_machine(root: Path) -> FakeKernel:
+WHOLE: dict[str, Callable[[Bench], Machine]] = {
+    "whole": lambda bench: bench.v2,
+    "whole_hybrid": lambda bench: bench.hybrid,
+}
+
+
+def made_up_machine(root: Path, layout: Literal["v2", "hybrid"]) -> FakeKernel:
     """A machine on which every file that a target writes is there to begin with, and sound."""
-    kernel = FakeKernel(root)
+    kernel = FakeKernel(root, layout=layout)
     kernel.cgroup("/pod", limit="2 GiB", pids_limit=50)
     group = kernel.cgroup("/pod/app", limit="1 GiB", high="900 MiB", usage="300 MiB", inactive_file=4096).join()
-    group.set(active_file=8192, swap_limit="1 MiB", swap=4096, pids=5, pids_limit=100, oom_kills=1)
+    group.set(active_file=8192, swap_limit="1 MiB", swap_high="64 KiB", swap=4096)
+    group.set(pids=5, pids_limit=100, oom_kills=1)
     group.stall(12.5, 3.25, some_us=123456)
     kernel.stall(1.5, 0.5)
-    kernel.machine.set(threads=100, threads_max=1000)
+    kernel.machine.set(threads=100, threads_max=1000, swap_total="1 GiB", swap_free="1 MiB")
+    kernel.overcommit.mode = 2
     kernel.process.set(data_limit="64 MiB", address_space_limit="1 GiB", processes_limit=100, oom_score_adj=-17)
     kernel.process.mappings = [
         FakeMapping("2 MiB", "1 MiB", swap="4 KiB"),
@@ -81,6 +98,7 @@ def made_up_machine(root: Path) -> FakeKernel:
         FakeMapping("4 MiB", "64 KiB", permissions="r--s", flags="rd mr sh"),
     ]
     kernel.write("/proc/self/stat", "7 (a) b (c)) S 1 7 7 0 -1 4194304 1234 0 0 0\n")
+    kernel.write(f"{GROUP}/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
     kernel.write("/proc/vmstat", "nr_free_pages 100\noom_kill 3\n")
     return kernel
 
@@ -181,23 +199,32 @@ TARGETS = {
     "overcommit_memory": Target(
         "/proc/sys/vm/overcommit_memory", lambda root: not_negative(machine.overcommit_mode(root))
     ),
+    "memory.swap.max": Target(
+        f"{GROUP}/memory.swap.max", lambda root: not_negative(own_group(root).swap_limit_bytes())
+    ),
+    "cgroup.controllers": Target(f"{GROUP}/cgroup.controllers", cgroups),
     "memory.max": Target(f"{GROUP}/memory.max", lambda root: not_negative(own_group(root).limit_bytes())),
     "memory.stat": Target(f"{GROUP}/memory.stat", memory_stat),
     "memory.events": Target(f"{GROUP}/memory.events", lambda root: not_negative(own_group(root).oom_kills())),
+    "memory.oom_control": Target(
+        f"{GROUP}/memory.oom_control",
+        lambda root: not_negative(cgroup.MemoryCgroup(1, "/", files.under(root, GROUP)).oom_kills()),
+    ),
     "pids.max": Target(f"{GROUP}/pids.max", lambda root: (tasks.exhausted(cgroup.placement(root), root), None)[1]),
 }
 
 
-def check_whole(bench: Bench, data: bytes) -> None:
+def check_whole(machine: Machine, data: bytes) -> None:
     """The first byte chooses the file, the others are what it holds: the public functions answer and never raise."""
-    paths = list(bench.sound)
-    with bench.holding(paths[data[0] % len(paths)] if data else paths[0], data[1:]):
-        fork = assess_fork(root=bench.kernel.root)
-        told = memory_status(root=bench.kernel.root)
+    paths = list(machine.sound)
+    with machine.holding(paths[data[0] % len(paths)] if data else paths[0], data[1:]):
+        fork = assess_fork(root=machine.kernel.root)
+        told = memory_status(root=machine.kernel.root)
     not_negative(told.available_bytes, told.limit_bytes, fork.headroom_bytes, fork.commit_charge_bytes)
     not_negative(fork.page_table_bytes, fork.copy_forecast_bytes)
     for constraint in told.constraints:
         not_negative(constraint.headroom_bytes, constraint.used_bytes, constraint.reclaimable_bytes)
+    not_negative(told.swap.available_bytes, *(limit.headroom_bytes for limit in told.swap.limits))
     json.dumps([told.as_dict(), fork.as_dict()])
     # A sentence that cannot be printed is no warning.
     "\n".join((*told.warnings, *fork.reasons)).encode()
@@ -211,6 +238,6 @@ def check_size(bench: Bench, data: bytes) -> None:
 
 CHECKS: dict[str, Callable[[Bench, bytes], None]] = {
     **{name: target.check for name, target in TARGETS.items()},
-    "whole": check_whole,
+    **{name: (lambda bench, data, of=of: check_whole(of(bench), data)) for name, of in WHOLE.items()},
     "size": check_size,
 }

@@ -1,8 +1,10 @@
 """Which pages were written, asked of this machine's kernel. Each test runs in a child: the means are the process's."""
 
+import ctypes
 import gc
 import mmap
 import os
+import tempfile
 import threading
 
 import pytest
@@ -43,14 +45,17 @@ def meter_or_reason(method):
 
 
 def written(method):
-    """What is counted: when nothing was written, some pages were, the same again, all, and shared ones."""
+    """What is counted: when nothing was written (but read), some pages were, the same again, all, and shared ones."""
     memory, shared = pages(), pages(flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    untouched = mmap.mmap(-1, MAPPED * PAGE, PRIVATE)
+    untouched.madvise(mmap.MADV_NOHUGEPAGE)
     gc.disable()
     meter = meter_or_reason(method)
     if isinstance(meter, dict):
         return meter
     with meter:
         told = {"method": meter.method, "none": meter.read().dirty_bytes}
+        assert not any(untouched[::PAGE])  # the page of zeros, which is nobody's
         write(memory, range(0, MAPPED, MAPPED // FEW))
         told["few"] = meter.read().dirty_bytes
         write(memory, range(0, MAPPED, MAPPED // FEW))
@@ -80,6 +85,29 @@ def test_pages_that_were_written_are_counted_once_and_no_others(method):
         assert "minor-faults always works" in told["unsupported"]
     else:
         check_written(told)
+
+
+def merged_meanwhile():
+    """Count by a list of mappings that was read while two of them became one: the second is told again, as a part."""
+    memory = pages()
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    lines = [f"{at:x}-{start + MAPPED * PAGE:x} rw-p 00000000 00:00 0 \n" for at in (start, start + 8 * PAGE)]
+    meter = memsafe.DirtyMeter()
+    if meter.method == "minor-faults":
+        return {"counted": MAPPED * PAGE}
+    with meter, tempfile.TemporaryFile() as maps:
+        maps.write("".join(lines).encode())
+        maps.flush()
+        native = meter._pages._native
+        own_fd, native.maps_fd = native.maps_fd, maps.fileno()
+        write(memory, range(MAPPED))
+        counted = meter.read().dirty_bytes
+        native.maps_fd = own_fd
+    return {"counted": counted}
+
+
+def test_a_mapping_that_is_told_twice_counts_once():
+    assert scenario.run(merged_meanwhile)["counted"] == MAPPED * PAGE
 
 
 def faults_seen():
@@ -193,6 +221,60 @@ def test_a_time_that_makes_no_sense_is_refused(duration):
 def test_a_method_that_there_is_none_of_is_refused():
     with pytest.raises(ValueError, match="must be one of"):
         memsafe.DirtyMeter("guess")
+
+
+def inherited_meter(method):
+    """Ask the parent's meter in a forked child, which may have one of its own, and knows of no rate."""
+    meter = memsafe.DirtyMeter(method)
+    meter.read()
+    pid = os.fork()
+    if not pid:
+        if memsafe.assess_fork().forecast_source != "private memory":
+            os._exit(3)
+        own = memsafe.DirtyMeter(method)
+        try:
+            meter.read()
+        except ValueError:
+            os._exit(own.read().dirty_bytes < 0)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    meter.close()
+    return {"status": status}
+
+
+@pytest.mark.parametrize("method", [None, "minor-faults"])
+def test_in_a_forked_child_the_parents_meter_is_closed(method):
+    assert scenario.run(inherited_meter, method)["status"] == 0
+
+
+def closed_beside_readers(rounds):
+    """Threads read the same meter at once, until it is closed under their hands."""
+    told, started = [], threading.Semaphore(0)
+
+    def read(meter):
+        try:
+            meter.read()
+            started.release()
+            while True:
+                meter.read()
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+            started.release()
+
+    for _ in range(rounds):
+        with memsafe.DirtyMeter() as meter:
+            readers = [threading.Thread(target=read, args=[meter]) for _ in range(3)]
+            for reader in readers:
+                reader.start()
+            for _ in readers:
+                started.acquire()
+        for reader in readers:
+            reader.join()
+    return {"told": sorted(set(told))}
+
+
+def test_threads_share_a_meter_and_it_is_closed_when_none_counts():
+    assert scenario.run(closed_beside_readers, 20)["told"] == ["ValueError: the meter is closed"]
 
 
 def closed_meter():

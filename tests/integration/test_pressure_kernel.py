@@ -18,8 +18,11 @@ from memsafe.errors import KernelError
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
+from tests.integration.sealed import seal
 
 MIB = 1024**2
+
+SEALED = 42  # exit status of a scenario that can say no more: nothing may be opened in it
 
 # Whatever is heard in time was told by the kernel.
 NO_POLLING = Thresholds(poll_s_min=3600, poll_s_max=3600)
@@ -201,6 +204,31 @@ def loses_its_cgroup(group):
         level = monitor.check()
         paths = [s.path for s in monitor.sources if s.used and s.path]
     return {"level": level.name, "stale": [path for path in paths if "inner" in path], "left": len(paths)}
+
+
+def moves_and_opens_nothing_more(group):
+    first, second = Path(group, "first"), Path(group, "second")
+    for number, inner in enumerate((first, second)):
+        inner.mkdir()
+        (inner / "memory.limit_in_bytes").write_text(str((100 + number) * MIB))
+    join(str(first))
+    with PressureMonitor(thresholds=NO_POLLING) as monitor:
+        monitor.check()
+        join(str(second))
+        monitor.check()
+        names = {Path(source.path).parent.name for source in monitor.sources if source.used and source.path}
+        assert "second" in names, names
+        assert "first" not in names, names
+        seal()
+        for _ in range(3):
+            monitor.check()
+    os._exit(SEALED)
+
+
+def test_a_move_to_another_cgroup_costs_one_look_that_opens_and_no_second(v1_group):
+    scenario.run(moves_and_opens_nothing_more, v1_group, returncode=SEALED)
+    for inner in ("first", "second"):
+        remove(v1_group / inner)
 
 
 def test_it_goes_on_when_its_cgroup_vanishes(v1_group):

@@ -354,6 +354,31 @@ def test_mounts_that_change_and_another_mount_namespace_are_seen_at_once(tmp_pat
     assert told["told"] == [1 * MIB, 1 * MIB, 2 * MIB, 2 * MIB, 1 * MIB, told["real"]]
 
 
+NAMESPACE = """
+import ctypes, json, memsafe, os
+from memsafe.status import status_once
+libc = ctypes.CDLL(None, use_errno=True)
+NEWCGROUP, NEWUSER = 0x02000000, 0x10000000
+def told(status):
+    return [(each.path, each.limit_bytes) for each in status.constraints if each.path], status.warnings
+for _ in range(3):
+    memsafe.memory_status()
+if libc.unshare(NEWCGROUP if os.geteuid() == 0 else NEWCGROUP | NEWUSER):
+    print(json.dumps({"skip": os.strerror(ctypes.get_errno())}))
+else:
+    print(json.dumps({"kept": told(memsafe.memory_status()), "fresh": told(status_once("/"))}))
+"""
+
+
+@pytest.mark.cgroup
+def test_another_cgroup_namespace_is_seen_at_once_though_no_mount_changed(own_group: Path) -> None:
+    (own_group / "memory.limit_in_bytes").write_text(str(256 * MIB))
+    told = run_child(NAMESPACE, procs=str(own_group / "cgroup.procs"))
+    if "skip" in told:
+        pytest.skip(f"may make no cgroup namespace: {told['skip']}")
+    assert told["kept"] == told["fresh"]
+
+
 NPROC = """
 import json, memsafe, os, resource, subprocess, time
 from memsafe._kernel import tasks

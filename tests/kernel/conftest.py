@@ -2,19 +2,21 @@
 
     pytest tests/kernel                                  every test on every kernel
     pytest tests/kernel --kernel 6.1 -k memory_events    one test on one kernel
+    pytest tests/kernel -s                               with what the tests print, as they print it
 
 `pytest` alone leaves them out. The same file serves both sides: in the guest it gives tests their kernel.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 
 from tests.kernel.lab import image, kernels, machine
-from tests.kernel.lab.session import BrokenError, GuestSession
+from tests.kernel.lab.session import BrokenError, GuestSession, Sessions
 
 GUEST = Path(__file__).parent / "guest"
 IN_GUEST = os.path.exists(image.TASK)
@@ -31,6 +33,7 @@ def pytest_addoption(parser):
         help="a kernel to test on: 6.1, a Debian suite, the path of an image; several times. The default is the "
         f"kernels of {' and '.join(kernels.DEFAULT_SUITES)}",
     )
+    group.addoption("--seed", default="memsafe", help="what random cases of the kernel tests are drawn from")
 
 
 def pytest_configure(config):
@@ -86,35 +89,38 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 class Lab:
-    """The machines of one run of pytest, one at a time."""
+    """The machines of one run of pytest."""
 
     def __init__(self, config):
         self._config = config
         self._names = None
+        self._kernels = []
         self._unavailable = None
-        self._name = None
-        self._session = None
-        self._boots = []
+        self._sessions = None
         self._tables = {}
 
     def names(self):
-        """The kernels to test on; a stand-in where there is none, so that its tests are seen to be skipped."""
+        """The kernels to test on; a stand-in where one is not to be had, so that its tests are seen to be skipped."""
         if self._names is None:
-            try:
-                if not IN_GUEST:
+            self._names = self._config.option.kernel
+            if not IN_GUEST:
+                try:
                     machine.require()
-                self._names = self._config.option.kernel or kernels.names()
-            except kernels.UnavailableError as error:
-                self._unavailable = str(error)
-                self._names = ["none"]
+                    self._names = self._names or kernels.names()
+                    self._kernels = [kernels.find(name) for name in self._names]
+                except kernels.UnavailableError as error:
+                    self._unavailable = error
+                    self._names = ["none"]
         return self._names
 
     def run(self, item):
         """Run *item* in its kernel; return its reports."""
         try:
             if self._unavailable is not None:
-                raise kernels.UnavailableError(self._unavailable)
-            reports = self._session_of(item).reports(item.nodeid)
+                raise self._unavailable
+            if self._sessions is None:
+                self._begin(item.session)
+            reports = self._sessions.reports(item.nodeid)
         except kernels.UnavailableError as error:
             # Whoever names a kernel wants that one.
             outcome = "failed" if self._config.option.kernel else "skipped"
@@ -124,19 +130,21 @@ class Lab:
         from_plain = self._config.hook.pytest_report_from_serializable
         return [self._noted(from_plain(config=self._config, data=plain)) for plain in reports]
 
-    def _session_of(self, item):
-        name = item.callspec.params["kernel"]
-        if name != self._name:
-            self.close()
-            same = [
-                other.nodeid
-                for other in item.session.items
-                if other.path.is_relative_to(GUEST) and other.callspec.params["kernel"] == name
+    def _begin(self, session):
+        """Start the machines of all kernels: as many at a time as there are processors."""
+        self._sessions = Sessions(len(os.sched_getaffinity(0)), self._show)
+        option = self._config.option
+        for name, kernel in zip(self._names, self._kernels, strict=True):
+            ids = [
+                item.nodeid
+                for item in session.items
+                if item.path.is_relative_to(GUEST) and item.callspec.params["kernel"] == name
             ]
-            arguments = ["--kernel", name, "-W", "error", *(["-s"] if self._config.option.capture == "no" else [])]
-            self._session = GuestSession(kernels.find(name), same, arguments, lambda line: self._show(name, line))
-            self._name = name
-        return self._session
+            arguments = ["--kernel", name, "--seed", option.seed, "-W", "error"]
+            if option.capture == "no":
+                arguments.append("-s")
+            hear = functools.partial(self._sessions.hear, name)
+            self._sessions.begin(name, GuestSession(kernel, ids, arguments, hear), ids)
 
     def _show(self, name, line):
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -155,19 +163,17 @@ class Lab:
         return report
 
     def close(self):
-        if self._session is not None:
-            self._session.close()
-            self._boots.append((self._name, self._session.boots, self._session.boots_failed))
-            self._session = None
+        """Switch the machines off; return a line about each kernel's boots."""
+        sessions, self._sessions = self._sessions, None
+        return sessions.close() if sessions is not None else []
 
     def summarize(self, terminal):
-        self.close()
         for name, rows in self._tables.items():
             terminal.section(name, "-")
             for line in _table(rows):
                 terminal.write_line(line)
-        for name, boots, failed in self._boots:
-            terminal.write_line(f"kernel {name}: {boots} boots, {failed} of them failed before a test began")
+        for line in self.close():
+            terminal.write_line(line)
 
 
 def _table(rows):

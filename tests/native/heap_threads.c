@@ -6,6 +6,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "ms.h"
+
 #include "budget.h"
 #include "heap.h"
 

@@ -14,10 +14,18 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-@pytest.mark.parametrize("concepts", [["budget"], ["heap", "budget"], ["waiter", "files"]], ids=lambda names: names[0])
-def test_a_concept_under_threads(tmp_path, concepts, sanitizers):
-    program = tmp_path / f"{concepts[0]}_threads"
-    sources = [NATIVE / "src" / f"{name}.c" for name in concepts] + [Path(__file__).with_name(f"{program.name}.c")]
+@pytest.mark.parametrize(
+    ("name", "concepts"),
+    [
+        ("budget_threads", ["budget", "claim"]),
+        ("heap_threads", ["heap", "budget", "claim"]),
+        ("waiter_threads", ["waiter", "kept"]),
+        ("region_faults", ["budget", "claim"]),
+    ],
+)
+def test_a_program_runs_clean(tmp_path, name, concepts, sanitizers):
+    program = tmp_path / name
+    sources = [NATIVE / "src" / f"{concept}.c" for concept in concepts] + [Path(__file__).with_name(f"{name}.c")]
     flags = [
         "-std=gnu11",
         "-O1",

@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #include "ms.h"
-#include "files.h"
+#include "kept.h"
 #include "waiter.h"
 
 enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
@@ -53,10 +53,17 @@ static void take_all(void)
 {
     ms_waiter_report reports[3]; /* fewer than sources: what does not fit must come again */
     uint64_t counted[SOURCES] = {0}, total = 0;
-    char text[4096];
-    ms_file file = {.path = "/proc/self/stat", .result = 0};
-    ms_waiter_look look = {1000, -1, 0, &file, 1, text, sizeof text};
+    char text[65536];
+    ms_kept files[] = {{.path = "/proc/self/stat", .how = MS_KEPT_READ, .fd = -1},
+                       {.path = "/proc/self/absent", .how = MS_KEPT_READ, .fd = -1},
+                       {.path = "/proc/self/mountinfo", .how = MS_KEPT_WATCH, .fd = -1},
+                       {.path = "/", .how = MS_KEPT_STAT, .fd = -1}};
+    int64_t answers[8];
+    ms_kept_set kept = {files, 4, answers, text, sizeof text, INT64_MAX / 4};
+    ms_waiter_look look = {1000, -1, 0, &kept};
     int round = 0;
+    CHECK(ms_kept_read(&kept) == 3 && answers[4] > 0);
+    int fd = files[0].fd;
     while (total < SIGNALS) {
         int count = ms_waiter_wait(waiter, round++ % 2 ? &look : NULL, reports, 3);
         CHECK(count >= 0 && count <= 3);
@@ -70,7 +77,11 @@ static void take_all(void)
     }
     for (int i = 0; i < SOURCES; i++)
         CHECK(counted[i] == ROUNDS);
-    CHECK(file.result > 0 && file.result < (int64_t)sizeof text);
+    CHECK(answers[0] > 0 && answers[2] == -ENOENT && answers[4] == -EAGAIN && answers[6] == -EISDIR);
+    CHECK(ms_kept_read(&kept) == 0 && files[0].fd == fd);
+    ms_kept_close(&kept);
+    CHECK(files[0].fd == -1 && files[2].fd == -1 && ms_kept_read(&kept) == 2 && answers[2] == -ENOENT);
+    ms_kept_close(&kept);
 }
 
 static void fork_beside(void)

@@ -92,11 +92,13 @@ class ProcTree:
     def mounts(self, *lines: str) -> None:
         self.write("/proc/self/mountinfo", "".join(f"{line}\n" for line in lines))
 
-    def status(self, *, vm_kb: int = 65536, anon_kb: int = 4096, pte_kb: int = 1024, caps: int = 0) -> None:
+    def status(
+        self, *, vm_kb: int = 65536, anon_kb: int = 4096, pte_kb: int = 1024, swap_kb: int = 0, caps: int = 0
+    ) -> None:
         self.write(
             "/proc/self/status",
             f"Name:\tpython\nUid:\t1000\t1000\t1000\t1000\nVmSize:\t{vm_kb} kB\nVmRSS:\t  8192 kB\n"
-            f"RssAnon:\t{anon_kb} kB\nVmData:\t 32768 kB\nVmPTE:\t {pte_kb} kB\nVmSwap:\t 0 kB\nThreads:\t1\n"
+            f"RssAnon:\t{anon_kb} kB\nVmData:\t 32768 kB\nVmPTE:\t {pte_kb} kB\nVmSwap:\t {swap_kb} kB\nThreads:\t1\n"
             f"CapEff:\t{caps:016x}\n",
         )
 

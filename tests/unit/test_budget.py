@@ -343,7 +343,7 @@ def test_report_and_stats_show_the_tree_largest_first():
         report = db.report()
         assert [child.name for child in report.children] == ["large", "small"]
         lines = str(report).splitlines()
-        assert [line.split()[0] for line in lines] == ["db", "large", "small"]
+        assert [line.split()[0] for line in lines] == ["db", "large", "small", "charged"]
         assert "refused 1" in lines[1]
         plain = report.as_dict()
         assert plain["own_bytes"] == 2048
@@ -352,209 +352,81 @@ def test_report_and_stats_show_the_tree_largest_first():
         assert "db/large" in repr(large)
 
 
-# ---------------------------------------------------------------------------------------------------- reclaiming
+# ---------------------------------------------------------------------------------------------------- a quantum
 
 
-class Cache:
-    """A cache that holds a reservation and gives back on request."""
-
-    def __init__(self, budget, size, *, priority=0, log=None, step=None):
-        self.reservation = budget.reserve(size)
-        self.name = budget.name
-        self.log = [] if log is None else log
-        self.step = step
-        budget.reclaimer(self.shed, priority=priority)
-
-    def shed(self, need_bytes):
-        freed = min(need_bytes, self.reservation.size_bytes, self.step or need_bytes)
-        self.log.append((self.name, need_bytes))
-        self.reservation.shrink(freed)
-        return freed
-
-
-def test_reclaimers_make_room_before_a_refusal():
-    budget = Budget(100, name="db")
-    cache = Cache(budget.child("cache"), 90)
-    with budget.reserve(50) as reservation:
-        assert reservation.size_bytes == 50
-        assert cache.log == [("cache", 40)]
-    assert budget.stats().refusals == 0
-    assert budget.children[0].stats().reclaims == 1
-    cache.reservation.release()
+def test_a_budget_with_a_quantum_is_exact_itself_and_seldom_asks_its_ancestors():
+    root = Budget(1000, name="root")
+    worker = root.child("worker", 500, quantum=100)
+    with worker.reserve(10) as reservation:
+        assert (worker.used_bytes, worker.slack_bytes, root.used_bytes) == (10, 90, 100)
+        assert root.own_bytes == 0
+        reservation.grow(90)
+        assert (worker.slack_bytes, root.used_bytes) == (0, 100)
+        reservation.grow(1)
+        assert (worker.slack_bytes, root.used_bytes) == (99, 200)
+        reservation.shrink(100)
+        assert (worker.used_bytes, worker.slack_bytes, root.used_bytes) == (1, 199, 200)
+        assert worker.headroom_bytes == 499
+        assert root.headroom_bytes == 800
+    assert (worker.used_bytes, worker.slack_bytes, root.used_bytes) == (0, 100, 100)
+    worker.close()
+    assert root.used_bytes == 0
 
 
-def test_reclaimers_are_asked_by_priority_then_size_then_the_requesters_own():
-    db, log = Budget(100, name="db"), []
-    own = db.child("own")
-    caches = [
-        Cache(own, 10, priority=-1, log=log),
-        Cache(db.child("late"), 20, priority=10, log=log),
-        Cache(db.child("small"), 10, log=log),
-        Cache(db.child("large"), 20, log=log),
-    ]
-    with own.reserve(95):
-        assert log == [("large", 55), ("small", 35), ("late", 25), ("own", 5)]
-    for cache in caches:
-        cache.reservation.release()
-
-
-def test_reclaimers_that_free_in_steps_are_asked_again_but_not_those_that_free_nothing():
-    db, log = Budget(100, name="db"), []
-    steps = Cache(db.child("steps"), 90, log=log, step=20)
-    useless = []
-
-    @db.child("useless").reclaimer
-    def nothing(need_bytes):
-        useless.append(need_bytes)
-        return 0
-
-    with db.reserve(60):
-        assert len(log) == 3
-        assert len(useless) == 0  # its budget was collected: nobody holds it
-    steps.reservation.release()
-
-
-def test_a_reclaimer_of_nothing_is_asked_once_a_request():
-    db, asked = Budget(100, name="db"), []
-
-    @db.reclaimer(priority=-5)
-    def nothing(need_bytes):
-        asked.append(need_bytes)
-        return 0
-
-    cache = Cache(db.child("cache"), 90, step=30)
-    with db.reserve(70):
-        assert asked == [30]  # the requester's own comes last, whatever its priority
-    cache.reservation.release()
-
-
-def test_a_failing_or_lying_reclaimer_is_survived_and_the_next_is_asked(caplog):
-    db = Budget(100, name="db")
-    first, second, third = db.child("a"), db.child("b"), db.child("c")
-
-    @first.reclaimer(priority=-2)
-    def fail(need_bytes):
-        raise RuntimeError("broken")
-
-    @second.reclaimer(priority=-1)
-    def lie(need_bytes):
-        return need_bytes * 10
-
-    cache = Cache(third, 90)
-    with db.reserve(50):
-        pass
-    assert "broken" in caplog.text
-    second.limit_bytes = 0
-    with pytest.raises(BudgetExceededError):
-        second.reserve(1)  # it lies for ever; the rounds are bounded
-    cache.reservation.release()
-
-
-def test_reclaimers_outside_of_the_refusing_subtree_are_not_asked():
-    db, log = Budget(100, name="db"), []
-    other = Cache(db.child("other"), 50, log=log)
-    tight = db.child("tight", 10)
-    assert tight.try_reserve(11) is None
-    with tight.reserve(10):
-        assert tight.try_reserve(1) is None
-    assert log == []
-    other.reservation.release()
-
-
-def test_no_reclaimer_is_asked_for_what_can_never_fit():
-    budget, log = Budget(100), []
-    cache = Cache(budget, 50, log=log)
-    assert budget.try_reserve(101) is None
-    assert log == []
-    cache.reservation.release()
-
-
-def test_a_reclaimer_may_reserve_but_not_recurse():
-    db, depth = Budget(100, name="db"), []
-    hoard = db.reserve(90)
-
-    @db.reclaimer
-    def spill(need_bytes):
-        depth.append(need_bytes)
-        assert db.try_reserve(50) is None  # would ask this very function
-        with db.reserve(10):
+def test_slack_refuses_nobody_and_keeps_nobody_waiting():
+    root = Budget(1000, name="root")
+    workers = [root.child(f"worker{i}", quantum=100) for i in range(3)]
+    for worker in workers:
+        worker.reserve(1).release()
+    assert root.used_bytes == 300
+    with root.reserve(1000):
+        assert [worker.slack_bytes for worker in workers] == [0, 0, 0]
+        waiting = threading.Thread(target=lambda: root.reserve(500, timeout_s=60).release())
+        waiting.start()
+        while not root.waiting:
             pass
-        hoard.shrink(need_bytes)
-        return need_bytes
-
-    with db.reserve(40):
-        assert depth == [30]
-    hoard.release()
-
-
-def test_no_lock_is_held_while_a_reclaimer_runs():
-    db = Budget(100, name="db")
-    hoard = db.reserve(100)
-
-    @db.reclaimer
-    def spill(need_bytes):
-        def elsewhere():
-            db.child("made-meanwhile").close()
-            hoard.shrink(need_bytes)
-
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-        return need_bytes
-
-    with db.reserve(10):
-        pass
-    hoard.release()
-
-
-def test_lowering_the_limit_asks_reclaimers_for_the_difference():
-    budget = Budget(100)
-    cache = Cache(budget, 80)
-    budget.limit_bytes = 30
-    assert cache.log == [("budget", 50)]
-    assert budget.used_bytes == 30
-    cache.reservation.release()
-
-
-def test_resize_ends_at_its_target_though_a_reclaimer_shrinks_that_very_reservation():
-    budget = Budget(100)
-    other = budget.reserve(40)
-    with budget.reserve(50) as reservation:
-
-        @budget.reclaimer
-        def evict(need_bytes):
-            if other.size_bytes:
-                reservation.shrink(10)
-                other.shrink(20)
-            return need_bytes
-
-        reservation.resize(75)
-        assert reservation.size_bytes == 75
         with pytest.raises(BudgetExceededError):
-            reservation.resize("200 B")
-        assert reservation.size_bytes == 75
-    other.release()
+            workers[0].reserve(1)
+    waiting.join()
+    assert root.used_bytes == 0
+    with root.reserve(995), workers[0].reserve(3) as last:  # where no quantum fits, it takes what it needs
+        assert (root.used_bytes, workers[0].slack_bytes) == (998, 0)
+        assert last.try_grow(3) is False
 
 
-def test_reclaim_returns_what_was_really_freed():
-    budget = Budget(100)
-    cache = Cache(budget, 80)
-    assert budget.reclaim(30) == 30
-    assert budget.reclaim("1 KiB") == 50
-    budget.remove_reclaimer(cache.shed)
-    with pytest.raises(ValueError, match="not a reclaimer"):
-        budget.remove_reclaimer(cache.shed)
-    cache.reservation.release()
+def test_slack_does_not_outlive_an_abort_or_a_close_above():
+    root = Budget(1000, name="root")
+    middle = root.child("middle")
+    worker = middle.child("worker", quantum=100)
+    worker.reserve(1).release()
+    middle.abort("over")
+    for size in (0, 1):
+        with pytest.raises(memsafe.BudgetAbortedError):
+            worker.reserve(size)
+    middle.close()
+    assert root.used_bytes == 0
+    with pytest.raises(ValueError, match="quantum"):
+        root.child("bad", quantum=-1)
 
 
-def test_try_reserve_and_grow_ask_reclaimers_too():
-    budget = Budget(100)
-    cache = Cache(budget.child("cache"), 100)
-    with budget.try_reserve(10) as reservation:
-        reservation.grow(10)
-        assert reservation.try_grow(10) is True
-        assert cache.reservation.size_bytes == 70
-    cache.reservation.release()
+def test_moving_out_of_and_into_a_quantum_keeps_every_level_right():
+    root = Budget(1000, name="root")
+    left, right = root.child("left", quantum=64), root.child("right", quantum=100)
+    reservation = left.child("leaf").reserve(70)
+    assert (left.used_bytes, left.slack_bytes, root.used_bytes) == (70, 58, 128)
+    reservation.move_to(right)  # the root has them all the time
+    assert (left.used_bytes, left.slack_bytes) == (0, 58)
+    assert (right.used_bytes, right.slack_bytes, root.used_bytes) == (70, 0, 128)
+    reservation.grow(1)
+    assert (right.used_bytes, right.slack_bytes, root.used_bytes) == (71, 99, 228)
+    reservation.move_to(root)
+    assert (right.used_bytes, right.slack_bytes) == (0, 99)
+    assert root.used_bytes == 71 + 58 + 99
+    reservation.release()
+    left.close()
+    right.close()
+    assert root.used_bytes == 0
 
 
 # ---------------------------------------------------------------------------------------------------- soft limits
@@ -766,8 +638,16 @@ def test_a_reservation_that_is_garbage_collected_warns_and_gives_back():
 def test_a_cycle_through_reclaimer_and_reservation_is_collected():
     def build():
         budget = Budget(100, name="db")
-        cache = Cache(budget.child("cache"), 10)
-        cache.reservation.shrink(10)
+
+        class Cache:
+            def __init__(self):
+                self.reservation = budget.child("cache").reserve(0)
+                self.reservation.budget.reclaimer(self.shed)
+
+            def shed(self, need_bytes):
+                return 0
+
+        cache = Cache()
         return weakref.ref(cache), weakref.ref(budget), budget
 
     cache, budget, root = build()
@@ -870,7 +750,7 @@ def test_lost_reclaimers_are_forgotten_by_their_tree():
     root = Budget()
     for i in range(1000):
         root.child(f"c{i}").reclaimer(lambda need_bytes: 0)
-    assert len(root._registry) <= 32
+    assert len(root._policy.registry) <= 32
 
 
 def test_budgets_cannot_be_pickled_or_subverted():
@@ -906,7 +786,7 @@ import memsafe, os, threading
 from memsafe import budget
 db = memsafe.Budget(100, name="db")
 kept = db.reserve(40)
-budget._shape_lock.acquire()  # as another thread might hold it at the fork
+budget.policy.lock.acquire()  # as another thread might hold it at the fork
 pid = os.fork()
 if pid == 0:
     def use():

@@ -1,10 +1,12 @@
-"""The budget tree against a plain model: whatever is done in whatever order, the counters are the sums."""
+"""The budget tree against a plain model: whatever is done in whatever order, the counters are the sums, and those
+who stand in line are served as the model says."""
 
+import threading
 import warnings
 
 import pytest
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from memsafe import Budget, BudgetClosedError, BudgetExceededError, ReservationClosedError
 
@@ -27,8 +29,13 @@ class Model:
     def path(self):
         return [self, *(self.parent.path() if self.parent else [])]
 
-    def fits(self, size, above=()):
-        return size == 0 or all(m.limit is None or m.used() + size <= m.limit for m in self.path() if m not in above)
+    def full(self, size, above=()):
+        """The budgets of the path that *size* does not fit into, topmost last."""
+        path = [m for m in self.path() if m not in above]
+        return [m for m in path if size and m.limit is not None and m.used() + size > m.limit]
+
+    def too_small(self, size):
+        return any(m.limit is not None and size > m.limit for m in self.path())
 
     def is_closed(self):
         return any(m.closed for m in self.path())
@@ -42,13 +49,43 @@ class Held:
         self.reservation, self.owner, self.size = reservation, owner, size
 
 
+class Waiting:
+    def __init__(self, claim, owner, size):
+        self.claim, self.owner, self.size = claim, owner, size
+        self.state, self.held_up = "in line", None
+
+
 class BudgetTree(RuleBasedStateMachine):
     budgets = Bundle("budgets")
     reservations = Bundle("reservations")
+    waiting = Bundle("waiting")
 
     def __init__(self):
         super().__init__()
-        self.all, self.names = [], 0
+        self.all, self.names, self.line = [], 0, []
+
+    def serve(self):
+        """Look along the lines, which are one here: trees do not meet."""
+        full = []
+        for each in self.line:
+            before = [m for m in each.owner.path() if m in full]
+            if each.owner.is_closed() or each.owner.too_small(each.size):
+                each.state = "failed"
+            elif before:
+                each.held_up = before[-1]
+            elif refusers := each.owner.full(each.size):
+                each.held_up = refusers[-1]
+                full.append(refusers[-1])
+            else:
+                each.state = "granted"
+                each.owner.own += each.size
+                self.note_peaks()
+        self.line = [each for each in self.line if each.state == "in line"]
+
+    def would_take(self, model, size, above):
+        held_up = [each.held_up for each in self.line]
+        waits = size and any(m in held_up for m in model.path() if m not in above)
+        return not waits and not model.full(size, above)
 
     def note_peaks(self):
         for model in self.all:
@@ -61,7 +98,7 @@ class BudgetTree(RuleBasedStateMachine):
             with pytest.raises(BudgetClosedError):
                 call()
             return False
-        if not model.fits(size, above):
+        if not self.would_take(model, size, above):
             with pytest.raises(BudgetExceededError) as caught:
                 call()
             assert caught.value.requested_bytes == size
@@ -69,6 +106,11 @@ class BudgetTree(RuleBasedStateMachine):
             return False
         self.result = call()
         return True
+
+    @initialize(target=budgets)
+    def a_tree(self):
+        root = self.root(100)
+        return multiple(root, self.child(root, 60), self.child(root, None))
 
     @rule(target=budgets, limit=LIMITS)
     def root(self, limit):
@@ -155,6 +197,29 @@ class BudgetTree(RuleBasedStateMachine):
         model.budget.limit_bytes = limit
         model.limit = limit
 
+    @rule(target=waiting, model=budgets, size=SIZES | st.integers(40, 60))
+    def stand_in_line(self, model, size):
+        self.line.append(Waiting(model.budget._stand_in_line(size, 0, 0), model, size))
+        each = self.line[-1]
+        self.serve()
+        return each
+
+    @rule(each=consumes(waiting))
+    def leave_the_line(self, each):
+        each.claim.leave()
+        if each.state == "granted" and not each.owner.closed:
+            each.owner.own -= each.size
+        if each in self.line:
+            self.line.remove(each)
+
+    @rule(target=reservations, each=consumes(waiting))
+    def take_what_was_granted(self, each):
+        reservation = each.claim.take()
+        assert (reservation is not None) == (each.state == "granted")
+        if each in self.line:
+            self.line.remove(each)
+        return Held(reservation, each.owner, each.size if reservation else 0)
+
     @rule(model=budgets, size=SIZES)
     def charge_and_uncharge(self, model, size):
         if model.is_closed():
@@ -175,7 +240,13 @@ class BudgetTree(RuleBasedStateMachine):
             each.closed = True
 
     @invariant()
-    def counters_are_the_sums(self):
+    def the_line_is_served_and_counters_are_the_sums(self):
+        self.serve()
+        for each in self.line:
+            assert each.claim.in_line
+            level, need = each.claim.shortfall()
+            assert need > 0
+            assert each.owner.path()[level].limit is not None
         for model in self.all:
             if not model.is_closed():
                 assert model.budget.used_bytes == model.used()
@@ -183,11 +254,68 @@ class BudgetTree(RuleBasedStateMachine):
                 left = [max(0, m.limit - m.used()) for m in model.path() if m.limit is not None]
                 assert model.budget.headroom_bytes == (min(left) if left else None)
 
+    @rule(each=waiting)
+    def look(self, each):
+        assert each.claim.in_line == (each.state == "in line")
+
     def teardown(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             for model in self.all:
                 model.budget.close()
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["reserve", "wait", "grow", "shrink", "release", "move", "split"]),
+        st.integers(0, 3),
+        st.integers(0, 60),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(programs=st.lists(STEPS, min_size=2, max_size=4), limits=st.lists(st.integers(20, 120), min_size=3, max_size=3))
+def test_threads_hold_what_they_were_given_and_nothing_else(programs, limits):
+    root = Budget(100, name="root")
+    budgets = [root, *(root.child(f"c{i}", limit) for i, limit in enumerate(limits))]
+    held = [[] for _ in programs]
+
+    def work(program, mine):
+        for step, which, size in program:
+            try:
+                if step == "reserve":
+                    mine.append(budgets[which].reserve(size))
+                elif step == "wait":
+                    mine.append(budgets[which].reserve(size, timeout_s=0.001))
+                elif not mine:
+                    continue
+                elif step == "grow":
+                    mine[-1].grow(size)
+                elif step == "shrink":
+                    mine[-1].shrink(min(size, mine[-1].size_bytes))
+                elif step == "release":
+                    mine.pop(which % len(mine)).release()
+                elif step == "move":
+                    mine[-1].move_to(budgets[which])
+                else:
+                    mine.append(mine[-1].split(mine[-1].size_bytes // 2))
+            except BudgetExceededError:
+                pass
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(programs, held, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reservations = [reservation for mine in held for reservation in mine]
+    for budget in budgets[1:]:
+        assert budget.used_bytes == sum(r.size_bytes for r in reservations if r.budget is budget)
+    assert root.used_bytes == sum(r.size_bytes for r in reservations) <= 100
+    for reservation in reservations:
+        reservation.release()
+    assert [(budget.used_bytes, budget.waiting) for budget in budgets] == [(0, 0)] * 4
 
 
 TestBudgetTree = BudgetTree.TestCase

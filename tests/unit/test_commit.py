@@ -8,6 +8,7 @@ import pytest
 from memsafe import ForkAssessment, assess_fork
 from memsafe.commit import CHILD_NEEDS_BYTES
 from memsafe.forecast import ASSUMED_WRITE_BYTES_PER_S
+from memsafe.testing import FakeKernel
 from tests.unit.proc_tree import GIB, MIB, ProcTree
 from tests.unit.test_status import PSI
 
@@ -86,6 +87,37 @@ def test_the_ancestor_with_the_least_headroom_decides(tree: ProcTree) -> None:
     assert fork.binding.path == "/p"
 
 
+def test_the_gravest_finding_decides_and_not_the_first(tree: ProcTree) -> None:
+    tree.v2("/p/a")
+    tree.v2_group("/p", 2 * GIB, 2 * GIB - 10 * MIB)
+    tree.v2_group("/p/a", 500 * MIB, 400 * MIB)
+    fork = assess_fork(root=tree.root)
+    assert (fork.decision, len(fork.reasons)) == ("refuse", 2)
+    assert fork.binding is not None
+    assert fork.binding.path == "/p/a"
+
+
+@pytest.mark.parametrize(("reclaimable", "decision"), [(0, "refuse"), (150 * MIB, "defer")])
+def test_what_can_be_reclaimed_need_not_stay_beside_the_copies(tree: ProcTree, reclaimable: int, decision: str) -> None:
+    tree.v2_group("/a", 550 * MIB, 540 * MIB)
+    assert assess_fork(root=tree.root, reclaimable_bytes=reclaimable).decision == decision
+
+
+@pytest.mark.parametrize(("swapped_kb", "decision"), [(0, "defer"), (200 * 1024, "refuse")])
+def test_what_the_process_has_swapped_out_stays_too(tree: ProcTree, swapped_kb: int, decision: str) -> None:
+    tree.v2("/")
+    tree.meminfo(MemTotal=500 * 1024, MemFree=0, MemAvailable=0, SwapTotal=200 * 1024, SwapFree=0)
+    tree.status(anon_kb=HEAP_MIB * 1024, swap_kb=swapped_kb)
+    assert assess_fork(root=tree.root).decision == decision
+
+
+def test_what_a_cgroup_leaves_now_it_can_leave_whatever_the_process_holds(tree: ProcTree) -> None:
+    tree.v2_group("/a", 301 * MIB, 2 * MIB)  # the heap was charged elsewhere
+    fork = assess_fork(root=tree.root)
+    assert fork.decision == "refuse"
+    assert "could never leave more than 299 MiB" in fork.reasons[0]
+
+
 def test_physical_memory_decides_where_no_cgroup_does(tree: ProcTree) -> None:
     tree.v2("/")
     tree.meminfo(MemAvailable=100 * 1024)
@@ -148,8 +180,8 @@ def test_the_last_snapshots_copies_are_a_forecast_that_the_caller_may_replace(tr
     assert (told.copy_forecast_bytes, told.forecast_source) == (3 * MIB, "caller")
 
 
-@pytest.mark.parametrize("number", [-1, float("nan")])
-def test_a_rate_or_a_time_below_zero_is_refused(tree: ProcTree, number: float) -> None:
+@pytest.mark.parametrize("number", [-1, float("nan"), 10**400])
+def test_a_rate_or_a_time_that_makes_no_sense_is_refused(tree: ProcTree, number: float) -> None:
     with pytest.raises(ValueError, match="dirty_bytes_per_s"):
         assess_fork(dirty_bytes_per_s=number, root=tree.root)
     with pytest.raises(ValueError, match="duration_s"):
@@ -218,6 +250,12 @@ def test_pressure_now_defers(tree: ProcTree, percent: str, decision: str) -> Non
     assert assess_fork(root=tree.root).decision == decision
 
 
+def test_that_some_wait_does_not_defer(tmp_path: Path) -> None:
+    with FakeKernel(tmp_path) as kernel:
+        kernel.stall(some=90, full=9)
+        assert assess_fork(root=kernel.root).decision == "admit"
+
+
 def test_pressure_does_not_soften_a_refusal(tree: ProcTree) -> None:
     tree.write("/proc/pressure/memory", PSI.format("50.00"))
     tree.v2_group("/a", 500 * MIB, 400 * MIB)
@@ -235,15 +273,34 @@ def test_without_smaps_the_forecast_is_the_anonymous_memory_and_the_answer_unkno
 
 def test_without_status_the_mappings_tell_what_fork_is_charged(tree: ProcTree) -> None:
     tree.remove("/proc/self/status")
+    tree.rlimits(processes="100")
+    assert assess_fork(root=tree.root).kernel_would_allow is None, "who asks is not known, nor what RLIMIT_NPROC leaves"
+    tree.rlimits(processes="unlimited")
     fork = assess_fork(root=tree.root)
     assert (fork.kernel_would_allow, fork.commit_charge_bytes) == (True, HEAP_MIB * MIB)
     assert fork.page_table_bytes == HEAP_MIB * MIB // 512
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory.current"])
+def test_a_limit_that_is_not_known_is_no_room(tree: ProcTree, name: str) -> None:
+    tree.write(f"/sys/fs/cgroup/a/{name}", "lots\n")
+    fork = assess_fork(root=tree.root)
+    assert fork.decision == ("refuse" if name == "memory.current" else "admit")
+    assert any(f"/a/{name}" in reason for reason in fork.reasons)
+
+
+def test_limits_of_tasks_that_are_not_known_leave_the_kernels_answer_open(tree: ProcTree) -> None:
+    tree.write("/sys/fs/cgroup/a/pids.max", "lots\n")
+    fork = assess_fork(root=tree.root)
+    assert (fork.kernel_would_allow, fork.decision) == (None, "admit")
+    assert any("pids.max" in reason for reason in fork.reasons)
 
 
 def test_nothing_known_is_nothing_admitted(tmp_path: Path) -> None:
     fork = assess_fork(root=tmp_path)
     assert (fork.decision, fork.kernel_would_allow, fork.headroom_bytes) == ("refuse", None, None)
     assert any("meminfo" in reason for reason in fork.reasons)
+    assert fork.reasons[-1].count("/self/status") == 1, "each problem is told once"
 
 
 def test_all_of_it_is_plain_data(tree: ProcTree) -> None:

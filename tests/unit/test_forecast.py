@@ -112,3 +112,20 @@ def test_a_callers_rate_alone_lasts_as_the_last_snapshot_did():
     told = of(dirty_bytes_per_s=MIB, seen=seen(snapshot=snapshot))
     assert (told.copy_bytes, told.source) == (4 * MIB, "caller")
     assert "4.0 s" in told.words
+
+
+@pytest.mark.parametrize(
+    "observed",
+    [
+        {"rate": rate(0)},
+        {"snapshot": LastSnapshot(0, 1.0, PRIVATE, 1000.0)},
+    ],
+    ids=["rate", "snapshot"],
+)
+def test_a_process_that_writes_nothing_writes_nothing_for_ever(heap, observed):
+    told = of(seen=seen(**observed), duration_s=float("inf"))
+    assert told.copy_bytes == (HEAP if "rate" in observed else 0)
+
+
+def test_no_rate_is_too_fast_for_a_process_that_has_nothing():
+    assert Forecast.of(0, dirty_bytes_per_s=float("inf")).copy_bytes == 0

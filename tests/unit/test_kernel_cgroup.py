@@ -104,6 +104,22 @@ def test_a_mount_that_exists_goes_before_one_that_is_hidden(tree: ProcTree) -> N
     assert seen(tree)[0][2] == "/mnt/memory/m"
 
 
+def test_another_controllers_hierarchy_is_not_looked_at(tree: ProcTree) -> None:
+    tree.v1("/m")
+    tree.mounts(V1_MOUNT.replace("memory", "pids"), V1_MOUNT)
+    tree.write("/sys/fs/cgroup/pids/m/pids.max", "1\n")
+    tree.write("/sys/fs/cgroup/memory/m/memory.usage_in_bytes", "1\n")
+    assert seen(tree)[0][2] == "/sys/fs/cgroup/memory/m"
+
+
+def test_of_two_mounts_the_one_that_shows_more_ancestors_is_taken(tree: ProcTree) -> None:
+    tree.v1("/pod/app")
+    tree.mounts(V1_MOUNT.replace(" / ", " /pod "), V1_MOUNT.replace("/sys/fs/cgroup/memory", "/mnt/memory"))
+    tree.write("/sys/fs/cgroup/memory/app/memory.usage_in_bytes", "1\n")
+    tree.write("/mnt/memory/pod/app/memory.usage_in_bytes", "1\n")
+    assert [path for _, path, _ in seen(tree)] == ["/pod/app", "/pod", "/"]
+
+
 def test_a_mount_covers_an_earlier_one_at_its_point(tree: ProcTree) -> None:
     tree.v1("/m")
     tree.mounts(V1_MOUNT, V1_MOUNT.replace(" / ", " /m "))

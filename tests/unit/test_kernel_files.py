@@ -27,6 +27,11 @@ def test_missing_unreadable_and_garbage_stay_apart(tmp_path: Path) -> None:
     assert [files.is_missing(e.value) for e in (missing, unreadable, garbage)] == [True, False, False]
 
 
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH])
+def test_a_file_goes_with_its_folder_its_cgroup_and_its_process(number: int) -> None:
+    assert files.is_missing(KernelError(number, "read it"))
+
+
 def test_an_optional_file_is_none_only_when_it_is_missing(tmp_path: Path) -> None:
     assert files.read_optional(str(tmp_path / "absent")) is None
     assert files.read_optional(str(tmp_path / "absent" / "below")) is None

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,20 +13,28 @@ import pytest
 from memsafe import memory_status
 from memsafe._kernel import files, kept
 from memsafe._kernel.kept import DESCRIPTORS_MAX, KeptFiles
+from memsafe._native import lib
 from memsafe.errors import KernelError
 from memsafe.status import status_once
 from tests.unit.proc_tree import GIB, MIB, ProcTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
 def keeping(tmp_path: Path) -> Iterator[KeptFiles]:
-    keeping = KeptFiles(tmp_path)
+    keeping = KeptFiles(tmp_path, believe_s=0)
     yield keeping
     keeping.close()
+
+
+@pytest.fixture
+def believing(tmp_path: Path) -> Iterator[KeptFiles]:
+    """One that never tries again by itself what could not be opened."""
+    believing = KeptFiles(tmp_path, believe_s=1e6)
+    yield believing
+    believing.close()
 
 
 def look(keeping: KeptFiles, *paths: Path) -> list[bytes | int | None]:
@@ -62,6 +73,27 @@ def test_descriptors_stay_open_and_what_is_written_is_seen(keeping: KeptFiles, t
     assert open_in(tmp_path) == first
 
 
+def test_what_is_asked_for_besides_leaves_the_others_open(keeping: KeptFiles, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for file in (one, two):
+        file.write_bytes(b"1")
+    for _ in range(2):
+        look(keeping, one)
+    look(keeping, one, two)
+    assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
+
+
+def test_what_somebody_else_had_read_answers_one_look_and_no_more(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    for _ in range(2):
+        look(keeping, file)
+    lib.ms_kept_read(keeping.native)
+    keeping.was_read()
+    file.write_bytes(b"2")
+    assert [look(keeping, file), look(keeping, file)] == [[b"1"], [b"2"]]
+
+
 def test_a_file_made_anew_under_the_same_name_is_the_one_that_is_read(keeping: KeptFiles, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"old")
@@ -72,6 +104,81 @@ def test_a_file_made_anew_under_the_same_name_is_the_one_that_is_read(keeping: K
     file.write_bytes(b"new")
     assert look(keeping, file) == [b"new"]
     assert list(open_in(tmp_path).values()) == [str(file)]
+
+
+def test_what_is_absent_is_believed_until_something_changes(believing: KeptFiles, tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    folder.mkdir()
+
+    def seen() -> bytes | None:
+        with believing.reading():
+            assert files.is_directory(str(folder))
+            assert not files.is_directory(str(tmp_path / "nowhere"))
+            return files.read_optional(str(file))
+
+    for _ in range(2):
+        assert seen() is None
+    file.write_bytes(b"new")
+    assert seen() is None
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    assert seen() == b"new"
+
+
+def test_what_is_absent_is_tried_again_after_a_while(keeping: KeptFiles, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for _ in range(2):
+        assert look(keeping, file) == [errno.ENOENT]
+    file.write_bytes(b"new")
+    assert look(keeping, file) == [b"new"]
+
+
+OUT_OF_DESCRIPTORS = """
+import resource
+from memsafe._kernel import files
+from memsafe._kernel.kept import KeptFiles
+from memsafe.errors import KernelError
+keeping = KeptFiles("/", believe_s=1e6)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for limit, succeeds in ((0, False), (0, False), (soft, True)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    with keeping.reading():
+        try:
+            files.read("/proc/self/status")
+        except KernelError:
+            assert not succeeds
+        else:
+            assert succeeds
+"""
+
+
+def test_running_out_of_descriptors_is_not_believed() -> None:
+    subprocess.run([sys.executable, "-c", OUT_OF_DESCRIPTORS], check=True, timeout=60)
+
+
+def test_what_is_held_is_open_at_once_and_stays_open_unasked_for(keeping: KeptFiles, tmp_path: Path) -> None:
+    held, other = tmp_path / "held", tmp_path / "other"
+    held.write_bytes(b"1")
+    other.write_bytes(b"2")
+    keeping.hold([str(held)])
+    assert list(open_in(tmp_path).values()) == [str(held)]
+    for _ in range(3):
+        look(keeping, other)
+    assert sorted(open_in(tmp_path).values()) == [str(held), str(other)]
+    keeping.hold([])
+    for _ in range(2):
+        look(keeping, other)
+    assert list(open_in(tmp_path).values()) == [str(other)]
+
+
+def test_asking_for_nothing_closes_nothing(keeping: KeptFiles, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    for _ in range(2):
+        look(keeping, tmp_path / "file")
+    before = open_in(tmp_path)
+    look(keeping)
+    assert len(before) == 1
+    assert open_in(tmp_path) == before
 
 
 def test_a_folder_made_anew_under_the_same_name_opens_its_files_anew(keeping: KeptFiles, tmp_path: Path) -> None:
@@ -122,12 +229,20 @@ def test_no_more_descriptors_are_kept_than_it_says(keeping: KeptFiles, tmp_path:
     assert 0 < len(open_in(tmp_path)) <= DESCRIPTORS_MAX
 
 
-def test_a_file_too_large_for_the_buffer_is_read_by_itself(keeping: KeptFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size_bytes", [300_000, 5_000_000])
+def test_a_file_too_large_for_the_buffer_is_read_by_itself_until_there_is_a_larger_one(
+    keeping: KeptFiles, tmp_path: Path, size_bytes: int
+) -> None:
     large, small = tmp_path / "large", tmp_path / "small"
-    large.write_bytes(os.urandom(300_000))
     small.write_bytes(b"1")
-    for _ in range(3):
-        assert look(keeping, large, small) == [large.read_bytes(), b"1"]
+    large.write_bytes(os.urandom(size_bytes))
+    whole = large.read_bytes()
+    for _ in range(9):
+        with keeping.reading():
+            assert files.read(str(small)) == b"1"
+            together = keeping.read(str(large))
+            assert together in {None, whole}
+    assert (together is not None) == (size_bytes < 4 * MIB)
 
 
 def test_errors_are_those_of_a_reading_of_its_own(keeping: KeptFiles, tmp_path: Path) -> None:
@@ -151,6 +266,36 @@ def test_a_second_thread_and_a_nested_call_read_for_themselves(keeping: KeptFile
         assert files.read(str(file)) == b"1"
         assert look(keeping, file) == [b"1"]
     assert heard == [b"2"]
+
+
+def test_directories_are_told_from_files_and_from_nothing(keeping: KeptFiles, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    paths = [tmp_path, tmp_path / "file", tmp_path / "absent"]
+    for _ in range(3):
+        with keeping.reading():
+            assert [files.is_directory(str(path)) for path in paths] == [True, False, False]
+
+
+def test_mounts_that_did_not_fit_are_read_again_where_there_is_room() -> None:
+    keeping, path = KeptFiles("/"), Path("/proc/self/mountinfo")
+    for _ in range(2):
+        look(keeping, path)
+    capacity, keeping.native.capacity = keeping.native.capacity, 8
+    keeping.close()
+    lib.ms_kept_read(keeping.native)
+    keeping.native.capacity = capacity
+    assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
+    keeping.close()
+
+
+def test_the_mounts_are_told_each_time_though_read_once() -> None:
+    keeping = KeptFiles("/")
+    path = Path("/proc/self/mountinfo")
+    mounts = path.read_bytes()
+    for _ in range(4):
+        keeping.hold([])
+        assert look(keeping, path) == [mounts]
+    keeping.close()
 
 
 def test_a_status_is_the_same_through_kept_descriptors(keeping: KeptFiles, tmp_path: Path) -> None:

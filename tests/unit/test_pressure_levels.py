@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from memsafe.pressure.levels import Cause, Ladder, PressureEvent, PressureLevel, Thresholds, judge, poll_after_s
-from memsafe.status import CommitStatus, Constraint, MemoryStatus, ProcessMemory
+from memsafe.status import CommitStatus, Constraint, MemoryStatus, ProcessMemory, SwapStatus
 
 MIB = 1024**2
 GIB = 1024**3
@@ -20,8 +20,8 @@ def constraint(limit, left, *, active=0, kind="memory.max", path="/app", used=No
 
 def status(*constraints):
     return MemoryStatus(
-        None, None, None, constraints, CommitStatus(0, None, None, None, None), None,
-        ProcessMemory(None, None, None, None, None), (),
+        None, None, None, constraints, CommitStatus(0, None, None, None, None),
+        SwapStatus(None, None, None, ()), None, ProcessMemory(None, None, None, None, None), (),
     )  # fmt: skip
 
 

@@ -379,7 +379,7 @@ def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machi
     order = []
     cache = Cache(budget, "30 MiB")
     budget.reclaimer(lambda need_bytes: order.append("reclaim") or 0, priority=-1)
-    monkeypatch.setattr("memsafe.pressure.monitor.trim", lambda: order.append("trim"))
+    monkeypatch.setattr("memsafe.pressure.monitor.give_back", lambda: order.append("trim"))
     with monitored(machine, clock, budget) as monitor:
         monitor.on(LOW, lambda event: order.append("callback"))
         monitor.simulate(LOW)

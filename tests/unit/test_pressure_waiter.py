@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from memsafe._kernel import files
-from memsafe._kernel.ahead import ReadAhead
+from memsafe._kernel.kept import KeptFiles
 from memsafe.errors import KernelError
+from memsafe.pressure.reserve import BlockReserve
 from memsafe.pressure.waiter import How, Look, Waiter, open_timer, set_timer
 
 
@@ -118,25 +119,27 @@ def test_a_timer_fires_once_per_setting(waiter):
 def test_a_look_sets_the_timer_and_reads_the_files(waiter, tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"1")
-    ahead = ReadAhead()
-    with ahead:
-        files.read(str(file))
+    kept, reserve = KeptFiles(tmp_path), BlockReserve()
+    kept.hold([str(file)])
+    reserve.take()
     timer = open_timer()
     waiter.add(timer, How.COUNTER, 5)
-    look = Look(timer, ahead)
+    look = Look(timer, kept, reserve)
     file.write_bytes(b"22")
     look.set(timer_s=0, rest_s=0.001)
     assert [report.token for report in waiter.wait(look)] == [5]
     file.write_bytes(b"333")
-    with ahead:
+    assert not reserve._blocks
+    with kept.reading():
         assert files.read(str(file)) == b"22"
-    with ahead:
+    with kept.reading():
         assert files.read(str(file)) == b"333"
     look.set()
     os.eventfd_write(waiter.fileno(), 1)
     assert waiter.wait(look) == []  # the timer was left alone
     waiter.remove(5)
     os.close(timer)
+    kept.close()
 
 
 def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
@@ -259,8 +262,6 @@ def test_two_hundred_waiters_leave_nothing_behind(counter):
 
 FORK = """
 import errno, os
-from memsafe._kernel import files
-from memsafe._kernel.ahead import ReadAhead
 from memsafe.errors import KernelError
 from memsafe.pressure.waiter import How, Waiter
 waiter = Waiter()

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_a_stopped_meter_is_never_due(machine):
     meter.stop()
     assert meter.next_look_s == math.inf
     assert not meter.is_due(os.getpid())
+
+
+def test_what_it_reads_stays_open_until_it_is_closed():
+    before = set(os.listdir("/proc/self/fd"))
+    meter = Meter("/", None)
+    for _ in range(2):
+        assert meter.measure(os.getpid()).copy_bytes > 0
+    kept = [Path("/proc/self/fd", number) for number in set(os.listdir("/proc/self/fd")) - before]
+    names = [os.readlink(path) for path in kept if path.is_symlink()]  # the listing's own is gone by now
+    assert f"/proc/{os.getpid()}/smaps_rollup" in names
+    for _ in range(2):
+        meter.close()
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_minor_faults_are_read_behind_any_process_name(machine):

@@ -99,6 +99,7 @@ def test_a_cgroup_vanishes_with_those_below_and_returns_as_it_was(kernel):
 def test_a_cgroup_asked_for_again_is_the_same_and_keeps_its_settings(kernel):
     app = kernel.cgroup("/app", limit=GIB)
     assert kernel.cgroup("/app/") is app
+    assert kernel.cgroup("//app") is app
     assert kernel.cgroup("/app", usage=1).limit == GIB
 
 
@@ -233,7 +234,59 @@ def test_a_monitor_hears_of_what_the_test_does(kernel):
     assert [event.level for event in heard] == [PressureLevel.CRITICAL]
 
 
-@pytest.mark.parametrize("path", ["app", "/../app", "/a/../../b", ""])
+def test_swap_has_limits_and_both_versions_tell_what_is_used(tmp_path):
+    for layout, kind in (("v2", "memory.swap.max"), ("hybrid", "memory.memsw.limit_in_bytes")):
+        kernel = FakeKernel(tmp_path / layout, layout=layout)
+        kernel.machine.set(swap_total="4 GiB", swap_free="3 GiB")
+        kernel.cgroup("/app", limit="1 GiB", usage="100 MiB", swap="200 MiB", swap_limit="500 MiB").join()
+        swap = look(kernel).swap
+        (limit,) = swap.limits
+        assert (limit.kind, limit.path) == (kind, "/app")
+        assert limit.headroom_bytes == (300 * MIB if layout == "v2" else GIB + 500 * MIB - 300 * MIB)
+        assert swap.available_bytes == (300 * MIB if layout == "v2" else 3 * GIB)
+    kernel = FakeKernel(tmp_path / "high")
+    kernel.machine.set(swap_total="4 GiB", swap_free="3 GiB")
+    kernel.cgroup("/app", swap_high="1 MiB", swap="2 MiB").join()
+    assert [(limit.kind, limit.headroom_bytes) for limit in look(kernel).swap.limits] == [("memory.swap.high", 0)]
+
+
+@pytest.mark.parametrize("layout", ["v2", "v1", "hybrid"])
+def test_a_container_sees_its_own_cgroup_by_its_path_on_the_host(tmp_path, layout):
+    kernel = FakeKernel(tmp_path, layout=layout, visible_from="/docker/a b:c")
+    kernel.cgroup("/docker", limit="1 MiB", usage="1 MiB")
+    box = kernel.cgroup("/docker/a b:c", limit="512 MiB", usage="100 MiB")
+    kernel.cgroup("/docker/a b:c/worker", limit="256 MiB", usage="50 MiB").join()
+    status = look(kernel)
+    assert [(c.path, c.headroom_bytes) for c in status.constraints[:-1]] == [
+        ("/docker/a b:c/worker", 206 * MIB),
+        ("/docker/a b:c", 412 * MIB),
+    ]
+    assert (kernel.root / box.file("memory.stat").lstrip("/")).exists()
+    box.remove()
+    assert any("/docker/a b:c" in warning for warning in memory_status(root=kernel.root).warnings)
+
+
+def test_capabilities_are_worth_what_the_user_namespace_makes_them(kernel):
+    kernel.machine.set(total=10 * GIB, committed=0)
+    kernel.overcommit.set(mode=2, ratio=100, admin_reserve=8 * MIB, user_reserve=0)
+    kernel.process.set(capabilities=1 << process.CAP_SYS_ADMIN)
+    assert look(kernel).commit.headroom_bytes == 10 * GIB
+    kernel.process.user_namespace = 4026532301
+    assert look(kernel).commit.headroom_bytes == 10 * GIB - 8 * MIB
+    kernel.process.user_namespace = None
+    assert look(kernel).commit.headroom_bytes == 10 * GIB
+
+
+def test_a_users_tasks_run_out(kernel):
+    kernel.process.set(threads=9, processes_limit=10)
+    assert assess_fork(root=kernel.root).kernel_would_allow
+    kernel.process.threads = 10
+    fork = assess_fork(root=kernel.root)
+    assert (fork.kernel_would_allow, fork.decision) == (False, "refuse")
+    assert "RLIMIT_NPROC" in fork.reasons[0]
+
+
+@pytest.mark.parametrize("path", ["app", "/../app", "/a/../../b", "", "/./app", "/a\nb"])
 def test_a_path_that_is_none_of_the_hierarchy_is_refused(kernel, path):
     with pytest.raises(ValueError, match="cgroup's path"):
         kernel.cgroup(path)
@@ -244,5 +297,24 @@ def test_a_setting_that_does_not_exist_is_an_error_and_changes_nothing(kernel):
         kernel.cgroup("/app", used=5)
     with pytest.raises(ValueError, match="usage must"):
         kernel.cgroup("/app").usage = -1
+    with pytest.raises(ValueError, match="pids must"):
+        kernel.cgroup("/app").set(limit=5, pids=-1)
+    assert kernel.cgroup("/app").limit is None
     with pytest.raises(ValueError, match="layout"):
         FakeKernel(kernel.root, layout="v3")
+
+
+def test_a_name_need_not_be_text(kernel):
+    kernel.cgroup("/\udcff", limit=GIB).join()
+    status = look(kernel)
+    assert (status.constraints[0].path, status.warnings) == ("/\udcff", ())
+
+
+def test_huge_pages_beyond_all_memory_leave_nothing_to_promise(kernel):
+    kernel.machine.hugetlb = "1 TiB"
+    assert (look(kernel).commit.limit_bytes, look(kernel).warnings) == (0, ())
+
+
+def test_a_kernel_may_not_tell_the_user(kernel):
+    kernel.process.set(uid=None, threads=50, processes_limit=50)
+    assert "it has no Uid" in assess_fork(root=kernel.root).reasons[-1]

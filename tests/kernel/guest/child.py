@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 NOBODY = 65534
@@ -73,6 +74,30 @@ def run(function, *args, killed=False, **kwargs):
     return json.loads(out.splitlines()[-1])
 
 
+@contextmanager
+def asking(function, **kwargs):
+    """Run a process that calls *function* each time it is asked to; yield what asks and returns what it returned."""
+    arguments = [sys.modules[function.__module__].__file__, function.__name__]
+    with start(_answer, *arguments, stdin=subprocess.PIPE, **kwargs) as process:
+
+        def ask(*args):
+            print(json.dumps(args), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line, f"it ended\n{process.communicate()}"
+            return json.loads(line)
+
+        ask.pid = process.pid
+        yield ask
+        out, errors = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{errors}"
+
+
+def _answer(file, name):
+    function = getattr(_load(file), name)
+    for line in sys.stdin:
+        print(json.dumps(function(*json.loads(line))), flush=True)
+
+
 class _Decorations:
     """Stands in for pytest, whose import takes longest, and which only decorates what is not called here."""
 
@@ -83,14 +108,18 @@ class _Decorations:
         return args[0] if args and callable(args[0]) else self
 
 
-def _main(file, name, args):
-    sys.modules["pytest"] = _Decorations()
+def _load(file):
     spec = importlib.util.spec_from_file_location("child_module", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules["child_module"] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def _main(file, name, args):
+    sys.modules["pytest"] = _Decorations()
     try:
-        returned = getattr(module, name)(*json.loads(args))
+        returned = getattr(_load(file), name)(*json.loads(args))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

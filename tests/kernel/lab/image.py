@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
 INIT = Path(__file__).with_name("init.sh")
 COMMAND = "/lab.sh"
 TASK = "/lab.json"
+MODULES = "/modules"
 
 _PACKAGES = ("cffi", "hypothesis", "psutil", "pytest", "pytest-timeout")
 _PROJECT_PARTS = ("memsafe", "memsafe_native", "tests")
+# What holds on the host holds in the guest.
+_ENVIRONMENT = ("MEMSAFE_FORBID_SKIPS",)
 _STDLIB_LEFT_OUT = re.compile(
     r"config-.*|ensurepip|idlelib|lib2to3|pydoc_data|site-packages|dist-packages|tests?|tkinter|turtledemo"
 )
+
+_one_at_a_time = threading.Lock()  # or two machines would make the same archive
 
 
 class Archive:
@@ -111,22 +117,35 @@ def base() -> Path:
     return target
 
 
-def write_initrd(target: Path, command: Sequence[str], work: object = None) -> None:
-    """Write the guest's whole file system: base(), the project as it is now, the *command* to run, *work* to read."""
-    words = ["cd", str(PROJECT), "&&", "PYTHONPATH=.", "exec", *map(shlex.quote, command)]
-    shutil.copyfile(base(), target)
-    for part in _PROJECT_PARTS:
-        # Here it takes a moment, there each process would do it again.
-        compileall.compile_dir(PROJECT / part, quiet=2)
+def write_initrd(target: Path, modules: Iterable[Path], command: Sequence[str], work: object = None) -> None:
+    """Write the guest's whole file system: base(), the project as it is now, the *command* to run, *work* to read.
+
+    The kernel's *modules* are there, and left to be loaded by whoever needs one. Thread-safe.
+    """
+    with _one_at_a_time:
+        shutil.copyfile(base(), target)
+        for part in _PROJECT_PARTS:
+            # Here it takes a moment, there each process would do it again.
+            compileall.compile_dir(PROJECT / part, quiet=2)
     # The kernel unpacks one archive after the other.
     with target.open("ab") as out:
         archive = Archive(out)
         for path in (path for part in _PROJECT_PARTS for path in _files(PROJECT / part)):
             archive.copy(path)
         archive.copy(str(PROJECT / "pyproject.toml"))
-        archive.file(COMMAND, " ".join(words).encode() + b"\n")
+        archive.folder(MODULES)
+        for module in modules:
+            archive.file(f"{MODULES}/{module.name}", module.read_bytes())
+        archive.file(COMMAND, script(command).encode())
         archive.file(TASK, json.dumps(work).encode())
         archive.close()
+
+
+def script(command: Sequence[str]) -> str:
+    """Return what the guest's shell is to do, to run *command* as it would run here."""
+    variables = {"PYTHONPATH": ".", **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}}
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    return f"cd {shlex.quote(str(PROJECT))} || exit\n{exports}exec {shlex.join(command)}\n"
 
 
 def _write_base(archive: Archive, busybox: str, paths: Iterable[str]) -> None:

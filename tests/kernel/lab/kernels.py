@@ -1,13 +1,22 @@
-"""Debian's cloud kernels, fetched from its mirror into .build/kernels/: unpacked there, never installed."""
+"""Debian's cloud kernels, fetched from its mirror into .build/kernels/: unpacked there, never installed.
+
+python -m tests.kernel.lab.kernels      fetch the newest that there are
+"""
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PROJECT = Path(__file__).parents[3]
 CACHE = PROJECT / ".build" / "kernels"
@@ -24,6 +33,9 @@ _SUITES = {
 }
 DEFAULT_SUITES = ("bookworm", "trixie-backports")
 
+# What tests load; with what each needs, as far as it is not built in. zram of 6.1 asks for its compressor by name.
+_MODULES = ("lzo-rle", "zram")
+
 
 class UnavailableError(Exception):
     """A kernel, or a program that boots it, is not there; the message says how to get it."""
@@ -31,11 +43,19 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel that can be booted: its name as "6.1", its release as uname tells it, its image."""
+    """A kernel that can be booted.
+
+    Attributes:
+        name: As "6.1".
+        release: As uname tells it.
+        image: What QEMU boots.
+        modules: Those that tests load, in an order in which it goes.
+    """
 
     name: str
     release: str
     image: Path
+    modules: tuple[Path, ...] = ()
 
 
 def names() -> list[str]:
@@ -69,27 +89,45 @@ def find(name: str) -> Kernel:
     raise UnavailableError(f"no kernel {name}: there is {has}, or give the path of an image")
 
 
-def of_suite(suite: str, *, refresh: bool = False) -> Kernel:
-    """Return the kernel of a suite: the one fetched before, unless it is to be looked for again.
+def of_suite(suite: str) -> Kernel:
+    """Return the kernel of a suite: the one fetched before, or else the newest.
 
     Raises:
         UnavailableError: It is not here and could not be fetched.
     """
-    kernel = None if refresh else _cached(suite)
+    return _cached(suite) or fetch(suite)
+
+
+def fetch(suite: str) -> Kernel:
+    """Fetch the newest kernel of *suite*; the one fetched before stays until this one is whole.
+
+    Raises:
+        UnavailableError: It could not be had.
+    """
+    part = CACHE / f"{suite}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _fetch(suite, part)
+        # A name is given only to what is whole.
+        shutil.rmtree(CACHE / suite, ignore_errors=True)
+        part.rename(CACHE / suite)
+    except UnavailableError as error:
+        raise UnavailableError(f"{_META_PACKAGE} of {suite} could not be had from {_MIRROR}: {error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    kernel = _cached(suite)
     if kernel is None:
-        _fetch(suite)
-        kernel = _cached(suite)
-    if kernel is None:
-        raise UnavailableError(f"the package of {suite} holds no kernel image")
+        raise UnavailableError(f"{_META_PACKAGE} of {suite} holds no kernel image")
     return kernel
 
 
 def _cached(suite: str) -> Kernel | None:
     images = sorted((CACHE / suite).glob("vmlinuz-*"))
-    if not images:
+    modules = CACHE / suite / "modules"
+    if not images or not modules.is_dir():
         return None
     release = images[-1].name.removeprefix("vmlinuz-")
-    return Kernel(_short(release), release, images[-1])
+    return Kernel(_short(release), release, images[-1], tuple(sorted(modules.iterdir())))
 
 
 def _short(release: str) -> str:
@@ -101,27 +139,47 @@ def _version(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _fetch(suite: str) -> None:
-    """Fetch the newest kernel of *suite* with apt, whose own state and sources are left alone."""
+def _fetch(suite: str, folder: Path) -> None:
+    """Fetch into *folder* with apt, whose own state and sources are left alone."""
     for program in ("apt-get", "apt-cache", "dpkg"):
         if shutil.which(program) is None:
             raise UnavailableError(
                 f"kernels are fetched with {program}: on another distribution, pass --kernel=PATH/vmlinuz"
             )
-    folder = CACHE / suite
-    shutil.rmtree(folder, ignore_errors=True)
     apt = _Apt(folder / "apt", suite)
     apt.update()
-    packages = [name for name in apt.closure(_META_PACKAGE) if re.match(r"linux-(image|binary)-\d", name)]
+    packages = [name for name in apt.closure(_META_PACKAGE) if re.match(r"linux-(image|binary|modules)-\d", name)]
     unpacked = folder / "unpacked"
     for package in packages:
         subprocess.run(["dpkg", "-x", apt.download(package), unpacked], check=True)
     for image in [*unpacked.glob("boot/vmlinuz-*"), *unpacked.glob("usr/lib/modules/*/vmlinuz")]:
         release = image.parent.name if image.name == "vmlinuz" else image.name.removeprefix("vmlinuz-")
-        # A name is given only to what is whole.
         shutil.move(image, folder / f"vmlinuz-{release}")
+    (folder / "modules").mkdir()
+    for number, (name, module) in enumerate(_modules(unpacked)):
+        (folder / "modules" / f"{number:02}-{name}.ko").write_bytes(module)
     shutil.rmtree(unpacked)
     shutil.rmtree(folder / "apt")
+
+
+def _modules(unpacked: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the names and contents of _MODULES, each after those that it needs."""
+    paths = {path.name.partition(".")[0].replace("-", "_"): path for path in unpacked.rglob("*.ko*")}
+    seen: set[str] = set()
+
+    def with_needed(name: str) -> Iterator[tuple[str, bytes]]:
+        if name in seen or name not in paths:
+            return  # a module that is not there is built in, or not of this kernel
+        seen.add(name)
+        data = paths[name].read_bytes()
+        module = lzma.decompress(data) if paths[name].suffix == ".xz" else data
+        needed = re.search(rb"\0depends=([^\0]*)\0", module)
+        for other in needed[1].decode().split(",") if needed else ():
+            yield from with_needed(other.replace("-", "_"))
+        yield name, module
+
+    for name in _MODULES:
+        yield from with_needed(name.replace("-", "_"))
 
 
 class _Apt:
@@ -144,6 +202,8 @@ class _Apt:
             "Dir::State::lists": folder / "lists",
             "Dir::State::status": "/dev/null",
             "Dir::Cache": folder / "cache",
+            # Or it takes lists that it could not get for empty ones.
+            "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none",
             "Acquire::Retries": 5,
             # The folder is this user's, whom apt's own user may not be able to follow there.
@@ -160,7 +220,7 @@ class _Apt:
         found = [package]
         for name in found:
             told = self._run("apt-cache", "depends", "--no-recommends", "--no-suggests", name)
-            for needed in re.findall(r"Depends: (linux-(?:image|binary)-\S+)", told):
+            for needed in re.findall(r"Depends: (linux-(?:image|binary|modules)-\S+)", told):
                 if needed not in found:
                     found.append(needed)
         return found
@@ -179,3 +239,17 @@ class _Apt:
         if done.returncode:
             raise UnavailableError(f"{program} {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
+
+
+def main() -> None:
+    """Fetch the kernels to test on, and say which they are."""
+    try:
+        for suite in DEFAULT_SUITES:
+            kernel = fetch(suite)
+            print(f"{kernel.name}: {kernel.release} of {suite}")
+    except UnavailableError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

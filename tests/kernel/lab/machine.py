@@ -26,9 +26,8 @@ QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 1024
 DISK_MIB = 512
 
-# Emulated, a boot takes some seconds and the slowest test a minute: this much silence is a machine that stands still.
-BOOT_S = 90
-SILENCE_S = 240
+# Emulated, it takes some seconds from power to the first test, and next to nothing from one test to the next.
+BOOT_S = 120
 
 _PARAMETERS = (
     "console=ttyS0 quiet loglevel=4 psi=1 cryptomgr.notests mitigations=off audit=0 "
@@ -49,6 +48,10 @@ class Machine:
     Yields:
         A str for each line of its console, a dict for each message of the task (see tests/kernel/lab/inside.py).
 
+    Attributes:
+        console: All lines of it so far.
+        overdue: Whether it was switched off because its time was over.
+
     Raises:
         UnavailableError: A program or a kernel is missing.
     """
@@ -56,12 +59,12 @@ class Machine:
     def __init__(self, kernel: Kernel, command: Sequence[str], work: object = None) -> None:
         require()
         self.console: list[str] = []
-        self._heard_s = time.monotonic()
-        self._patience_s: float = BOOT_S
+        self.overdue = False
+        self.allow(BOOT_S)
         with ExitStack() as stack:
             CACHE.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="boot-")))
-            image.write_initrd(folder / "initrd", command, work)
+            image.write_initrd(folder / "initrd", kernel.modules, command, work)
             with (folder / "disk").open("wb") as disk:
                 disk.truncate(DISK_MIB * 2**20)
             self._messages_fd, write_fd = os.pipe()
@@ -75,7 +78,7 @@ class Machine:
             )
             os.close(write_fd)
             stack.enter_context(self._qemu)
-            stack.callback(self._end)
+            stack.callback(self.kill)
             self._resources = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -88,9 +91,15 @@ class Machine:
         """Switch it off. Twice is a no-op."""
         self._resources.close()
 
-    def began(self) -> None:
-        """It is up: from now on, be patient with it."""
-        self._patience_s = SILENCE_S
+    def kill(self) -> None:
+        """End it at once, from any thread: what iterates comes to its end."""
+        with suppress(ProcessLookupError):
+            self._qemu.kill()
+
+    def allow(self, seconds: float) -> None:
+        """Give it so long from now; what still runs then is switched off, whatever it says meanwhile."""
+        self._until_s = time.monotonic() + seconds
+        self._allowed_s = seconds
 
     def __iter__(self) -> Iterator[str | dict[str, Any]]:
         assert self._qemu.stdout is not None
@@ -99,10 +108,11 @@ class Machine:
             selector.register(console.fd, selectors.EVENT_READ, console)
             selector.register(messages.fd, selectors.EVENT_READ, messages)
             while selector.get_map():
-                ready = selector.select(self._patience_s)
-                if not ready:
-                    yield self._note(f"nothing was heard for {self._patience_s:.0f} s: the machine is switched off")
-                    self._end()
+                ready = selector.select(max(0, self._until_s - time.monotonic()))
+                if not self.overdue and time.monotonic() >= self._until_s:
+                    self.overdue = True
+                    yield self._note(f"switched off: it had {self._allowed_s:.0f} s")
+                    self.kill()
                 for key, _ in ready:
                     lines = key.data.read()
                     if lines is None:
@@ -114,10 +124,6 @@ class Machine:
     def _note(self, line: str) -> str:
         self.console.append(line)
         return line
-
-    def _end(self) -> None:
-        with suppress(ProcessLookupError):
-            self._qemu.kill()
 
 
 class _Lines:
