@@ -7,6 +7,7 @@ Here is the tree and what can be done with it; what happens when a limit stands 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -92,6 +93,7 @@ class Budget(BudgetCore):
     __slots__ = ("__weakref__", "_children", "_policy", "name", "parent")
 
     _kernel_root: Root = "/"  # whose process this tree accounts for
+    _follow_every_s = math.inf  # how often who waits should have the root _follow()
 
     def __init__(self, limit: Size | None = None, *, name: str = "budget", soft_limit: Size | None = None) -> None:
         self._open(None, name, limit, soft_limit)
@@ -199,11 +201,10 @@ class Budget(BudgetCore):
         return budget
 
     def _at(self, level: int) -> Budget:
-        """Return the budget *level* levels up."""
+        """Return the budget *level* levels up, the root for what is above it (of a ProcessBudget, in C)."""
         budget = self
         for _ in range(level):
-            assert budget.parent is not None
-            budget = budget.parent
+            budget = budget.parent or budget
         return budget
 
     # ------------------------------------------------------------------------------------------------ limits

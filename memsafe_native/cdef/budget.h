@@ -89,6 +89,9 @@ void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit);
 /* 1 once after this level passed its soft limit, else 0: the caller who gets the 1 does the telling. */
 int ms_budget_take_soft_passed(ms_budget *budget);
 
+/* A charge that passed a soft limit does not stand after all, and nobody was told: arm what it disarmed. */
+void ms_budget_rearm_untold(ms_budget *budget);
+
 /* Bytes until this level or an ancestor refuses: INT64_MAX where unlimited, 0 where over. */
 int64_t ms_budget_headroom(const ms_budget *budget);
 

@@ -374,6 +374,20 @@ def test_a_budget_with_a_quantum_is_exact_itself_and_seldom_asks_its_ancestors()
     assert root.used_bytes == 0
 
 
+def test_what_a_budget_with_a_quantum_refuses_itself_changes_nothing_above():
+    root, told = Budget(name="root", soft_limit=50), []
+    root.on_soft_limit(lambda budget: told.append(budget.used_bytes))
+    worker = root.child("worker", 10, quantum=64)
+    tight = root.child("wide", quantum=64).child("tight", 10)
+    for budget in (worker, tight):
+        with pytest.raises(BudgetExceededError) as refused:
+            budget.reserve(20)
+        assert refused.value.refused_by is budget
+        assert (root.used_bytes, root.peak_bytes, budget.parent.peak_bytes) == (0, 0, 0)
+    with root.reserve(60):
+        assert told == [60]
+
+
 def test_slack_refuses_nobody_and_keeps_nobody_waiting():
     root = Budget(1000, name="root")
     workers = [root.child(f"worker{i}", quantum=100) for i in range(3)]
@@ -464,6 +478,21 @@ def test_an_interrupt_in_a_soft_limit_callback_passes_through():
     with budget.reserve(1) as reservation, pytest.raises(KeyboardInterrupt):
         reservation.grow(10)
     assert budget.used_bytes == 0
+
+
+def test_an_interrupt_in_a_soft_limit_callback_leaves_a_reservation_as_large_as_it_was():
+    db = Budget(100, name="db", soft_limit=50)
+    reservation = db.reserve(10)
+
+    @db.on_soft_limit
+    def interrupt(budget):
+        raise KeyboardInterrupt
+
+    for change, size in ((reservation.grow, 80), (reservation.resize, 90), (reservation.grow, "80")):
+        with pytest.raises(KeyboardInterrupt):
+            change(size)
+        assert (reservation.size_bytes, db.used_bytes) == (10, 10)
+    reservation.release()
 
 
 def test_a_failing_soft_limit_callback_is_logged_and_the_reservation_stands(caplog):
