@@ -131,7 +131,8 @@ class ReclaimerEntry:
         inside = _Inside(self)
         try:
             with inside:
-                return parse_size(self.reclaimable(), what="what a reclaimer could free")
+                told = self.reclaimable()
+            return parse_size(told, what="what a reclaimer could free")
         except Exception:
             _log.exception("reclaimable() of the reclaimer %r failed", self.function)
             return None
@@ -160,10 +161,10 @@ class _Inside:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         with suppress(ValueError):  # a task that is collected ends in another context: there is nothing to reset
             _inside.reset(self._token)
-        return False
+        return None
 
 
 class _Asking(_Inside):
