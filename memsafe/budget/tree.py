@@ -406,6 +406,11 @@ class Budget(BudgetCore):
             budget._return_slack()
         return True
 
+    def _return_slack_below(self) -> None:
+        for child in self.children:
+            child._return_slack_below()
+            child._return_slack()
+
     def _raise_if_unusable(self) -> None:
         budget: Budget | None = self
         while budget is not None:
@@ -553,6 +558,8 @@ class Budget(BudgetCore):
     def _close_and_tell(self) -> int:
         if self.closed:
             return 0
+        if self._root()._policy.batched:
+            self._return_slack_below()  # it is nobody's
         consumers = self.top_consumers() if self.used_bytes else ()
         left_bytes = self._close_tree()
         told = self.parent is not None and any(above.closed for above in self.parent._upwards())
@@ -566,7 +573,10 @@ class Budget(BudgetCore):
         return left_bytes
 
     def _close_tree(self) -> int:
-        left_bytes = sum(child._close_tree() for child in self.children) + self._close()
+        # From the top down: that fails those who wait below before a child's closing could serve them.
+        left_bytes = self._close()
+        for child in self.children:
+            child._close_tree()
         dropped: tuple[reclaim.ReclaimerEntry, ...] = ()
         with policy.lock:
             if self._policy is not NO_POLICY:

@@ -65,7 +65,8 @@ int ms_budget_uncharge_existing(ms_budget *budget, int64_t n);
 int ms_budget_move(ms_budget *from, ms_budget *to, int64_t n, int *level);
 
 /* Close: later charges, and claims that wait, fail with -ESHUTDOWN. Returns the bytes that were still charged, which
- * the ancestors have got back; 0 when it was closed before. Close children first. */
+ * the ancestors have got back; 0 when it was closed before. Close a tree from the top down: then nobody who waits in it
+ * is served by what its closing gives back. */
 int64_t ms_budget_close(ms_budget *budget);
 
 /* 1 where this level or one above was closed, else 0. */

@@ -388,6 +388,17 @@ def test_what_a_budget_with_a_quantum_refuses_itself_changes_nothing_above():
         assert told == [60]
 
 
+def test_slack_below_a_budget_is_not_left_when_it_is_closed():
+    root = Budget(name="root")
+    db = root.child("db")
+    workers = [db.child(name, quantum=64) for name in "ab"]
+    for worker in workers:
+        worker.reserve(10).release()
+    assert db.used_bytes == 128
+    assert db.close() == 0
+    assert root.used_bytes == 0
+
+
 def test_slack_refuses_nobody_and_keeps_nobody_waiting():
     root = Budget(1000, name="root")
     workers = [root.child(f"worker{i}", quantum=100) for i in range(3)]

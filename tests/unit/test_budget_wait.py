@@ -157,6 +157,20 @@ def test_raising_a_limit_and_uncharging_serve_who_waits():
     root.uncharge(45)
 
 
+def test_closing_a_tree_serves_nobody_who_waits_in_it():
+    host = Budget(name="host")
+    db = host.child("db", 100)
+    held = db.child("first").reserve(51)
+    waiter = in_line(db.child("second"), 50)
+    with pytest.warns(ResourceWarning, match="51 B still charged: host/db/first 51 B"):
+        assert db.close() == 51
+    with pytest.raises(memsafe.BudgetClosedError):
+        waiter.outcome()
+    assert host.used_bytes == host.peak_bytes - 51 == 0
+    held.release()
+    assert host.used_bytes == 0
+
+
 def test_closing_a_sibling_serves_who_waits():
     root = Budget(100)
     sibling = root.child("sibling")
