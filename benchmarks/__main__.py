@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import budget, fork, importing, memkv, numpy, spawn, status
+from benchmarks import budget, fork, heap, importing, memkv, numpy, spawn, status
 from benchmarks.report import main
 
 MEASURES = {
     "budget": budget.measure,
+    "heap": heap.measure,
     "status": status.measure,
     "spawn": spawn.measure,
     "fork": fork.measure,

@@ -145,7 +145,8 @@ def _require_sound_dicts() -> None:
     """See whether a dict is sound after a refusal: in CPython 3.13.0 one that setdefault() could not grow is not."""
     global _sound_dicts
     if _sound_dicts is None:
-        account = heap.open(Budget(name="probe"))
+        budget = Budget(name="probe")
+        account = heap.open(budget)
         heap.enter(account)
         try:
             # As of a module of its own, because memsafe itself is never refused.

@@ -88,7 +88,7 @@ class Handler:
         outer = _scope.get()
         replaced = numpy_swap_handler(self.capsule)
         _scope.set(_Scope(self, outer, outer.base if outer else replaced))
-        _refusal.set(None)
+        _forget_refusal()
 
     def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function* inside a block of this handler: Thread(target=handler.run, args=(function, ...))."""
@@ -108,7 +108,7 @@ class Handler:
             numpy_swap_handler(left.handler.capsule if left else scope.base)
         if error is not None:
             _explain(error)
-        _refusal.set(None)
+        _forget_refusal()
 
     def __repr__(self) -> str:
         return f"<memsafe.numpy.Handler of {self.budget.path!r}>"
@@ -181,6 +181,11 @@ def _explain(error: BaseException) -> None:
         traceback = traceback.tb_next
     if (traceback.tb_frame.f_code, traceback.tb_lasti) == (refusal.code, refusal.instruction):
         error.__cause__ = refusal.error
+
+
+def _forget_refusal() -> None:
+    if _refusal.get() is not None:  # each variable that a context has makes NumPy's own look-ups there slower
+        _refusal.set(None)
 
 
 @cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Callable
 
     from memsafe._native import Claim
@@ -41,6 +41,7 @@ class Policy:
     """
 
     abort_reason: str | None = None
+    batched: weakref.WeakSet[Budget] | None = None
     entered = 0
     reclaimers: tuple[ReclaimerEntry, ...] = ()
     soft_callbacks: tuple[SoftLimitCallback, ...] = ()
@@ -53,7 +54,6 @@ class Policy:
     registry_prune_at = REGISTRY_MIN
 
     def __init__(self) -> None:
-        self.batched: weakref.WeakSet[Budget] = weakref.WeakSet()
         self.registry: list[weakref.ref[ReclaimerEntry]] = []
         self.claims: dict[Claim, float] = {}
 

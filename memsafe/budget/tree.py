@@ -163,7 +163,9 @@ class Budget(BudgetCore):
         budget._open(self, name, limit, soft_limit, quantum=quantum)
         with policy.lock:
             if quantum:
-                policy.of(self._root()).batched.add(budget)
+                known = policy.of(self._root())
+                known.batched = known.batched or weakref.WeakSet()
+                known.batched.add(budget)
             children = self._children = {} if self._children is None else self._children
             taken = children.get(name)
             sibling = taken() if taken else None
@@ -357,13 +359,15 @@ class Budget(BudgetCore):
 
     def _grow(self, reservation: Reservation, size: Size, timeout_s: float | None) -> None:
         more_bytes = self._parse_growth(reservation, size)
-        reservation.merge(_or_raise(wait.obtain(self, more_bytes, wait.parse_timeout(timeout_s))))
+        with _or_raise(wait.obtain(self, more_bytes, wait.parse_timeout(timeout_s))) as more:
+            reservation.merge(more)
 
     def _try_grow(self, reservation: Reservation, size: Size) -> bool:
         outcome = wait.obtain(self, self._parse_growth(reservation, size))
         if isinstance(outcome, Refusal):
             return False
-        reservation.merge(outcome)
+        with outcome as more:
+            reservation.merge(more)
         return True
 
     def _parse_growth(self, reservation: Reservation, size: Size) -> int:
@@ -398,13 +402,13 @@ class Budget(BudgetCore):
 
     def _collect_slack(self) -> bool:
         """Have every budget of the tree give its slack back; whether there are such budgets. self: the root."""
-        if not self._policy.batched:
+        if self._policy.batched is None:
             return False
         with policy.lock:
             batched = list(self._policy.batched)
         for budget in batched:
             budget._return_slack()
-        return True
+        return bool(batched)
 
     def _return_slack_below(self) -> None:
         for child in self.children:

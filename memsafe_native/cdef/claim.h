@@ -20,7 +20,7 @@ enum {
 
 /* An eventfd, and the claims that changed since they were taken: for an event loop with many of them. */
 ms_mailbox *ms_mailbox_new(void);             /* NULL with errno */
-void ms_mailbox_free(ms_mailbox *mailbox);    /* pre: no claim has it any more; NULL is allowed */
+void ms_mailbox_free(ms_mailbox *mailbox);    /* goes with the last claim that has it; NULL is allowed */
 int ms_mailbox_fd(const ms_mailbox *mailbox); /* readable while something may be there to take */
 
 /* Take one claim that changed: 1, and *token is that claim's; or 0, and fd is no longer readable. */
@@ -34,7 +34,8 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
  * child), -E2BIG (larger than a limit by now). */
 int ms_claim_state(const ms_claim *claim);
 
-/* Sleep until the claim is granted, fails or is nudged, at most timeout_ns. Returns 0, -ETIMEDOUT or -EINTR. */
+/* Sleep until the claim is granted, fails or is nudged, at most timeout_ns (below 2**62). Returns 0, -ETIMEDOUT or
+ * -EINTR. */
 int ms_claim_wait(ms_claim *claim, int64_t timeout_ns);
 
 /* Wake whoever waits for the claim: something happened that is worth a look. */

@@ -100,7 +100,7 @@ static int somebody_stands_in_line(ms_budget *budget)
 {
     for (ms_budget *above; (above = parent_of(budget));)
         budget = above;
-    return atomic_load(&budget->lined);
+    return atomic_load(&budget->in_line) != 0;
 }
 
 /* Take up to n bytes of slack; returns how many. */

@@ -24,13 +24,15 @@ struct ms_budget {
     _Atomic int64_t peak;
     _Atomic int64_t soft_above; /* passing it is told; INT64_MAX while disarmed */
     _Atomic int64_t soft_rearm; /* falling to it arms again; -1 while armed */
-    ptrdiff_t parent;           /* bytes from here to the parent, 0 at the root */
-    _Atomic uint32_t waiting;   /* claims that are held up here; written under the lock of the line */
-    uint8_t depth : 7;          /* 0 at the root */
-    uint8_t batched : 1;        /* it is a struct batched_budget */
+    union {
+        ptrdiff_t parent;        /* bytes from here to the parent; where depth is not 0 */
+        _Atomic int64_t in_line; /* at the root: claims that stand in line; written under its lock */
+    };
+    _Atomic uint32_t waiting; /* claims that are held up here; written under the lock of the line */
+    uint8_t depth : 7;        /* 0 at the root */
+    uint8_t batched : 1;      /* it is a struct batched_budget */
     _Atomic uint8_t aborted;
     _Atomic uint8_t soft_passed; /* 1 until somebody takes it */
-    _Atomic uint8_t lined;       /* at the root: somebody stands in line; written under the lock of the line */
 
     _Atomic int64_t limit; /* written under the lock of the line, as gate is */
     _Atomic int64_t soft_limit;
@@ -52,7 +54,7 @@ _Static_assert(offsetof(struct ms_budget, limit) <= 56 && sizeof(struct ms_budge
 
 static inline ms_budget *parent_of(const ms_budget *budget)
 {
-    return budget->parent ? (ms_budget *)((uintptr_t)budget + (uintptr_t)budget->parent) : NULL;
+    return budget->depth ? (ms_budget *)((uintptr_t)budget + (uintptr_t)budget->parent) : NULL;
 }
 
 /* What a charge is measured by. */

@@ -30,6 +30,7 @@ struct ms_claim {
 struct ms_mailbox {
     ms_claim *first;
     int fd;
+    uint32_t users; /* its maker and its claims */
 };
 
 /* Guards every field above but the atomic ones, and in budgets what their declaration says. */
@@ -82,7 +83,7 @@ static void forget_everyone(void)
             root = at;
         }
         root->first = NULL;
-        atomic_store(&root->lined, 0);
+        atomic_store(&root->in_line, 0);
         claim->in[LINE].previous = NULL;
         claim->held_up = NULL;
         if (atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
@@ -156,8 +157,7 @@ static void leave_line(ms_claim *claim, ms_budget *root)
 {
     hold_up(claim, NULL);
     take_out(&root->first, claim, LINE);
-    if (!root->first)
-        atomic_store(&root->lined, 0);
+    atomic_fetch_sub(&root->in_line, 1);
 }
 
 static void leave(ms_claim *claim, ms_budget *root, int state)
@@ -211,8 +211,17 @@ static ms_budget *attempt(ms_claim *claim, ms_budget *root)
     }
 }
 
-/* The topmost level of the claim's path that an earlier one in line was found to wait for, this time. */
-static ms_budget *level_before(ms_claim *claim)
+/* Serve one claim, which those before it hold up at a level, or not (NULL). Returns as attempt(). */
+static ms_budget *consider(ms_claim *claim, ms_budget *root, ms_budget *level)
+{
+    if (!level)
+        return attempt(claim, root);
+    hold_up(claim, level);
+    return level;
+}
+
+/* The topmost level of the claim's path that this look along the line found full. */
+static ms_budget *full_level(const ms_claim *claim)
 {
     ms_budget *found = NULL;
     for (ms_budget *at = claim->budget; at; at = parent_of(at))
@@ -221,20 +230,29 @@ static ms_budget *level_before(ms_claim *claim)
     return found;
 }
 
-/* Look along the line of a tree, first to last. Nobody passes a root that is full. */
+/* Look along the line of a tree, first to last. Nobody passes a root that is full, nor what holds up all of them. */
 static void serve(ms_budget *root)
 {
     turns++;
     for (ms_claim *claim = root->first, *next; claim && root->turn != turns; claim = next) {
         next = claim->in[LINE].next;
-        ms_budget *level = level_before(claim);
-        if (level)
-            hold_up(claim, level);
-        else
-            level = attempt(claim, root);
-        if (level)
-            level->turn = turns;
+        ms_budget *level = consider(claim, root, full_level(claim));
+        if (!level)
+            continue;
+        level->turn = turns;
+        if (atomic_load(&level->waiting) == atomic_load(&root->in_line))
+            break;
     }
+}
+
+/* The topmost level of the claim's path that holds up somebody. */
+static ms_budget *waited_level(const ms_claim *claim)
+{
+    ms_budget *found = NULL;
+    for (ms_budget *at = claim->budget; at; at = parent_of(at))
+        if (atomic_load(&at->waiting))
+            found = at;
+    return found;
 }
 
 void ms_line_serve(ms_budget *budget)
@@ -293,16 +311,16 @@ ms_claim *ms_claim_new(ms_budget *budget, int64_t n, ms_mailbox *mailbox, uint64
     claim->n = n;
     lock();
     ms_budget *root = root_of(budget);
+    if (mailbox)
+        mailbox->users++;
     append(&everyone, claim, EVERYONE);
     append(&root->first, claim, LINE);
-    atomic_store(&root->lined, 1);
+    atomic_fetch_add(&root->in_line, 1);
     int error = hopeless(claim);
     if (error)
         leave(claim, root, error);
     else
-        serve(root);
-    if (!claim->held_up && atomic_load(&claim->state) == MS_CLAIM_IN_LINE)
-        hold_up(claim, root); /* which is full: the look did not get to the end */
+        consider(claim, root, waited_level(claim));
     unlock();
     return claim;
 }
@@ -347,19 +365,28 @@ static int64_t add_saturated(int64_t a, int64_t b)
     return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
 }
 
+static int is_below(const ms_budget *budget, const ms_budget *above)
+{
+    while (budget && budget != above)
+        budget = parent_of(budget);
+    return budget != NULL;
+}
+
 int64_t ms_claim_shortfall(ms_claim *claim, int *level)
 {
     int64_t need = 0;
     lock();
-    ms_budget *at = claim->held_up;
+    /* Not held_up: where a full root ended the look, that of those behind is as it was before. */
+    ms_budget *at = claim->held_up ? waited_level(claim) : NULL;
     if (at) {
+        ms_claim *first = root_of(at)->first;
         int up = 0;
         for (ms_budget *below = claim->budget; below != at; below = parent_of(below))
             up++;
         for (ms_claim *other = claim;; other = other->in[LINE].previous) {
-            if (other->held_up == at)
+            if (is_below(other->budget, at))
                 need = add_saturated(need, other->n);
-            if (other == root_of(at)->first)
+            if (other == first)
                 break;
         }
         need = add_saturated(need, COUNT(atomic_load(&at->used)) - atomic_load(&at->limit));
@@ -370,6 +397,19 @@ int64_t ms_claim_shortfall(ms_claim *claim, int *level)
     }
     unlock();
     return need;
+}
+
+void ms_mailbox_free(ms_mailbox *mailbox)
+{
+    if (!mailbox)
+        return;
+    lock();
+    int last = --mailbox->users == 0;
+    unlock();
+    if (last) {
+        close(mailbox->fd);
+        free(mailbox);
+    }
 }
 
 int ms_claim_end(ms_claim *claim, int *soft_passed)
@@ -387,6 +427,7 @@ int ms_claim_end(ms_claim *claim, int *soft_passed)
     unlock();
     if (state == MS_CLAIM_GRANTED && soft_passed)
         *soft_passed = claim->soft_passed;
+    ms_mailbox_free(claim->mailbox);
     ms_budget_unref(claim->budget);
     free(claim);
     return state;
@@ -397,20 +438,13 @@ ms_mailbox *ms_mailbox_new(void)
     ms_mailbox *mailbox = calloc(1, sizeof *mailbox);
     if (!mailbox)
         return NULL;
+    mailbox->users = 1;
     mailbox->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (mailbox->fd < 0) {
         free(mailbox);
         return NULL;
     }
     return mailbox;
-}
-
-void ms_mailbox_free(ms_mailbox *mailbox)
-{
-    if (!mailbox)
-        return;
-    close(mailbox->fd);
-    free(mailbox);
 }
 
 int ms_mailbox_fd(const ms_mailbox *mailbox)

@@ -5,7 +5,6 @@
  * come from. The hooks are installed once and never removed: a block may be freed long after the last guard. */
 #include <Python.h>
 
-#include <dlfcn.h>
 #include <malloc.h>
 #include <string.h>
 
@@ -23,15 +22,7 @@ enum {
     BEARABLE_BYTES = 8 << 20,       /* they are refused only once the limit was passed by this much */
 };
 
-/* PyMemAllocatorEx and PyObjectArenaAllocator. */
-struct block_allocator {
-    void *context;
-    void *(*malloc)(void *context, size_t size);
-    void *(*calloc)(void *context, size_t count, size_t size);
-    void *(*realloc)(void *context, void *block, size_t size);
-    void (*free)(void *context, void *block);
-};
-
+/* PyObjectArenaAllocator. */
 struct arena_allocator {
     void *context;
     void *(*alloc)(void *context, size_t size);
@@ -42,14 +33,14 @@ static struct {
     const char *(*name)(void); /* of the allocator that serves; NULL: none of CPython's own */
     void *(*raw_malloc)(size_t size);
     void (*raw_free)(void *block);
-    void (*get_blocks)(int domain, struct block_allocator *allocator);
-    void (*set_blocks)(int domain, const struct block_allocator *allocator);
+    void (*get_blocks)(int domain, struct ms_block_allocator *allocator);
+    void (*set_blocks)(int domain, const struct ms_block_allocator *allocator);
     void (*get_arenas)(struct arena_allocator *allocator);
     void (*set_arenas)(const struct arena_allocator *allocator);
 } python;
 
 /* What served before; written once, before the hooks can be called. */
-static struct block_allocator blocks;
+static struct ms_block_allocator blocks;
 static struct arena_allocator arenas;
 static bool installed;
 
@@ -173,19 +164,14 @@ static void arena_free(void *Py_UNUSED(context), void *arena, size_t size)
 
 /* ------------------------------------------------------------------------------------------------ installing them */
 
-static bool find(void *function, const char *name)
-{
-    void *address = dlsym(RTLD_DEFAULT, name);
-    memcpy(function, &address, sizeof address);
-    return address != NULL;
-}
-
 static bool find_all(void)
 {
-    return find(&python.name, "_PyMem_GetCurrentAllocatorName") && find(&python.raw_malloc, "PyMem_RawMalloc") &&
-           find(&python.raw_free, "PyMem_RawFree") && find(&python.get_blocks, "PyMem_GetAllocator") &&
-           find(&python.set_blocks, "PyMem_SetAllocator") && find(&python.get_arenas, "PyObject_GetArenaAllocator") &&
-           find(&python.set_arenas, "PyObject_SetArenaAllocator");
+    return ms_heap_find(&python.name, "_PyMem_GetCurrentAllocatorName") &&
+           ms_heap_find(&python.raw_malloc, "PyMem_RawMalloc") && ms_heap_find(&python.raw_free, "PyMem_RawFree") &&
+           ms_heap_find(&python.get_blocks, "PyMem_GetAllocator") &&
+           ms_heap_find(&python.set_blocks, "PyMem_SetAllocator") &&
+           ms_heap_find(&python.get_arenas, "PyObject_GetArenaAllocator") &&
+           ms_heap_find(&python.set_arenas, "PyObject_SetArenaAllocator");
 }
 
 static void install_hooks(void)
@@ -195,7 +181,7 @@ static void install_hooks(void)
     python.get_arenas(&arenas);
     python.set_arenas(&(struct arena_allocator){.alloc = arena_alloc, .free = arena_free});
     python.get_blocks(RAW_DOMAIN, &blocks);
-    python.set_blocks(RAW_DOMAIN, &(struct block_allocator){
+    python.set_blocks(RAW_DOMAIN, &(struct ms_block_allocator){
                                       .malloc = block_malloc,
                                       .calloc = block_calloc,
                                       .realloc = block_realloc,

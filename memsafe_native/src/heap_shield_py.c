@@ -5,7 +5,16 @@
 #include <stdatomic.h>
 #include <string.h>
 
-static void *(*thread_state)(void); /* the current one, NULL where there is none; never an error */
+enum { MEMORY_DOMAIN = 1, OBJECT_DOMAIN = 2 }; /* PYMEM_DOMAIN_MEM, PYMEM_DOMAIN_OBJ: pymalloc's */
+
+static struct {
+    void *(*thread_state)(void); /* the current one, NULL where there is none; never an error */
+    void *(*raw_malloc)(size_t size);
+    void *(*raw_calloc)(size_t count, size_t size);
+    void (*get_blocks)(int domain, struct ms_block_allocator *allocator);
+    void (*set_blocks)(int domain, const struct ms_block_allocator *allocator);
+} python;
+
 static PyObject *f_globals_name, *module_name_name;
 static _Atomic int stopped;
 
@@ -19,7 +28,7 @@ static _Thread_local struct {
 
 void ms_heap_shield_enter(void)
 {
-    here.state = thread_state();
+    here.state = python.thread_state();
     here.entered++;
 }
 
@@ -34,7 +43,7 @@ void ms_heap_shield_leave(void)
 bool ms_heap_is_refusable(void)
 {
     return here.entered && !here.shielded && !here.collecting &&
-           !atomic_load_explicit(&stopped, memory_order_relaxed) && thread_state() == here.state;
+           !atomic_load_explicit(&stopped, memory_order_relaxed) && python.thread_state() == here.state;
 }
 
 /* ------------------------------------------------------------------------------------ told by the innermost frame */
@@ -76,16 +85,45 @@ static bool frame_is_machinery(PyObject *frame)
     return found;
 }
 
+/* pymalloc asks us in the middle of making an arena, and must not be entered again from there: it would lose the arena
+ * that it makes for the inner call. malloc serves as well: pymalloc
+ * frees what is not its own by it. */
+static void *raw_malloc(void *Py_UNUSED(context), size_t size)
+{
+    return python.raw_malloc(size);
+}
+
+static void *raw_calloc(void *Py_UNUSED(context), size_t count, size_t size)
+{
+    return python.raw_calloc(count, size);
+}
+
+/* Until it is set back. The context stays: who reads while we write (an interpreter with a GIL of its own) gets what
+ * works with the old functions and with the new. */
+static struct ms_block_allocator keep_out(int domain)
+{
+    struct ms_block_allocator before, around;
+    python.get_blocks(domain, &before);
+    around = before;
+    around.malloc = raw_malloc;
+    around.calloc = raw_calloc;
+    python.set_blocks(domain, &around);
+    return before;
+}
+
 bool ms_heap_machinery_runs(void)
 {
     PyObject *type, *value, *traceback;
     here.shielded++;
     int collects = PyGC_Disable();
+    struct ms_block_allocator memory = keep_out(MEMORY_DOMAIN), objects = keep_out(OBJECT_DOMAIN);
     PyErr_Fetch(&type, &value, &traceback);
     PyObject *frame = current_frame();
     bool found = frame_is_machinery(frame);
     Py_XDECREF(frame);
     PyErr_Restore(type, value, traceback);
+    python.set_blocks(OBJECT_DOMAIN, &objects);
+    python.set_blocks(MEMORY_DOMAIN, &memory);
     if (collects)
         PyGC_Enable();
     here.shielded--;
@@ -191,15 +229,23 @@ static bool wrap_compilers(void)
     return true;
 }
 
+bool ms_heap_find(void *function, const char *name)
+{
+    void *address = dlsym(RTLD_DEFAULT, name);
+    memcpy(function, &address, sizeof address);
+    return address != NULL;
+}
+
 bool ms_heap_shield_start(void)
 {
-    void *address = dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked"); /* since 3.13 */
-    if (!address)
-        address = dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet");
-    memcpy(&thread_state, &address, sizeof address);
     f_globals_name = PyUnicode_InternFromString("f_globals");
     module_name_name = PyUnicode_InternFromString("__name__");
-    return address && f_globals_name && module_name_name && wrap_compilers();
+    return f_globals_name && module_name_name &&
+           (ms_heap_find(&python.thread_state, "PyThreadState_GetUnchecked") || /* since 3.13 */
+            ms_heap_find(&python.thread_state, "_PyThreadState_UncheckedGet")) &&
+           ms_heap_find(&python.raw_malloc, "PyMem_RawMalloc") && ms_heap_find(&python.raw_calloc, "PyMem_RawCalloc") &&
+           ms_heap_find(&python.get_blocks, "PyMem_GetAllocator") &&
+           ms_heap_find(&python.set_blocks, "PyMem_SetAllocator") && wrap_compilers();
 }
 
 /* ------------------------------------------------------------------------------- what memsafe.heap hangs up */

@@ -7,6 +7,18 @@
 
 #include "ms.h"
 
+/* PyMemAllocatorEx. */
+struct ms_block_allocator {
+    void *context;
+    void *(*malloc)(void *context, size_t size);
+    void *(*calloc)(void *context, size_t count, size_t size);
+    void *(*realloc)(void *context, void *block, size_t size);
+    void (*free)(void *context, void *block);
+};
+
+/* Set *function, a pointer to a function, to what this Python exports under a name; returns whether it does. */
+bool ms_heap_find(void *function, const char *name);
+
 /* Prepare, once a process; returns false where this Python is not as we know it. Needs the GIL. */
 bool ms_heap_shield_start(void);
 
@@ -20,8 +32,8 @@ void ms_heap_shield_leave(void);
 /* Whether the calling thread may be refused now, as far as that is told at no cost. Needs no GIL. */
 bool ms_heap_is_refusable(void);
 
-/* Whether code runs that must not be left half-way. Allocates, runs no Python, costs a microsecond: ask last.
- * pre: ms_heap_is_refusable(). */
+/* Whether code runs that must not be left half-way. Runs no Python, costs a microsecond: ask last. It may be asked from
+ * inside of pymalloc, and does not enter it. pre: ms_heap_is_refusable(). */
 bool ms_heap_machinery_runs(void);
 
 #endif

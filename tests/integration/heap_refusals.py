@@ -85,9 +85,9 @@ def use_csv(salt):
 
 
 def use_decimal(salt):
-    with decimal.localcontext(decimal.Context(prec=400)):
+    with decimal.localcontext(decimal.Context(prec=1500)):
         root = decimal.Decimal(salt + 2).sqrt()
-        return str(root * root), str(root**37), str(1 / root), str((root * 10).exp())
+        return str(root * root), str(root**9), str(1 / root)
 
 
 def use_dataclasses(salt):
@@ -129,11 +129,10 @@ def use_asyncio(salt):
 
 
 def describe(code):
-    """Equal for equal code, also where a constant is not equal to itself."""
-    constants = [
-        describe(constant) if isinstance(constant, types.CodeType) else repr(constant) for constant in code.co_consts
-    ]
-    return code.co_code, code.co_names, code.co_varnames, code.co_linetable, constants
+    """Equal for equal code, also where a constant is not equal to itself, or its order a matter of luck."""
+    if isinstance(code, types.CodeType):
+        return code.co_code, code.co_names, code.co_varnames, code.co_linetable, [*map(describe, code.co_consts)]
+    return sorted(map(repr, code)) if isinstance(code, frozenset) else repr(code)
 
 
 def use_ast(salt):

@@ -117,11 +117,6 @@ def blocks():
         assert current_budget() is budget
 
 
-def arrays():
-    with Budget() as budget, budget.numpy():
-        numpy.empty(10_000).resize(20_000)
-
-
 def aborts():
     root, child = tree()
     child.abort("over")
@@ -157,6 +152,31 @@ def waiting_tasks():
     runner.run(main())
 
 
+def memory_of_its_own():
+    root, child = tree()
+    root.limit_bytes = child.limit_bytes = "1 MiB"
+    with child.map(100_000, committed=False) as region:
+        region.commit(0, 8192)
+        region.view(0, 10)[0] = 1
+        region.advise("random")
+        region.decommit(4096, 4096)
+        with contextlib.suppress(BudgetExceededError):
+            child.map("2 MiB")
+    with child.map(1, shared=True, guard_pages=True) as region:
+        region.fileno()
+
+
+def arrays():
+    _root, child = tree()
+    with child.numpy():
+        array = numpy.ones(10)
+        array.resize(20, refcheck=False)
+        with contextlib.suppress(MemoryError):
+            numpy.ones(1000)
+        with contextlib.suppress(MemoryError):
+            array.resize(1000, refcheck=False)
+
+
 def processes():
     budget = Budget.for_process()
     call(budget, "explain", "fraction", "limit_bytes")
@@ -165,7 +185,8 @@ def processes():
 
 CASES = {
     budget_reads: 1, budget_takes_and_gives: 1, budget_settings: 1, reclaiming: 1, refusals: 0.3,
-    reservation_changes: 1, blocks: 1, arrays: 1, aborts: 1, waiting_threads: 0.3, waiting_tasks: 0.3, processes: 0.1,
+    reservation_changes: 1, blocks: 1, aborts: 1, waiting_threads: 0.3, waiting_tasks: 0.3, processes: 0.1,
+    memory_of_its_own: 1, arrays: 1,
 }  # fmt: skip
 
 

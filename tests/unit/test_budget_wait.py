@@ -191,6 +191,32 @@ def test_grow_waits_too():
         assert reservation.size_bytes == 70
 
 
+def test_a_reservation_that_was_released_or_moved_while_it_waited_to_grow():
+    root = Budget(name="root")
+    budget, other = root.child("budget", 100), root.child("other", 100)
+    for change in ("release", "move", "move to no room"):
+        held, reservation = budget.reserve(50), budget.reserve(30)
+        waiting = in_line(budget, 40, call=reservation.grow)
+        other.limit_bytes = 60 if change == "move to no room" else 100
+        if change == "release":
+            reservation.release()
+        else:
+            reservation.move_to(other)
+        held.release()
+        if change == "release":
+            with pytest.raises(memsafe.ReservationClosedError):
+                waiting.outcome()
+        elif change == "move":
+            waiting.outcome()
+            assert (reservation.size_bytes, other.used_bytes) == (70, 70)
+        else:
+            with pytest.raises(BudgetExceededError):
+                waiting.outcome()
+            assert (reservation.size_bytes, other.used_bytes) == (30, 30)
+        reservation.release()
+        assert root.used_bytes == 0
+
+
 def test_a_timeout_is_a_refusal_that_says_how_long_who_holds_and_who_waits():
     budget = Budget(100, name="db")
     left, right = budget.child("left"), budget.child("right")

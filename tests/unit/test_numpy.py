@@ -182,6 +182,19 @@ def test_what_was_freed_just_now_is_there_for_anybody():
     assert (root.used_bytes, root.peak_bytes) == (0, 80)
 
 
+def test_a_freed_array_serves_who_waits_for_its_bytes():
+    budget = Budget(8000)
+    with budget.numpy(), ThreadPoolExecutor(1) as pool:
+        array = np.empty(999)
+        np.empty(1)
+        waiting = pool.submit(lambda: budget.reserve(8000, timeout_s=60).release())
+        while not budget.waiting:
+            assert not waiting.done()
+        del array
+        waiting.result()
+        assert budget.used_bytes == 0
+
+
 def test_a_freed_array_leaves_no_room_beyond_what_was_decided_since():
     budget = Budget(name="db")
     handler = budget.numpy()

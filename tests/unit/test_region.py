@@ -523,7 +523,7 @@ def churn():
         region.decommit(0, 32 << 12)
 threads = [threading.Thread(target=churn, daemon=True) for _ in range(2)]
 for thread in threads: thread.start()
-for _ in range(50):
+for _ in range(20):
     pid = os.fork()
     if pid == 0:
         region.commit(32 << 12, 4 << 12)
