@@ -303,6 +303,24 @@ def test_a_name_that_cannot_be_part_of_a_path_is_a_value_error(name):
         Budget(name=name)
 
 
+def test_a_name_may_be_taken_again_while_its_closing_is_under_way(monkeypatch):
+    db, again, children = Budget(name="db"), [], Budget.children
+    old = db.child("cache")
+
+    def take_it_first(budget):
+        if budget is old and old.closed and not again:
+            again.append(db.child("cache"))
+        return children.fget(budget)
+
+    monkeypatch.setattr(Budget, "children", property(take_it_first))
+    old.close()
+    assert len(again) == 1
+    assert db.children == (again[0],)
+    with pytest.raises(ValueError, match="already has a child"):
+        db.child("cache")
+    db.close()  # before the patch goes: CPython 3.11 crashes where __del__ runs in the middle of that
+
+
 def test_depth_is_bounded():
     budget = Budget()
     for _ in range(63):

@@ -127,6 +127,14 @@ def test_it_is_a_share_of_what_the_tightest_constraint_leaves_the_process(kernel
     assert budget.explain() in str(budget.report())
 
 
+def test_what_the_process_has_swapped_out_is_its_own(kernel):
+    before_bytes = Budget.for_process(1.0, root=kernel.root).limit_bytes
+    kernel.process.set(swap="30 MiB")
+    budget = Budget.for_process(1.0, root=kernel.root)
+    assert budget.limit_bytes - before_bytes == 30 * MIB
+    assert budget.report().drift.anonymous_bytes == 180 * MIB
+
+
 def test_an_rlimit_counts_what_it_counts(kernel):
     kernel.process.set(data_limit="200 MiB", data_vm="180 MiB")
     assert Budget.for_process(1.0, root=kernel.root).limit_bytes == 200 * MIB

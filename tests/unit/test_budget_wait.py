@@ -403,6 +403,16 @@ def test_an_interrupt_at_any_moment_loses_nothing_though_its_traceback_is_kept(c
     cache.release()
 
 
+def test_whoever_left_the_line_without_a_word_is_forgotten_by_the_next_look():
+    db = Budget(100, name="db")
+    with db.reserve(100):
+        with db._stand_in_line(10, 0, 0) as claim:
+            wait._claims_of(db)[claim] = time.monotonic()
+            assert len(refusal.waiters_for(db)) == 1
+        assert refusal.waiters_for(db) == ()
+    assert not db._policy.claims
+
+
 def test_a_signal_handler_that_returns_does_not_end_the_wait():
     budget, heard = Budget(100), []
     held = budget.reserve(90)
