@@ -15,6 +15,7 @@ import uvloop
 
 import memsafe
 from memsafe import Budget, BudgetExceededError
+from memsafe._native import ffi, lib
 from memsafe.budget import refusal, wait
 
 FOR_EVER_S = 60.0  # long enough that nobody sees the end of it
@@ -718,3 +719,18 @@ def test_abort_wakes_tasks():
                 await waiting
 
     run(main())
+
+
+def test_what_is_missing_does_not_count_those_who_wait_elsewhere():
+    db = Budget(name="db")
+    left, right = db.child("left", 50), db.child("right", 50)
+    with left.reserve(50), right.reserve(50), left._stand_in_line(30, 0, 0), right._stand_in_line(10, 0, 0) as claim:
+        assert claim.shortfall() == (0, 10)
+
+
+def test_a_claim_that_has_left_is_in_no_mail():
+    db, token = Budget(100, name="db"), ffi.new("uint64_t *")
+    mailbox = ffi.gc(lib.ms_mailbox_new(), lib.ms_mailbox_free)
+    with db._stand_in_line(10, int(ffi.cast("uintptr_t", mailbox)), 7) as claim:  # granted at once, which is told
+        assert not claim.in_line
+    assert not lib.ms_mailbox_take(mailbox, token)
