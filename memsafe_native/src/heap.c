@@ -72,10 +72,12 @@ static int64_t all_credit(void)
     return bytes;
 }
 
-static int64_t positive(int64_t count)
+static int64_t positive(int64_t bytes)
 {
-    return count > 0 ? count : 0; /* what was there before the counting began may be freed */
+    return bytes > 0 ? bytes : 0;
 }
+
+/* The count may be negative: what was there before the counting began may be freed. */
 
 /* What is allocated and what the threads have for their next allocations. */
 static int64_t count_ahead(void)
@@ -181,19 +183,25 @@ static int charge(struct account *account, int64_t bytes)
     return result;
 }
 
+/* By how much the account lags behind what is allocated and size bytes more; 0 where it does not: other threads, whose
+ * credit was counted as well, free meanwhile. */
+static int64_t lag(const struct account *account, int64_t size)
+{
+    return positive(count_now() + size - account->booked);
+}
+
 /* Book up to the count and a little more where the limit allows it: ahead, in whole quanta, else to the byte; size is
  * still to be counted. Returns as ms_budget_charge. */
 static int book(struct account *account, int64_t size)
 {
-    int result = charge(account, whole_quanta(count_ahead() + size) - account->booked);
+    int64_t bytes = positive(whole_quanta(count_ahead() + size) - account->booked);
+    int result = charge(account, bytes);
     account->tight = result == -ENOMEM;
     if (account->tight) {
-        int64_t bytes = count_now() + size - account->booked;
-        if (bytes <= 0)
-            return 0; /* only ahead, by the credit of other threads */
+        bytes = lag(account, size);
         result = charge(account, bytes);
     }
-    if (result >= 0)
+    if (result >= 0 && bytes)
         account->pardoned = 0;
     return result;
 }
@@ -203,7 +211,7 @@ static int book_whatever_the_limit(struct account *account)
     int result = book(account, 0);
     if (result != -ENOMEM)
         return result;
-    int64_t bytes = count_now() - account->booked;
+    int64_t bytes = lag(account, 0);
     result = ms_budget_charge_existing(account->budget, bytes, NULL);
     if (result >= 0) {
         account->booked += bytes;
