@@ -73,6 +73,7 @@ static bool refused(size_t size, int64_t bearable_bytes)
 {
     if (MS_LIKELY(ms_heap_fits(size)) || !ms_heap_is_refusable() || size > INT64_MAX)
         return false;
+    ms_pocket_empty(); /* the GIL is held: it is refusable */
     int told, account = ms_heap_refuser((int64_t)size, bearable_bytes, &told);
     tell(told);
     if (account < 0 || ms_heap_machinery_runs())
