@@ -72,9 +72,9 @@ int64_t ms_budget_close(ms_budget *budget);
 /* 1 where this level or one above was closed, else 0. */
 int ms_budget_is_closed(const ms_budget *budget);
 
-/* 1 where nobody could notice if bytes of this budget were given back a little later: at no level is a charge refused
- * for now, because it was closed or aborted, is at or over its limit, or somebody waits there, nor a soft limit to be
- * armed again; else 0. */
+/* 1 where nobody could notice if bytes of this budget were given back a little later: nobody stands in line anywhere in
+ * its tree (who is held up elsewhere may come to wait here next), and at no level is a charge refused for now, because
+ * it was closed or aborted, is at or over its limit, nor a soft limit to be armed again; else 0. */
 int ms_budget_may_lag(const ms_budget *budget);
 
 /* Set a limit: takes effect for the next charge, whatever is used; who waits in line and fits now is served, who is

@@ -393,13 +393,14 @@ int ms_budget_is_closed(const ms_budget *budget)
 
 int ms_budget_may_lag(const ms_budget *budget)
 {
-    for (; budget; budget = parent_of(budget)) {
+    for (const ms_budget *above;; budget = above) {
         uint64_t word = atomic_load_explicit(&budget->used, memory_order_relaxed);
         if (word & CLOSED || COUNT(word) >= atomic_load_explicit(&budget->gate, memory_order_relaxed) ||
             atomic_load_explicit(&budget->soft_rearm, memory_order_relaxed) >= 0)
             return 0;
+        if (!(above = parent_of(budget)))
+            return atomic_load_explicit(&budget->in_line, memory_order_relaxed) == 0;
     }
-    return 1;
 }
 
 void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit)

@@ -12,6 +12,7 @@ import sys
 import threading
 import tracemalloc
 
+import numpy as np
 import pytest
 
 import memsafe
@@ -361,6 +362,18 @@ def hooks_that_were_put_away_are_noticed():
         guard_python_heap("1 GiB").__enter__()
 
 
+def an_array_that_was_freed_just_now_is_room_for_objects():
+    root = Budget(name="root")
+    heap, arrays = root.child("heap"), root.child("arrays")
+    with guard_python_heap(heap) as guard, arrays.numpy():
+        array = np.empty(60 << 10, "u1")
+        root.limit_bytes = guard.heap_bytes + array.nbytes + MIB
+        del array  # and nobody looks at a budget until
+        kept = bytes(MIB + (30 << 10))
+        assert guard.refusals == 0
+        del kept
+
+
 SCENARIOS = [
     the_whole_heap_is_charged_and_given_back,
     refusals_are_single_and_in_steps,
@@ -378,6 +391,7 @@ SCENARIOS = [
     subinterpreters_are_not_refused,
     asyncio_goes_on,
     tracemalloc_may_begin_and_end_inside,
+    an_array_that_was_freed_just_now_is_room_for_objects,
     hooks_that_were_put_away_are_noticed,
 ]
 
