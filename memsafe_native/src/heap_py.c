@@ -79,6 +79,7 @@ static bool is_refused(size_t size, int64_t bearable_bytes)
 {
     if (!ms_heap_is_refusable() || size > INT64_MAX)
         return false;
+    ms_pocket_empty(); /* the GIL is held: it is refusable */
     int told, account = ms_heap_refuser((int64_t)size, bearable_bytes, &told);
     tell(told);
     if (account < 0 || ms_heap_machinery_runs())

@@ -1,5 +1,6 @@
 """The memory that a monitor holds for its next look."""
 
+import queue
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from memsafe import PressureMonitor, Thresholds
+from memsafe.pressure.hub import Hub
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.testing import FakeKernel
 
@@ -32,18 +34,26 @@ def test_it_holds_every_size_and_gives_all_back():
         assert held_bytes(reserve) == 0
 
 
-def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_bytes_are_at_stake(tmp_path):
+def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_bytes_are_at_stake(
+    tmp_path, monkeypatch
+):
+    provide = Hub.provide
+
+    def tell(hub, status):
+        provide(hub, status)
+        provided.put(held_bytes(hub._reserve) > 0)
+
+    monkeypatch.setattr(Hub, "provide", tell)
     machine = FakeKernel(tmp_path)
     machine.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
     quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=0)
     holds = []
     for left_bytes in (64 * MIB, 4 * MIB, 0, 64 * MIB):
         machine.cgroup("/app").usage = 128 * MIB - left_bytes
+        provided = queue.SimpleQueue()
         with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
             monitor.check()
-            reserve = monitor._hub._reserve
-            monitor.check()
-            holds.append(held_bytes(reserve) > 0)
+            holds.append(provided.get(timeout=30))
     assert holds == [True, False, False, True]
 
 
