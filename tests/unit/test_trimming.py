@@ -52,6 +52,16 @@ assert lib.ms_trim() & lib.MS_TRIM_{name.upper()}
     in_a_process(FREED_BLOBS + check, LD_PRELOAD=library, MALLOC_CONF="dirty_decay_ms:-1,muzzy_decay_ms:-1")
 
 
+def test_a_process_that_grew_meanwhile_gave_back_nothing():
+    in_a_process("""
+import memsafe
+from memsafe import trimming
+kept = []
+trimming.give_back = lambda: kept.append(bytearray(b"x") * (16 << 20))
+assert memsafe.trim() == 0
+""")
+
+
 def test_garbage_in_cycles_is_collected_first():
     # Without the GIL it is freed a while after it was found: 31 MiB at once.
     at_least_bytes = (20 if sysconfig.get_config_var("Py_GIL_DISABLED") else 40) << 20
