@@ -43,6 +43,7 @@ class Hub:
         self._tokens = itertools.count(1)
         self._chosen: list[Source] = []
         self._limits_seen: object = None
+        self._has_lost = False
         self._polling = sources.Polling()
         self._poll_after_s: float | None = None
         self._files = kept.keep(root)
@@ -85,8 +86,9 @@ class Hub:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
         limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
-            return False
+            return has_lost
         before = {source.key: source for source in self._chosen if source.used}
         self._chosen = [
             before.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)
@@ -97,7 +99,7 @@ class Hub:
         for source in self._chosen:
             if source.used:
                 continue
-            if source.stands_in_for in used:
+            if source.stands_in_for & used:
                 source.skip()
                 continue
             source.open(self._waiter, next(self._tokens))
@@ -157,5 +159,7 @@ class Hub:
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)
         source.close(self._waiter, f"lost: {error}")
-        # Its cgroup may be there again, or the process may be in another: look for sources anew.
-        self._limits_seen = None
+        self._has_lost = True
+        if source.reopens:
+            # Its cgroup may be there again, or the process may be in another: look for sources anew.
+            self._limits_seen = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import mmap
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memsafe import PressureLevel, PressureMonitor, Thresholds, memory_status
-from memsafe._kernel import cgroup, notify, psi
+from memsafe._kernel import cgroup, notify, psi, systemd
 from memsafe.errors import KernelError
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
@@ -305,3 +306,25 @@ def test_a_trigger_whose_cgroup_is_removed_is_lost(v2_group):
         pytest.skip("cgroup2 has no memory.pressure here")
     os.close(armed(f"{v2_group}/memory.pressure"))
     assert scenario.run(loses_a_trigger, v2_group)["lost"] == errno.ENODEV
+
+
+def test_the_service_managers_trigger_stands_in_for_the_own_one_of_its_kind(monkeypatch):
+    os.close(armed(psi.system_path()))
+    monkeypatch.setenv(systemd.WATCH, psi.system_path())
+    monkeypatch.setenv(systemd.WRITE, "c29tZSAxNTAwMDAgMjAwMDAwMAA=")  # some 150000 2000000
+    with PressureMonitor() as monitor:
+        used = {source.name: source.reason for source in monitor.sources if source.used}
+    assert used["systemd"] == "raises LOW as the service manager asks: some tasks stall for 150 ms"
+    assert "psi.some" not in used
+    assert "psi.full" in used
+
+
+@pytest.mark.parametrize("trigger", ["some 0 2000000", "some 3000000 2000000", "some 1 99999999999999999999"])
+def test_a_trigger_that_the_kernel_refuses_is_listed_and_the_own_ones_are_used(monkeypatch, trigger):
+    os.close(armed(psi.system_path()))
+    monkeypatch.setenv(systemd.WATCH, psi.system_path())
+    monkeypatch.setenv(systemd.WRITE, base64.b64encode(trigger.encode()).decode())
+    with PressureMonitor() as monitor:
+        used = {source.name for source in monitor.sources if source.used}
+    assert "systemd" not in used
+    assert used >= {"psi.some", "psi.full"}
