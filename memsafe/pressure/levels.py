@@ -212,6 +212,16 @@ def _judge_headroom(constraint: Constraint, left_bytes: int, thresholds: Thresho
     return Judgement(raised, held, None, left_bytes, constraint.limit_bytes, shortage_bytes, detail)
 
 
+def has_room(status: MemoryStatus, thresholds: Thresholds, size_bytes: int) -> bool:
+    """Return whether *size_bytes* more may be used without that any limit comes near LOW."""
+    return all(
+        left_bytes - size_bytes
+        > int(thresholds.begins_at(PressureLevel.LOW, each.limit_bytes) * thresholds.clear_ratio)
+        for each in status.constraints
+        if (left_bytes := available_bytes(each)) is not None
+    )
+
+
 def poll_after_s(status: MemoryStatus, thresholds: Thresholds, guarded: Iterable[str] = ()) -> float:
     """Return when to look again: before the fastest plausible growth could reach the next threshold of any limit.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureLevel, PressureMonitor, Thresholds, memory_status
+from memsafe import EmergencyReserve, PressureLevel, PressureMonitor, Thresholds, memory_status
 from memsafe._kernel import cgroup, notify, psi, systemd
 from memsafe.errors import KernelError
 from memsafe.pressure.hub import Hub
@@ -137,6 +137,25 @@ def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
     found = scenario.run(follows_its_limit, v1_group)
     expected_bytes = 256 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 256 * MIB)
     assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
+
+
+def acts_in_a_full_cgroup(group, gives):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler = Filler()
+    with EmergencyReserve("24 MiB") as reserve:
+        while own.usage_bytes() - sum(own.file_cache_bytes()) < 126 * MIB:
+            filler.take()
+        if gives:
+            reserve.give()
+        for _ in range(16):
+            filler.take()
+    return {"survived": True}
+
+
+def test_what_the_emergency_reserve_gives_back_is_room_in_a_full_cgroup(v1_group):
+    assert scenario.run(acts_in_a_full_cgroup, v1_group, True)["survived"]
+    assert "survived" not in scenario.run(acts_in_a_full_cgroup, v1_group, False, returncode=-9)
 
 
 def writes_and_reads_a_large_file(group, path):
