@@ -17,13 +17,22 @@ from memsafe.errors import KernelError
 PSI_WINDOW_US = 2_000_000
 
 
+def open_read(path: str) -> int:
+    """Return a descriptor to read *path* by.
+
+    Raises:
+        KernelError: There is no such file, or it may not be read.
+    """
+    return _open(path, os.O_RDONLY)
+
+
 def open_watched(path: str) -> int:
     """Return a descriptor of a kernfs file that signals POLLPRI when it changes, such as memory.events.
 
     Raises:
         KernelError: There is no such file, or it is a plain copy on which nothing is ever signalled (EPERM).
     """
-    fd = _open(path, os.O_RDONLY)
+    fd = open_read(path)
     try:
         _require_signals(fd, path)
     except KernelError:

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
 from memsafe.errors import KernelError
-from memsafe.pressure import sources
+from memsafe.pressure import gauges, sources
+from memsafe.pressure.gauges import Gauge
+from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
     from memsafe.pressure.levels import Cause, Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
-    from memsafe.pressure.waiter import Report
-    from memsafe.status import MemoryStatus
+    from memsafe.pressure.waiter import Reading, Report
+    from memsafe.status import Constraint, MemoryStatus
 
 _log = logging.getLogger("memsafe.pressure")
 
@@ -42,6 +44,8 @@ class Hub:
         self._thresholds = thresholds
         self._tokens = itertools.count(1)
         self._chosen: list[Source] = []
+        self._guarded: frozenset[str] = frozenset()  # the v1 cgroups whose usage thresholds are set
+        self._gauges: dict[tuple[object, ...], Gauge] = {}
         self._limits_seen: object = None
         self._has_lost = False
         self._polling = sources.Polling()
@@ -52,6 +56,7 @@ class Hub:
         try:
             self._polling.open(self._waiter, next(self._tokens))
             self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
             self._waiter.close()
             raise
@@ -61,14 +66,36 @@ class Hub:
         """What each source is, and why where it is not used."""
         return tuple(source.status for source in (*self._chosen, self._polling))
 
-    @property
-    def guarded(self) -> list[str]:
-        """The v1 cgroups whose usage thresholds are set: poll_after_s() may leave them to the kernel."""
-        return [each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used]
+    def guards(self, constraint: Constraint) -> bool:
+        """Whether the kernel or a gauge tells when the next level under a limit begins, so that no look need."""
+        return self._is_told_by_kernel(constraint) or gauges.limit_of(constraint) in self._gauges
 
-    def poll_after(self, delay_s: float) -> None:
-        """Let the timer signal *delay_s* after the next wait() begins, and at no other time."""
+    def poll_after(self, delay_s: float, status: MemoryStatus | None = None) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins, or as soon as a gauge tells.
+
+        Args:
+            delay_s: Until then, what *status* is about is polled by the native thread.
+            status: The last look; None: nothing is polled, it is the timer alone.
+        """
         self._poll_after_s = delay_s
+        self._between.read(self._readings(status) if status else ())
+
+    def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
+        for constraint in status.constraints:
+            gauge = self._gauges.get(gauges.limit_of(constraint))
+            if gauge is None or self._is_told_by_kernel(constraint):
+                continue
+            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
+                yield reading
+
+    def _is_told_by_kernel(self, constraint: Constraint) -> bool:
+        # While a v1 cgroup's usage, which includes the file cache, is below the thresholds that the kernel was given.
+        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, constraint.limit_bytes)
+        return (
+            constraint.path in self._guarded
+            and constraint.used_bytes is not None
+            and constraint.used_bytes < constraint.limit_bytes - low_bytes
+        )
 
     def provide(self, status: MemoryStatus) -> None:
         """Hold memory for the next look, if there is plenty."""
@@ -91,7 +118,11 @@ class Hub:
             return has_lost
         before = {source.key: source for source in self._chosen if source.used}
         self._chosen = [
-            before.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)
+            before.pop(source.key, source)
+            for source in (
+                *sources.choose(self._root, status, self._thresholds),
+                *gauges.choose(self._root, status),
+            )
         ]
         for source in before.values():
             source.close(self._waiter)
@@ -106,6 +137,10 @@ class Hub:
             if source.used:
                 used.add(source.key)
         self._files.hold(path for source in self._chosen if source.used for path in source.reads)
+        self._guarded = frozenset(
+            each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used
+        )
+        self._gauges = {each.limit: each for each in self._chosen if isinstance(each, Gauge) and each.used}
         self._limits_seen = limits
         return True
 

@@ -426,9 +426,9 @@ class PressureMonitor:
         self._set_timer(hub, status)
 
     def _set_timer(self, hub: Hub, status: MemoryStatus) -> None:
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guarded)
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s))
+        hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s), status)
 
     def _take_reserve(self, status: MemoryStatus) -> None:
         reserve = self._reserve

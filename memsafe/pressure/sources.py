@@ -91,7 +91,7 @@ class Source(ABC):
         try:
             self._fd = self._arm()
             try:
-                native.add(self._fd, self.how, token)
+                self._attach(native, token)
             except KernelError:
                 self._close_fd()
                 raise
@@ -111,7 +111,7 @@ class Source(ABC):
         if not self.used:
             return
         if native is not None:
-            native.remove(self.token)
+            self._detach(native)
         self._close_fd()
         self._reason = reason
 
@@ -122,6 +122,12 @@ class Source(ABC):
             KernelError: What it stands on cannot be read.
         """
         return None
+
+    def _attach(self, native: Waiter, token: int) -> None:
+        native.add(self._fd, self.how, token)
+
+    def _detach(self, native: Waiter) -> None:
+        native.remove(self.token)
 
     @abstractmethod
     def _arm(self) -> int:

@@ -16,6 +16,7 @@ import pytest
 from memsafe import EmergencyReserve, PressureLevel, PressureMonitor, Thresholds, memory_status
 from memsafe._kernel import cgroup, notify, psi, systemd
 from memsafe.errors import KernelError
+from memsafe.pressure import sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
@@ -137,6 +138,36 @@ def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
     found = scenario.run(follows_its_limit, v1_group)
     expected_bytes = 256 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 256 * MIB)
     assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
+
+
+def is_warned_by_gauges_alone(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler, heard = Filler(), []
+    sources.choose = lambda *_: []
+    came = threading.Event()
+    thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
+    with PressureMonitor(thresholds=thresholds) as monitor:
+        used = [source.name for source in monitor.sources if source.used]
+        for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+            monitor.on(level, lambda event: (heard.append((event.level.name, event.available_bytes)), came.set()))
+            begins_at = 128 * MIB - thresholds.begins_at(level, 128 * MIB)
+            while own.usage_bytes() - sum(own.file_cache_bytes()) < begins_at + MIB:
+                filler.take()
+            assert came.wait(30)
+            came.clear()
+    return {
+        "used": used,
+        "heard": heard[:2],
+        "limits": [thresholds.begins_at(PressureLevel(n), 128 * MIB) for n in (1, 2)],
+    }
+
+
+def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
+    found = scenario.run(is_warned_by_gauges_alone, v1_group)
+    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
+    assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
 
 
 def acts_in_a_full_cgroup(group, gives):
