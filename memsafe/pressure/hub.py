@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
+    from memsafe.budget import Budget
     from memsafe.pressure.levels import Cause, Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
@@ -39,7 +40,7 @@ class Hub:
         KernelError: No thread or no descriptor could be had.
     """
 
-    def __init__(self, root: Root, thresholds: Thresholds) -> None:
+    def __init__(self, root: Root, thresholds: Thresholds, budget: Budget | None = None) -> None:
         self._root = root
         self._thresholds = thresholds
         self._tokens = itertools.count(1)
@@ -49,22 +50,31 @@ class Hub:
         self._limits_seen: object = None
         self._has_lost = False
         self._polling = sources.Polling()
+        self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
         self._waiter = Waiter()
         try:
-            self._polling.open(self._waiter, next(self._tokens))
+            for source in self._lasting:
+                source.open(self._waiter, next(self._tokens))
             self._between = Look(self._polling.timer_fd, self._files, self._reserve)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
+            for source in self._lasting:
+                source.close(self._waiter)
             self._waiter.close()
             raise
 
     @property
+    def _lasting(self) -> tuple[Source, ...]:
+        """The sources that do not depend on the limits of now."""
+        return (self._polling,) if self._watermark is None else (self._watermark, self._polling)
+
+    @property
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What each source is, and why where it is not used."""
-        return tuple(source.status for source in (*self._chosen, self._polling))
+        return tuple(source.status for source in (*self._chosen, *self._lasting))
 
     def guards(self, constraint: Constraint) -> bool:
         """Whether the kernel or a gauge tells when the next level under a limit begins, so that no look need."""
@@ -162,8 +172,8 @@ class Hub:
         return self._files.reading()
 
     def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
-        """Return the names of the sources that signalled, and what they say by themselves."""
-        by_token = {source.token: source for source in (self._polling, *self._chosen) if source.used}
+        """Return the names of the sources that signalled, and what they and the budget say by themselves."""
+        by_token = {source.token: source for source in (*self._lasting, *self._chosen) if source.used}
         heard, causes = [], []
         for report in reports:
             source = by_token.get(report.token)
@@ -177,6 +187,8 @@ class Hub:
                     causes.append(cause)
             except KernelError as error:
                 self._lose(source, error)
+        if self._watermark is not None and (cause := self._watermark.standing()) is not None:
+            causes.append(cause)
         return heard, causes
 
     def wake(self) -> None:
@@ -186,7 +198,7 @@ class Hub:
     def close(self, *, forked: bool = False) -> None:
         """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
         reason = "the monitor belongs to the parent process" if forked else "closed"
-        for source in (*self._chosen, self._polling):
+        for source in (*self._chosen, *self._lasting):
             source.close(None if forked else self._waiter, reason)
         self._waiter.close()
         self._files.close()

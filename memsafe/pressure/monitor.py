@@ -80,8 +80,8 @@ class PressureMonitor:
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
     Args:
-        budget: Reclaimed when a level rises, and again each second while its cause lasts: at LOW down to its soft
-            limit (without one, by what is missing), at CRITICAL as far as it goes.
+        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises, and again each second while the
+            cause lasts: at LOW down to its soft limit (without one, by what is missing), at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
@@ -184,7 +184,7 @@ class PressureMonitor:
         self.close()
 
     def _open(self) -> Hub:
-        hub = Hub(self._root, self._thresholds)
+        hub = Hub(self._root, self._thresholds, self._budget)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             with hub.reading():
@@ -408,7 +408,7 @@ class PressureMonitor:
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
-        self._set_timer(hub, status)
+        self._set_timer(hub, status, within_s=levels.RECOVERY_S if causes else None)
         hub.provide(status)
         if level == PressureLevel.NORMAL:
             self._take_reserve(status)
@@ -425,10 +425,11 @@ class PressureMonitor:
         self._announce(previous, drill, "simulate", now_s)
         self._set_timer(hub, status)
 
-    def _set_timer(self, hub: Hub, status: MemoryStatus) -> None:
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+    def _set_timer(self, hub: Hub, status: MemoryStatus, within_s: float | None = None) -> None:
+        """Set when to look again: at the latest *within_s*, a cause that headroom says nothing of may pass."""
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s), status)
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+        hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
     def _take_reserve(self, status: MemoryStatus) -> None:
         reserve = self._reserve

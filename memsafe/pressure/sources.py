@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import waiter
 from memsafe.pressure.levels import Cause, PressureLevel, Thresholds
 from memsafe.pressure.waiter import How
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from memsafe._kernel.cgroup import MemoryCgroup
     from memsafe._kernel.files import Root
+    from memsafe.budget import Budget
     from memsafe.pressure.waiter import Waiter
     from memsafe.status import MemoryStatus
 
@@ -296,6 +299,51 @@ class ManagedStream(Source):
 
     def _arm(self) -> int:
         return systemd.open_stream(self._file, self._data)
+
+
+class BudgetWatermark(Source):
+    """The soft limit of a budget: passing it is a cause that lasts until the use has fallen to nine tenths of it."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__("budget.soft_limit", None, f"raises LOW while budget {budget.path!r} is over its soft limit")
+        self._budget = budget
+        self._is_over = False
+        self._lock = threading.Lock()  # the descriptor must not be another's when it is written to
+
+    def close(self, native: Waiter | None, reason: str = "closed") -> None:
+        if native is None:
+            self._lock = threading.Lock()  # the parent's may be held for ever
+        super().close(native, reason)
+
+    def standing(self) -> Cause | None:
+        """Return the cause while it lasts; it is looked for in each look, signal or not."""
+        used_bytes, soft_bytes = self._budget.used_bytes, self._budget.soft_limit_bytes
+        if soft_bytes is None:
+            self._is_over = False
+            return None
+        # As the budget itself: it tells again only after that.
+        self._is_over = used_bytes > (soft_bytes - soft_bytes // 10 if self._is_over else soft_bytes)
+        if not self._is_over:
+            return None
+        detail = (
+            f"budget {self._budget.path!r} holds {format_size(used_bytes)}, its soft limit is {format_size(soft_bytes)}"
+        )
+        return Cause(PressureLevel.LOW, self.name, detail)
+
+    def _arm(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._budget.on_soft_limit(self._passed)
+        return fd
+
+    def _close_fd(self) -> None:
+        self._budget._forget_soft_limit_callback(self._passed)
+        with self._lock:
+            super()._close_fd()
+
+    def _passed(self, _: Budget) -> None:
+        with self._lock:
+            if self.used:
+                os.eventfd_write(self._fd, 1)
 
 
 class Polling(Source):
