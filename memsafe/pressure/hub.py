@@ -49,6 +49,7 @@ class Hub:
         self._gauges: dict[tuple[object, ...], Gauge] = {}
         self._limits_seen: object = None
         self._has_lost = False
+        self._has_plenty = False
         self._polling = sources.Polling()
         self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
@@ -107,13 +108,11 @@ class Hub:
             and constraint.used_bytes < constraint.limit_bytes - low_bytes
         )
 
-    def provide(self, status: MemoryStatus) -> None:
-        """Hold memory for the next look, if there is plenty."""
-        tightest = status.binding
-        if tightest is None or tightest.headroom_bytes is None:
-            return
-        plenty_bytes = min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)
-        if tightest.headroom_bytes > plenty_bytes:
+    def provide(self, status: MemoryStatus | None = None) -> None:
+        """Hold memory for the next look, if there is plenty: by *status*, or without one by the last."""
+        if status is not None:
+            self._has_plenty = _has_plenty(status)
+        if self._has_plenty:
             self._reserve.take()
 
     def choose(self, status: MemoryStatus) -> bool:
@@ -210,3 +209,10 @@ class Hub:
         if source.reopens:
             # Its cgroup may be there again, or the process may be in another: look for sources anew.
             self._limits_seen = None
+
+
+def _has_plenty(status: MemoryStatus) -> bool:
+    tightest = status.binding
+    if tightest is None or tightest.headroom_bytes is None:
+        return False
+    return tightest.headroom_bytes > min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)

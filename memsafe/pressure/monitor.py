@@ -384,6 +384,8 @@ class PressureMonitor:
             for request in requests:
                 if request.level is not None:
                     self._drill(hub, request.level)
+            if status is None:
+                hub.provide()  # waking up has given it back
         except Exception:
             pause_s = self._thresholds.poll_s_max
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)

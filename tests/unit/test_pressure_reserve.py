@@ -3,11 +3,12 @@
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
 
-from memsafe import PressureMonitor, Thresholds
+from memsafe import PressureLevel, PressureMonitor, Thresholds
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.testing import FakeKernel
 
@@ -43,8 +44,27 @@ def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_
             monitor.check()
             reserve = monitor._hub._reserve
             monitor.check()
+            monitor.simulate(monitor.level)  # behind a wake-up that a check may have left
             holds.append(held_bytes(reserve) > 0)
     assert holds == [True, False, False, True]
+
+
+def test_waking_up_for_anything_but_a_look_leaves_it_held(tmp_path):
+    machine = FakeKernel(tmp_path)
+    machine.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
+    quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=3600)
+    with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
+        monitor.check()
+        reserve = monitor._hub._reserve
+        monitor.simulate(PressureLevel.LOW)
+        assert held_bytes(reserve) > 0
+        given = threading.Event()
+        give = reserve.give
+        reserve.give = lambda: (give(), given.set())
+        monitor._hub.wake()
+        assert given.wait(30)
+        monitor.simulate(PressureLevel.CRITICAL)
+        assert held_bytes(reserve) > 0
 
 
 EATEN = """
