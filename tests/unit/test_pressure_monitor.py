@@ -633,9 +633,10 @@ def held():
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+before = held()
 for number in range(30):
     once(number)
-before, before_bytes = held(), resident_bytes()
+before_bytes = resident_bytes()
 for number in range(300):
     once(number)
 until_s = time.monotonic() + 30  # a thread that was joined may be seen in /proc for a moment still
