@@ -127,18 +127,36 @@ def _install() -> None:
 
 
 def _shield() -> None:
-    """See to what must not be refused: once, but for the collector's callbacks, which a program may have cleared."""
+    """See to what must not be refused, once."""
     global _shielded
-    if heap.note_collection not in gc.callbacks:
-        gc.callbacks.append(heap.note_collection)
     if _shielded:
         return
+    _require_known_collector()
     _shielded = True
     # Where a module is made: those that are there are found without. CPython looks both up at each import.
     for name in ("_find_and_load", "_exec"):
         setattr(_bootstrap, name, heap.shield(getattr(_bootstrap, name)))
     os.register_at_fork(before=heap.begin_shield, after_in_parent=heap.end_shield, after_in_child=heap.end_shield)
     atexit.register(heap.stop)
+
+
+def _require_known_collector() -> None:
+    """See whether C finds where CPython notes that its garbage collector runs, which must not be refused."""
+    answers = []
+
+    def ask(_phase: str, _info: dict[str, int]) -> None:
+        answers.append(heap.collects())
+
+    found = heap.find_collector(gc.garbage, gc.callbacks)
+    if found:
+        gc.callbacks.append(ask)
+        gc.collect(0)
+        gc.callbacks.remove(ask)
+    if set(answers) != {True} or heap.collects():
+        raise UnsupportedError(
+            "Python's heap can be counted and not refused: this CPython does not tell when its garbage collector runs, "
+            "or it runs now. Use enforce=False."
+        )
 
 
 def _require_sound_dicts() -> None:

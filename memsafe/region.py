@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import resource
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from math import prod
+from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict
 from warnings import warn
 
@@ -97,7 +99,8 @@ class Region(RegionCore):
         self._is_open = False
         self._committed_at_once = committed
         self.budget = budget
-        self.size_bytes = -(-parse_size(size, what="the size of a region") // page_bytes) * page_bytes
+        what = "the size of a region"
+        self.size_bytes = parse_size(-(-parse_size(size, what=what) // page_bytes) * page_bytes, what=what)
         if self.size_bytes == 0:
             raise ValueError("a region must have at least one byte")
         if shared and zero_on_close:
@@ -172,7 +175,8 @@ class Region(RegionCore):
         """Advise the kernel about a range (madvise(2)): "sequential", "dontfork", "hugepage", ...
 
         Advice about the whole region holds for what is committed later, too; other advice is forgotten with the pages
-        that are decommitted.
+        that are decommitted. Forked children get a region whole or, after "dontfork", not at all: there all that is
+        left to do with it is to close it, and anything else is a ValueError.
 
         Args:
             advice: MADV_ADVICE in small letters, without its prefix.
@@ -181,17 +185,19 @@ class Region(RegionCore):
 
         Raises:
             KernelError: The kernel refused.
-            ValueError: No such advice here, or as commit().
+            ValueError: No such advice here, advice about forks for a part, or as commit().
         """
         if advice not in _ADVICE:
             raise ValueError(f"{advice!r} is no advice for a region; there are {', '.join(sorted(_ADVICE))}")
         size_bytes = self._range(offset, size)
+        if advice in ("dontfork", "dofork") and size_bytes < self.size_bytes:
+            raise ValueError(f"a forked child gets a region whole or not at all: {advice!r} is no advice for a part")
         with self._pinned() as region:
             self._call(lib.ms_region_advise, region, offset, size_bytes, _ADVICE[advice])
 
     def _range(self, offset: int, size: Size | None) -> int:
         size_bytes = self.size_bytes - offset if size is None else parse_size(size, what="the length of a range")
-        if offset < 0 or offset % PAGE_BYTES or size_bytes % PAGE_BYTES or offset + size_bytes > self.size_bytes:
+        if offset % PAGE_BYTES or size_bytes % PAGE_BYTES or not 0 <= offset <= offset + size_bytes <= self.size_bytes:
             raise ValueError(
                 f"a range of {size_bytes} bytes at {offset} is not one of whole pages ({PAGE_BYTES} bytes) "
                 f"within a region of {self.size_bytes}"
@@ -237,8 +243,8 @@ class Region(RegionCore):
         numpy = import_module("numpy")
         kind = numpy.dtype(dtype)
         if shape is None:
-            shape = (self.size_bytes - offset) // kind.itemsize
-        sides = (shape,) if isinstance(shape, int) else tuple(shape)
+            shape = (self.size_bytes - offset) // max(kind.itemsize, 1)
+        sides = tuple(shape) if isinstance(shape, Iterable) else (index(shape),)
         return numpy.frombuffer(self.view(offset, kind.itemsize * prod(sides)), kind).reshape(sides)
 
     def fileno(self) -> int:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # A look costs some 200 us: at most a thousandth of the time, however often the budget refuses.
 _LOOK_AGAIN_S = 0.25
 
+# So often somebody who waits has it look: what is waited for may be a larger machine.
+_LOOK_WHILE_WAITING_S = 1.0
+
 # It looks too each time that what is charged has grown by this share of the limit.
 _GROWTH_RATIO = 1 / 32
 
@@ -43,13 +46,15 @@ class ProcessBudget(Budget):
 
     Each limit that memory_status() knows leaves the process what is free of it and what the process has of it already;
     the least of these, times *fraction*, is the budget's limit. It is looked at again when the budget refuses, when it
-    is asked for its limit, and when what is charged has grown by a 32nd of the limit; at most four times a second, and
-    by no thread of its own. Where the limit has fallen below what is charged, reclaimers are asked.
+    is asked for its limit, when what is charged has grown by a 32nd of the limit, and each second that somebody waits;
+    at most four times a second, and by no thread of its own. Where the limit has fallen below what is charged,
+    reclaimers are asked.
     """
 
     __slots__ = ("_kernel_root", "_looked_at_s", "_sizing", "_watch", "fraction")
 
     _kernel_root: Root
+    _follow_every_s = _LOOK_WHILE_WAITING_S
 
     def __init__(self, fraction: float = 0.9, *, name: str = "process", root: Root = "/") -> None:
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:

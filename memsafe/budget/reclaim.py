@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,9 +32,23 @@ class ReclaimerEntry:
     """A reclaimer and where it is registered. The budget owns it, the root of the tree knows it weakly.
 
     It never runs twice at once: whoever needs it meanwhile joins, and is nudged when it has ended.
+
+    Attributes:
+        runs_for: Who called begin(), while it runs; that one sets it to None at the end, then calls tell_joined(). By
+            itself, because a signal handler may raise at the start of any call, and then nobody could run it again.
     """
 
-    __slots__ = ("__weakref__", "_joined", "_running_in", "budget", "function", "is_async", "priority", "reclaimable")
+    __slots__ = (
+        "__weakref__",
+        "_joined",
+        "_running_in",
+        "budget",
+        "function",
+        "is_async",
+        "priority",
+        "reclaimable",
+        "runs_for",
+    )
 
     def __init__(self, budget: Budget, function: Reclaimer, priority: int, reclaimable: Reclaimable | None) -> None:
         self.budget = weakref.ref(budget)
@@ -41,21 +56,26 @@ class ReclaimerEntry:
         self.priority = priority
         self.reclaimable = reclaimable
         self.is_async = _is_coroutine_function(function)
-        self._running_in: int | None = None  # the policy.generation of the process it runs in
+        self.runs_for: object | None = None
+        self._running_in = 0  # the policy.generation of the process it runs in
         self._joined: list[Claim] = []
 
     @property
     def is_running(self) -> bool:
         """Whether somebody is in the middle of it."""
-        return self._running_in == policy.generation
+        return self.runs_for is not None and self._running_in == policy.generation
 
-    def begin(self) -> bool:
-        """Take it for this caller alone: False where it runs already. Every True is followed by end()."""
+    def begin(self, owner: object) -> bool:
+        """Take it for *owner* alone: False where it runs already.
+
+        Call it in a try block: a signal handler may raise while this returns.
+        """
         with policy.lock:
             if self.is_running:
                 return False
-            self._running_in = policy.generation
             self._joined = []
+            self._running_in = policy.generation
+            self.runs_for = owner
             return True
 
     def join(self, claim: Claim) -> bool:
@@ -65,71 +85,102 @@ class ReclaimerEntry:
                 self._joined.append(claim)
             return self.is_running
 
-    def end(self) -> None:
-        """Let others have it."""
+    def tell_joined(self) -> None:
+        """Nudge those who joined."""
         with policy.lock:
-            self._running_in = None
             joined, self._joined = self._joined, []
         for claim in joined:
             claim.nudge()
 
     def run(self, need_bytes: int) -> int:
         """Ask for *need_bytes*; return what it says that it freed, 0 if it failed. pre: begin()."""
-        with _Asking(self) as asking:
-            asking.answer = self.function(need_bytes)
+        asking = _Asking(self)
+        try:
+            with asking:
+                asking.answer = self.function(need_bytes)
+        finally:
+            asking.active = False
         return asking.freed_bytes
 
     def run_alone(self, need_bytes: int) -> int:
         """As run(), in a begin() of its own; 0 where it runs already."""
-        if not self.begin():
-            return 0
+        owner = object()
         try:
-            return self.run(need_bytes)
+            return self.run(need_bytes) if self.begin(owner) else 0
         finally:
-            self.end()
+            if self.runs_for is owner:
+                self.runs_for = None
+                self.tell_joined()
 
     async def run_async(self, need_bytes: int) -> int:
         """As run(), for coroutine functions too."""
-        with _Asking(self) as asking:
-            asking.answer = self.function(need_bytes)
-            if self.is_async:
-                asking.answer = await asking.answer
+        asking = _Asking(self)
+        try:
+            with asking:
+                asking.answer = self.function(need_bytes)
+                if hasattr(asking.answer, "__await__"):  # also of a plain function that wraps one which is not
+                    asking.answer = await asking.answer
+        finally:
+            asking.active = False
         return asking.freed_bytes
 
     def available_bytes(self) -> int | None:
         """Return what it says that it could free; None where it does not tell."""
         if self.reclaimable is None:
             return None
+        inside = _Inside(self)
         try:
-            return parse_size(self.reclaimable(), what="what a reclaimer could free")
+            with inside:
+                told = self.reclaimable()
+            return parse_size(told, what="what a reclaimer could free")
         except Exception:
             _log.exception("reclaimable() of the reclaimer %r failed", self.function)
             return None
+        finally:
+            inside.active = False
 
 
-class _Asking:
-    """One call of a reclaimer: marks the context, judges the answer, and counts."""
+class _Inside:
+    """Code of a reclaimer, at work: marks the context.
 
-    answer: Any = 0
-    freed_bytes = 0
+    Attributes:
+        active: Until whoever made it sets it to False: what it started and left behind is no reclaimer any more. Not
+            in __exit__, at whose start a signal handler may raise: the thread would count as a reclaimer for ever.
+    """
 
     def __init__(self, entry: ReclaimerEntry) -> None:
         self._entry = entry
         self._budget = entry.budget()
         self.root = self._budget._root() if self._budget else None
-        self.outer = _asking.get()
+        self.outer = _inside.get()
         self.active = True
-        self._before_bytes = self.root.used_bytes if self.root else 0
 
     def __enter__(self) -> Self:
-        self._token: Token[_Asking | None] = _asking.set(self)
+        self._token: Token[_Inside | None] = _inside.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        with suppress(ValueError):  # a task that is collected ends in another context: there is nothing to reset
+            _inside.reset(self._token)
+        return None
+
+
+class _Asking(_Inside):
+    """One call of a reclaimer: judges the answer, and counts."""
+
+    answer: Any = 0
+    freed_bytes = 0
+
+    def __init__(self, entry: ReclaimerEntry) -> None:
+        super().__init__(entry)
+        self._before_bytes = self.root.used_bytes if self.root else 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self.active = False  # what it started and left behind is no reclaimer any more
-        _asking.reset(self._token)
+        super().__exit__(kind, error, traceback)
         budget, function = self._budget, self._entry.function
         if budget is None or (error is not None and not isinstance(error, Exception)):
             return False
@@ -152,16 +203,16 @@ class _Asking:
 
 
 # The reclaimer that this code runs in. Tasks and to_thread() that it starts inherit it.
-_asking: ContextVar[_Asking | None] = ContextVar("memsafe.budget.reclaim", default=None)
+_inside: ContextVar[_Inside | None] = ContextVar("memsafe.budget.reclaim", default=None)
 
 
 def is_inside(root: Budget) -> bool:
     """Whether this code runs in a reclaimer of the tree: it must neither ask reclaimers there nor wait."""
-    asking = _asking.get()
-    while asking is not None:
-        if asking.active and asking.root is root:
+    inside = _inside.get()
+    while inside is not None:
+        if inside.active and inside.root is root:
             return True
-        asking = asking.outer
+        inside = inside.outer
     return False
 
 

@@ -81,7 +81,11 @@ def waiters_for(budget: Budget) -> tuple[Waiter, ...]:
     """Return who stands in line at and below a budget, first come first."""
     now_s = time.monotonic()
     with policy.lock:
-        claims = list(budget._root()._policy.claims.items())
+        known = budget._root()._policy.claims
+        claims = list(known.items())
+        for claim, _ in claims:
+            if not claim.in_line:
+                known.pop(claim)  # it may have left without a word, by an exception from a signal handler
     return tuple(
         Waiter(claim.budget.path, claim.size_bytes, now_s - since_s, claim.budget.used_bytes)
         for claim, since_s in claims

@@ -7,6 +7,7 @@ Here is the tree and what can be done with it; what happens when a limit stands 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -92,6 +93,7 @@ class Budget(BudgetCore):
     __slots__ = ("__weakref__", "_children", "_policy", "name", "parent")
 
     _kernel_root: Root = "/"  # whose process this tree accounts for
+    _follow_every_s = math.inf  # how often who waits should have the root _follow()
 
     def __init__(self, limit: Size | None = None, *, name: str = "budget", soft_limit: Size | None = None) -> None:
         self._open(None, name, limit, soft_limit)
@@ -201,11 +203,10 @@ class Budget(BudgetCore):
         return budget
 
     def _at(self, level: int) -> Budget:
-        """Return the budget *level* levels up."""
+        """Return the budget *level* levels up, the root for what is above it (of a ProcessBudget, in C)."""
         budget = self
         for _ in range(level):
-            assert budget.parent is not None
-            budget = budget.parent
+            budget = budget.parent or budget
         return budget
 
     # ------------------------------------------------------------------------------------------------ limits
@@ -415,6 +416,11 @@ class Budget(BudgetCore):
             budget._return_slack()
         return bool(batched)
 
+    def _return_slack_below(self) -> None:
+        for child in self.children:
+            child._return_slack_below()
+            child._return_slack()
+
     def _raise_if_unusable(self) -> None:
         budget: Budget | None = self
         while budget is not None:
@@ -562,6 +568,8 @@ class Budget(BudgetCore):
     def _close_and_tell(self) -> int:
         if self.closed:
             return 0
+        if self._root()._policy.batched:
+            self._return_slack_below()  # it is nobody's
         consumers = self.top_consumers() if self.used_bytes else ()
         left_bytes = self._close_tree()
         told = self.parent is not None and any(above.closed for above in self.parent._upwards())
@@ -575,7 +583,8 @@ class Budget(BudgetCore):
         return left_bytes
 
     def _close_tree(self) -> int:
-        left_bytes = self._close()  # first of all, so that nothing which its children give back is granted any more
+        # From the top down: that fails those who wait below before a child's closing could serve them.
+        left_bytes = self._close()
         for child in self.children:
             child._close_tree()
         dropped: tuple[reclaim.ReclaimerEntry, ...] = ()

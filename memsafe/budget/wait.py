@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakValueDictionary
 
 from memsafe._native import ffi, lib
 from memsafe.budget import policy, reclaim
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 # A request that fits only after this many rounds of reclaiming is losing a race against other requesters.
 _ROUNDS_MAX = 8
 
-# How long a request waits for a reclaimer that another one is running, if its own timeout does not end before: long
-# enough to write a buffer out, and bounded, because that reclaimer may be waiting for this very thread.
+# How long a request waits for a reclaimer that another one is running, one without a timeout for all such reclaimers
+# together: long enough to write a buffer out, and bounded, because that reclaimer may be waiting for this very thread.
 _JOIN_MAX_S = 10.0
 
 
@@ -100,20 +101,21 @@ def obtain(budget: Budget, size_bytes: int, timeout_s: float | None = None) -> R
         return outcome
     if not _is_worth_it(outcome, timeout_s):
         return outcome.count()
-    claim = budget._stand_in_line(size_bytes, 0, 0)
-    with closing(_course(claim, timeout_s, asynchronous=False)) as course:
-        answer: int | None = None
-        while True:
-            try:
-                step = course.send(answer)
-            except StopIteration as end:
-                return _outcome(end)
-            match step:
-                case _Ask(entry, need_bytes):
-                    answer = entry.run(need_bytes)
-                case _Pause(pause_s):
-                    answer = None
-                    claim.wait(pause_s)
+    with budget._stand_in_line(size_bytes, 0, 0) as claim:
+        course = _course(claim, timeout_s, asynchronous=False)
+        try:  # and not closing(): its __exit__ is Python, and a signal handler may raise before it does anything
+            answer: int | None = None
+            while True:
+                match course.send(answer):
+                    case _Ask(entry, need_bytes):
+                        answer = entry.run(need_bytes)
+                    case _Pause(pause_s):
+                        answer = None
+                        claim.wait(pause_s)
+        except StopIteration as end:
+            return _outcome(end)
+        finally:
+            course.close()
 
 
 async def obtain_async(budget: Budget, size_bytes: int, timeout_s: float | None = None) -> Reservation | Refusal:
@@ -123,21 +125,21 @@ async def obtain_async(budget: Budget, size_bytes: int, timeout_s: float | None 
         return outcome
     if not _is_worth_it(outcome, timeout_s):
         return outcome.count()
-    with _mailbox() as mailbox:
-        claim = mailbox.stand_in_line(budget, size_bytes)
-        with closing(_course(claim, timeout_s, asynchronous=True)) as course:
+    with _mailbox() as mailbox, mailbox.stand_in_line(budget, size_bytes) as claim:
+        course = _course(claim, timeout_s, asynchronous=True)
+        try:
             answer: int | None = None
             while True:
-                try:
-                    step = course.send(answer)
-                except StopIteration as end:
-                    return _outcome(end)
-                match step:
+                match course.send(answer):
                     case _Ask(entry, need_bytes):
                         answer = await entry.run_async(need_bytes)
                     case _Pause(pause_s):
                         answer = None
                         await mailbox.pause(claim, pause_s)
+        except StopIteration as end:
+            return _outcome(end)
+        finally:
+            course.close()
 
 
 def _outcome(end: StopIteration) -> Reservation | Refusal:
@@ -191,15 +193,15 @@ def _course(claim: Claim, timeout_s: float | None, *, asynchronous: bool) -> _Co
     budget, size_bytes = claim.budget, claim.size_bytes
     claims = _claims_of(budget)
     began_s = time.monotonic()
-    until_s = began_s + timeout_s if timeout_s else None
-    with policy.lock:
-        claims[claim] = began_s
+    until_s = began_s + (_JOIN_MAX_S if timeout_s is None else timeout_s)
     try:
+        with policy.lock:
+            claims[claim] = began_s
         budget._root()._collect_slack()  # as long as somebody stands in line, none is kept
         yield from _ask_reclaimers(claim, until_s, asynchronous)
-        waited_s = None
-        if until_s and claim.in_line:
-            waited_s = yield from _wait(claim, until_s)
+        if timeout_s and claim.in_line:
+            yield from _wait(claim, until_s)
+        waited_s = time.monotonic() - began_s if timeout_s else None
         level, _ = claim.shortfall()
         reservation = claim.take()
         if reservation is not None:
@@ -210,7 +212,6 @@ def _course(claim: Claim, timeout_s: float | None, *, asynchronous: bool) -> _Co
     finally:
         with policy.lock:
             claims.pop(claim, None)
-        claim.leave()
 
 
 def _claims_of(budget: Budget) -> dict[Claim, float]:
@@ -218,10 +219,11 @@ def _claims_of(budget: Budget) -> dict[Claim, float]:
         return policy.of(budget._root()).claims
 
 
-def _ask_reclaimers(
-    claim: Claim, until_s: float | None, asynchronous: bool
-) -> Generator[_Ask | _Pause, int | None, None]:
-    """Ask round after round, in order, each for what is missing by then, until nobody has more to give."""
+def _ask_reclaimers(claim: Claim, until_s: float, asynchronous: bool) -> Generator[_Ask | _Pause, int | None, None]:
+    """Ask round after round, in order, each for what is missing by then, until nobody has more to give.
+
+    Those that run for others are waited for, but not beyond *until_s*.
+    """
     stalled: set[ReclaimerEntry] = set()
     for _ in range(_ROUNDS_MAX):
         asked = False
@@ -232,15 +234,18 @@ def _ask_reclaimers(
             if entry in stalled:
                 continue
             asked = True
-            if not entry.begin():
+            before = claim.shortfall()
+            try:
+                if begun := entry.begin(claim):
+                    freed_bytes = yield _Ask(entry, before[1])
+            finally:
+                if entry.runs_for is claim:
+                    entry.runs_for = None
+                    entry.tell_joined()
+            if not begun:
                 if not (yield from _join(entry, claim, until_s)):
                     stalled.add(entry)
                 continue
-            before = claim.shortfall()
-            try:
-                freed_bytes = yield _Ask(entry, before[1])
-            finally:
-                entry.end()
             level_after, need_after_bytes = claim.shortfall()
             if not freed_bytes or (level_after == before[0] and need_after_bytes >= before[1]):
                 stalled.add(entry)  # whatever it says
@@ -248,13 +253,12 @@ def _ask_reclaimers(
             return
 
 
-def _join(entry: ReclaimerEntry, claim: Claim, until_s: float | None) -> Generator[_Pause, int | None, bool]:
+def _join(entry: ReclaimerEntry, claim: Claim, until_s: float) -> Generator[_Pause, int | None, bool]:
     """Wait for a reclaimer that is at work for somebody else: what it frees is shared out along the line.
 
     Returns whether it has ended.
     """
-    join_until_s = time.monotonic() + _JOIN_MAX_S
-    until_s = join_until_s if until_s is None else min(until_s, join_until_s)
+    until_s = min(until_s, time.monotonic() + _JOIN_MAX_S)
     if entry.join(claim):
         while claim.in_line and entry.is_running:
             if (left_s := until_s - time.monotonic()) <= 0:
@@ -263,20 +267,19 @@ def _join(entry: ReclaimerEntry, claim: Claim, until_s: float | None) -> Generat
     return True
 
 
-def _wait(claim: Claim, until_s: float) -> Generator[_Pause, int | None, float]:
-    """Wait for the claim's turn; returns how long that was."""
+def _wait(claim: Claim, until_s: float) -> Generator[_Pause, int | None, None]:
+    """Wait for the claim's turn."""
     level, _ = claim.shortfall()
-    refuser, began_s = claim.budget._at(level), time.monotonic()
+    root, refuser, began_s = claim.budget._root(), claim.budget._at(level), time.monotonic()
     try:
         while claim.in_line and (left_s := until_s - time.monotonic()) > 0:
-            yield _Pause(left_s)
+            yield _Pause(min(left_s, root._follow_every_s))
+            root._follow()
     finally:
-        waited_s = time.monotonic() - began_s
         with policy.lock:
             counts = policy.of(refuser)
             counts.waits += 1
-            counts.waited_s += waited_s
-    return waited_s
+            counts.waited_s += time.monotonic() - began_s
 
 
 def _still_running(budget: Budget) -> str:
@@ -330,8 +333,9 @@ def _wake(future: Future[None]) -> None:
         future.set_result(None)
 
 
-# By the loop's id: a mailbox keeps its loop alive, and goes with its last user.
-_mailboxes: dict[int, _Mailbox] = {}
+# By the loop's id: a mailbox keeps its loop alive, and goes with its last user. Weakly, because it keeps the tasks that
+# wait alive too: those of a loop that was closed must be collected, or they would stand in line for ever.
+_mailboxes: WeakValueDictionary[int, _Mailbox] = WeakValueDictionary()
 os.register_at_fork(after_in_child=_mailboxes.clear)
 
 

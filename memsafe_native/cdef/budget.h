@@ -65,16 +65,16 @@ int ms_budget_uncharge_existing(ms_budget *budget, int64_t n);
 int ms_budget_move(ms_budget *from, ms_budget *to, int64_t n, int *level);
 
 /* Close: later charges, and claims that wait, fail with -ESHUTDOWN. Returns the bytes that were still charged, which
- * the ancestors have got back; 0 when it was closed before. Close from the top: what children hold is in it, and goes
- * back once. */
+ * the ancestors have got back; 0 when it was closed before. Close a tree from the top down: then nobody who waits in it
+ * is served by what its closing gives back. */
 int64_t ms_budget_close(ms_budget *budget);
 
 /* 1 where this level or one above was closed, else 0. */
 int ms_budget_is_closed(const ms_budget *budget);
 
-/* 1 where nobody could notice if bytes of this budget were given back a little later: at no level is a charge refused
- * for now, because it was closed or aborted, is at or over its limit, or somebody waits there, nor a soft limit to be
- * armed again; else 0. */
+/* 1 where nobody could notice if bytes of this budget were given back a little later: nobody stands in line anywhere in
+ * its tree (who is held up elsewhere may come to wait here next), and at no level is a charge refused for now, because
+ * it was closed or aborted, is at or over its limit, nor a soft limit to be armed again; else 0. */
 int ms_budget_may_lag(const ms_budget *budget);
 
 /* Set a limit: takes effect for the next charge, whatever is used; who waits in line and fits now is served, who is
@@ -90,6 +90,9 @@ void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit);
 
 /* 1 once after this level passed its soft limit, else 0: the caller who gets the 1 does the telling. */
 int ms_budget_take_soft_passed(ms_budget *budget);
+
+/* A charge that passed a soft limit does not stand after all, and nobody was told: arm what it disarmed. */
+void ms_budget_rearm_untold(ms_budget *budget);
 
 /* Bytes until this level or an ancestor refuses: INT64_MAX where unlimited, 0 where over. */
 int64_t ms_budget_headroom(const ms_budget *budget);

@@ -34,8 +34,13 @@ int ms_region_decommit(ms_region *region, size_t offset, size_t size, ms_region_
 /* Give the pages of a committed range back to the kernel, but keep them committed: they read as zeros. */
 int ms_region_discard(ms_region *region, size_t offset, size_t size, ms_region_failure *failure);
 
-/* madvise(2) with one of MADV_*. What was said of the whole region also holds for what is committed later. */
+/* madvise(2) with one of MADV_*. What was said of the whole region also holds for what is committed later. pre: what is
+ * said of forks is said of the whole region. */
 int ms_region_advise(ms_region *region, size_t offset, size_t size, int advice, ms_region_failure *failure);
+
+/* 0 in a child that was forked without it (MADV_DONTFORK): what is mapped there is somebody else's by now, and nothing
+ * may be done with the region but to close it. Else 1. */
+int ms_region_is_here(const ms_region *region);
 
 /* Unmap it, give back what is charged, and free it. */
 void ms_region_close(ms_region *region);

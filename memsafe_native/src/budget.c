@@ -216,14 +216,18 @@ static int draw(ms_budget *budget, int64_t n, ms_budget *stop, enum charge_mode 
     return result;
 }
 
-/* As charge(), where the budget at `at`, the first batched one of the path, has its index. */
+/* As charge(), where the budget at `at`, the first batched one of the path, has its index; those below it would take
+ * the charge. */
 static int charge_batched(ms_budget *budget, ms_budget *at, int index, int64_t n, ms_budget *stop,
                           enum charge_mode mode, int *level)
 {
     uint32_t waited = 0;
     int64_t left = 0;
     int refuser = 0;
-    int drawn = draw(at, n, stop, mode, &refuser, &left), result = drawn;
+    int drawn = would_take(at, atomic_load(&at->used), n, mode), result;
+    if (!drawn)
+        drawn = draw(at, n, stop, mode, &refuser, &left);
+    result = drawn;
     if (drawn < 0)
         refuser += index;
     else
@@ -235,6 +239,8 @@ static int charge_batched(ms_budget *budget, ms_budget *at, int index, int64_t n
     if (waited && mode != CHARGE_IN_TURN)
         ms_line_serve(budget);
     if (result < 0) {
+        if (drawn == MS_BUDGET_SOFT_PASSED)
+            ms_budget_rearm_untold(parent_of(at));
         if (level)
             *level = refuser;
         return result;
@@ -250,7 +256,7 @@ static inline int charge(ms_budget *budget, int64_t n, ms_budget *stop, enum cha
 
     /* Look first: a charge that is bound to be refused must not, even for a moment, stand in the way of others. */
     for (ms_budget *at = budget; at != stop; at = parent_of(at)) {
-        if (MS_UNLIKELY(at->batched) && parent_of(at) != stop)
+        if (MS_UNLIKELY(at->batched) && parent_of(at) != stop && !refused)
             return charge_batched(budget, at, count, n, stop, mode, level);
         int here = would_take(at, atomic_load(&at->used), n, mode);
         if (MS_UNLIKELY(here)) {
@@ -387,13 +393,14 @@ int ms_budget_is_closed(const ms_budget *budget)
 
 int ms_budget_may_lag(const ms_budget *budget)
 {
-    for (; budget; budget = parent_of(budget)) {
+    for (const ms_budget *above;; budget = above) {
         uint64_t word = atomic_load_explicit(&budget->used, memory_order_relaxed);
         if (word & CLOSED || COUNT(word) >= atomic_load_explicit(&budget->gate, memory_order_relaxed) ||
             atomic_load_explicit(&budget->soft_rearm, memory_order_relaxed) >= 0)
             return 0;
+        if (!(above = parent_of(budget)))
+            return atomic_load_explicit(&budget->in_line, memory_order_relaxed) == 0;
     }
-    return 1;
 }
 
 void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit)
@@ -406,6 +413,13 @@ void ms_budget_set_soft_limit(ms_budget *budget, int64_t soft_limit)
 int ms_budget_take_soft_passed(ms_budget *budget)
 {
     return (int)atomic_exchange(&budget->soft_passed, 0);
+}
+
+void ms_budget_rearm_untold(ms_budget *budget)
+{
+    for (; budget; budget = parent_of(budget))
+        if (ms_budget_take_soft_passed(budget))
+            ms_budget_set_soft_limit(budget, atomic_load(&budget->soft_limit));
 }
 
 int64_t ms_budget_headroom(const ms_budget *budget)

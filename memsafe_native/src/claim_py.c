@@ -39,13 +39,28 @@ static int end(Claim *self, int *soft_passed)
     return claim && ms_claim_end(claim, soft_passed) == MS_CLAIM_GRANTED;
 }
 
-PyDoc_STRVAR(leave_doc, "leave($self, /)\n--\n\nLeave the line; give back what was granted and not taken.");
-
-static PyObject *claim_leave(PyObject *object, PyObject *Py_UNUSED(none))
+/* Leave the line; give back what was granted and not taken. */
+static void leave(Claim *self)
 {
-    Claim *self = (Claim *)object;
-    if (end(self, NULL))
-        ms_budget_uncharge(self->budget->node, self->n, NULL);
+    int soft_passed = 0;
+    if (!end(self, &soft_passed))
+        return;
+    ms_budget_uncharge(self->budget->node, self->n, NULL);
+    if (soft_passed)
+        ms_budget_rearm_untold(self->budget->node);
+}
+
+static PyObject *claim_enter(PyObject *object, PyObject *Py_UNUSED(none))
+{
+    Py_INCREF(object);
+    return object;
+}
+
+PyDoc_STRVAR(exit_doc, "__exit__($self, /, *ignored)\n--\n\nLeave the line; give back what was granted and not taken.");
+
+static PyObject *claim_exit(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    leave((Claim *)object);
     Py_RETURN_NONE;
 }
 
@@ -128,19 +143,19 @@ static void claim_dealloc(PyObject *object)
 {
     Claim *self = (Claim *)object;
     PyTypeObject *type = Py_TYPE(object);
-    if (end(self, NULL))
-        ms_budget_uncharge(self->budget->node, self->n, NULL);
+    leave(self);
     Py_DECREF((PyObject *)self->budget);
     PyObject_Free(object);
     Py_DECREF(type);
 }
 
 static PyMethodDef claim_methods[] = {
-    {"leave", claim_leave, METH_NOARGS, leave_doc},
     {"take", claim_take, METH_NOARGS, take_doc},
     {"wait", claim_wait, METH_O, wait_doc},
     {"nudge", claim_nudge, METH_NOARGS, "nudge($self, /)\n--\n\nWake whoever waits for it."},
     {"shortfall", claim_shortfall, METH_NOARGS, shortfall_doc},
+    {"__enter__", claim_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))claim_exit, METH_FASTCALL, exit_doc},
     {0},
 };
 

@@ -63,22 +63,34 @@ static int call_soft_limit_passed(void *Py_UNUSED(nothing))
 }
 
 /* From inside an allocation no Python may run: the main thread does it when it gets to it. */
-static void tell(int told)
+static void call_soon(void)
 {
-    if (MS_UNLIKELY(told) && !atomic_exchange(&pending, 1) && Py_AddPendingCall(call_soft_limit_passed, NULL))
+    if (!atomic_exchange(&pending, 1) && Py_AddPendingCall(call_soft_limit_passed, NULL))
         atomic_store(&pending, 0); /* the queue is full; the next crossing tells */
 }
 
-static bool refused(size_t size, int64_t bearable_bytes)
+static inline void tell(int told)
 {
-    if (MS_LIKELY(ms_heap_fits(size)) || !ms_heap_is_refusable() || size > INT64_MAX)
+    if (MS_UNLIKELY(told))
+        call_soon();
+}
+
+static bool is_refused(size_t size, int64_t bearable_bytes)
+{
+    if (!ms_heap_is_refusable() || size > INT64_MAX)
         return false;
+    ms_pocket_empty(); /* the GIL is held: it is refusable */
     int told, account = ms_heap_refuser((int64_t)size, bearable_bytes, &told);
     tell(told);
     if (account < 0 || ms_heap_machinery_runs())
         return false;
     ms_heap_note_refusal(account);
     return true;
+}
+
+static inline bool refused(const struct ms_heap_thread *thread, size_t size, int64_t bearable_bytes)
+{
+    return MS_UNLIKELY(!ms_heap_fits(thread, size)) && is_refused(size, bearable_bytes);
 }
 
 static int64_t bearable(size_t size)
@@ -88,10 +100,10 @@ static int64_t bearable(size_t size)
 
 /* Small blocks of the raw domain are locks, thread states and the like, which CPython cannot do without; they are
  * refused only where they stand in for an arena that was. */
-static bool block_refused(size_t size)
+static inline bool block_refused(const struct ms_heap_thread *thread, size_t size)
 {
     if (MS_LIKELY(size > PYMALLOC_MAX_BYTES))
-        return refused(size, bearable(size));
+        return refused(thread, size, bearable(size));
     bool stands_in = here.arena_refused;
     here.arena_refused = false;
     here.probes++;
@@ -100,37 +112,44 @@ static bool block_refused(size_t size)
 
 /* ---------------------------------------------------------------------------------------------------- the hooks */
 
-static void *counted(void *block)
+/* Each asks once for what is the thread's own: a call, in a library that was loaded late. */
+
+static inline void *counted(struct ms_heap_thread *thread, void *block)
 {
     if (MS_LIKELY(block != NULL))
-        tell(ms_heap_count((int64_t)malloc_usable_size(block)));
+        tell(ms_heap_count(thread, (int64_t)malloc_usable_size(block)));
     return block;
 }
 
 static void *block_malloc(void *Py_UNUSED(context), size_t size)
 {
-    return MS_UNLIKELY(block_refused(size)) ? NULL : counted(blocks.malloc(blocks.context, size));
+    struct ms_heap_thread *thread = &ms_heap_thread;
+    if (MS_UNLIKELY(block_refused(thread, size)))
+        return NULL;
+    return counted(thread, blocks.malloc(blocks.context, size));
 }
 
 static void *block_calloc(void *Py_UNUSED(context), size_t count, size_t size)
 {
+    struct ms_heap_thread *thread = &ms_heap_thread;
     size_t bytes;
-    if (__builtin_mul_overflow(count, size, &bytes))
+    if (__builtin_mul_overflow(count, size, &bytes) || MS_UNLIKELY(block_refused(thread, bytes)))
         return NULL;
-    return MS_UNLIKELY(block_refused(bytes)) ? NULL : counted(blocks.calloc(blocks.context, count, size));
+    return counted(thread, blocks.calloc(blocks.context, count, size));
 }
 
 static void *block_realloc(void *Py_UNUSED(context), void *block, size_t size)
 {
     if (!block)
         return block_malloc(NULL, size);
+    struct ms_heap_thread *thread = &ms_heap_thread;
     size_t before = malloc_usable_size(block);
     /* One that shrinks is never refused: its owner would not expect it. */
-    if (size > before && size > PYMALLOC_MAX_BYTES && MS_UNLIKELY(refused(size - before, bearable(size))))
+    if (size > before && size > PYMALLOC_MAX_BYTES && MS_UNLIKELY(refused(thread, size - before, bearable(size))))
         return NULL;
     void *moved = blocks.realloc(blocks.context, block, size);
     if (MS_LIKELY(moved != NULL))
-        tell(ms_heap_count((int64_t)malloc_usable_size(moved) - (int64_t)before));
+        tell(ms_heap_count(thread, (int64_t)malloc_usable_size(moved) - (int64_t)before));
     return moved;
 }
 
@@ -138,28 +157,28 @@ static void block_free(void *Py_UNUSED(context), void *block)
 {
     if (!block)
         return;
-    int64_t bytes = (int64_t)malloc_usable_size(block);
+    ms_heap_count(&ms_heap_thread, -(int64_t)malloc_usable_size(block));
     blocks.free(blocks.context, block);
-    ms_heap_count(-bytes);
 }
 
 static void *arena_alloc(void *Py_UNUSED(context), size_t size)
 {
+    struct ms_heap_thread *thread = &ms_heap_thread;
     /* What is not a whole arena is a piece of a stack of frames: 3.11 answers with a SystemError. */
-    if (size == PYMALLOC_ARENA_BYTES && MS_UNLIKELY(refused(size, 0))) {
+    if (size == PYMALLOC_ARENA_BYTES && MS_UNLIKELY(refused(thread, size, 0))) {
         here.arena_refused = true;
         return NULL;
     }
     void *arena = arenas.alloc(arenas.context, size);
     if (arena)
-        tell(ms_heap_count((int64_t)size));
+        tell(ms_heap_count(thread, (int64_t)size));
     return arena;
 }
 
 static void arena_free(void *Py_UNUSED(context), void *arena, size_t size)
 {
     arenas.free(arenas.context, arena, size);
-    ms_heap_count(-(int64_t)size);
+    ms_heap_count(&ms_heap_thread, -(int64_t)size);
 }
 
 /* ------------------------------------------------------------------------------------------------ installing them */
@@ -177,7 +196,7 @@ static bool find_all(void)
 static void install_hooks(void)
 {
     int64_t in_arenas = ms_object_heap_arena_bytes(), in_malloc = ms_object_heap_malloc_bytes();
-    ms_heap_count((in_arenas > 0 ? in_arenas : 0) + (in_malloc > 0 ? in_malloc : 0));
+    ms_heap_count(&ms_heap_thread, (in_arenas > 0 ? in_arenas : 0) + (in_malloc > 0 ? in_malloc : 0));
     python.get_arenas(&arenas);
     python.set_arenas(&(struct arena_allocator){.alloc = arena_alloc, .free = arena_free});
     python.get_blocks(RAW_DOMAIN, &blocks);

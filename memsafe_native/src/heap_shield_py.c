@@ -19,16 +19,56 @@ static PyObject *f_globals_name, *module_name_name;
 static _Atomic int stopped;
 
 static _Thread_local struct {
-    void *state;     /* as which Python thread it entered */
-    int entered;     /* scopes that refuse it */
-    int shielded;    /* calls that must not be refused */
-    int collecting;  /* the garbage collector runs in it */
-    void *compiling; /* the frame that called compile(), exec() or eval() */
+    void *state;           /* as which Python thread it entered */
+    int entered;           /* scopes that refuse it */
+    int shielded;          /* calls that must not be refused */
+    void *compiling;       /* the frame that called compile(), exec() or eval() */
+    const int *collecting; /* its interpreter's word that the garbage collector runs */
 } here;
+
+/* ------------------------------------------------------------------------------------------ told by the collector */
+
+/* CPython offers callbacks that tell of a collection, at a microsecond each: 1 to 4 % of a loop that makes containers.
+ * So we read what it notes for itself, in the state of an interpreter, just before the lists that the module gc shows
+ * as garbage and callbacks, as 3.11 to 3.14 do. memsafe.heap tries out whether it is that. */
+enum { STATE_BYTES_MIN = 16 << 10 }; /* an interpreter's state is larger in all of them: its cache of types is */
+
+static size_t collecting_at; /* offset in the state of an interpreter */
+
+static const int *collecting_flag(void)
+{
+    return (const int *)(const void *)((const char *)PyInterpreterState_Get() + collecting_at);
+}
+
+PyDoc_STRVAR(find_collector_doc, "find_collector(garbage, callbacks) -> bool\n\n"
+                                 "Find where CPython notes that it collects; the arguments are those of module gc.");
+
+static PyObject *find_collector(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_SetString(PyExc_TypeError, "find_collector() takes two arguments"), NULL;
+    PyObject *const *state = (PyObject *const *)(void *)PyInterpreterState_Get();
+    for (size_t i = 1; i + 1 < STATE_BYTES_MIN / sizeof *state; i++)
+        if (state[i] == args[0] && state[i + 1] == args[1]) {
+            collecting_at = (i - 1) * sizeof *state;
+            Py_RETURN_TRUE;
+        }
+    Py_RETURN_FALSE;
+}
+
+PyDoc_STRVAR(collects_doc, "collects() -> bool\n\nWhether the garbage collector runs. pre: find_collector().");
+
+static PyObject *collects(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(*collecting_flag());
+}
+
+/* ------------------------------------------------------------------------------------------ told by the thread */
 
 void ms_heap_shield_enter(void)
 {
     here.state = python.thread_state();
+    here.collecting = collecting_flag();
     here.entered++;
 }
 
@@ -42,8 +82,8 @@ void ms_heap_shield_leave(void)
  * thread's own state: it is ours in both cases only if this thread has the GIL. */
 bool ms_heap_is_refusable(void)
 {
-    return here.entered && !here.shielded && !here.collecting &&
-           !atomic_load_explicit(&stopped, memory_order_relaxed) && python.thread_state() == here.state;
+    return here.entered && !here.shielded && !atomic_load_explicit(&stopped, memory_order_relaxed) &&
+           python.thread_state() == here.state && !*here.collecting;
 }
 
 /* ------------------------------------------------------------------------------------ told by the innermost frame */
@@ -286,16 +326,6 @@ static PyObject *end_shield(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(non
     Py_RETURN_NONE;
 }
 
-/* For gc.callbacks: ("start" or "stop", info). The collector leaves "stop" out where it could not tell of "start": a
- * state, not a count. */
-static PyObject *note_collection(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
-{
-    if (count != 2 || !PyUnicode_Check(args[0]))
-        return PyErr_SetString(PyExc_TypeError, "note_collection() is for gc.callbacks"), NULL;
-    here.collecting = PyUnicode_CompareWithASCIIString(args[0], "start") == 0;
-    Py_RETURN_NONE;
-}
-
 PyDoc_STRVAR(stop_doc, "stop()\n\nRefuse nothing any more: the interpreter ends.");
 
 static PyObject *stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
@@ -310,7 +340,8 @@ int ms_heap_shield_add(PyObject *module)
         {"shield", shield, METH_O, shield_doc},
         {"begin_shield", begin_shield, METH_NOARGS, NULL},
         {"end_shield", end_shield, METH_NOARGS, NULL},
-        {"note_collection", (PyCFunction)(void (*)(void))note_collection, METH_FASTCALL, NULL},
+        {"find_collector", (PyCFunction)(void (*)(void))find_collector, METH_FASTCALL, find_collector_doc},
+        {"collects", collects, METH_NOARGS, collects_doc},
         {"stop", stop, METH_NOARGS, stop_doc},
         {0},
     };

@@ -134,7 +134,8 @@ static void tell_soft_limit(Handler *self)
 /* What freed arrays of one budget have yet to give back: mostly the next array of that budget takes it again, and then
  * neither has touched the counters, whose atomic steps cost more than all the rest of a handler. The lag is not to be
  * seen: the pocket is opened only where ms_budget_may_lag(), and closed before a budget is looked at or charged from
- * Python, and before another budget's array is charged. (A native thread that charges without the GIL may find so much
+ * Python, before an array grows in place or Python's heap is refused, and before another budget's array is charged. (A
+ * native thread that charges without the GIL may find so much
  * less.) Never open without a GIL. */
 enum { POCKET_BYTES_MAX = 64 << 10 };
 
@@ -243,11 +244,20 @@ static int soft_limit_call(void *budget)
 static void tell_soft_limit_later(Handler *self)
 {
     PyGILState_STATE gil = PyGILState_Ensure();
-    if (ms_pocket_of)
-        ms_pocket_empty(); /* which may not lag until the limit is armed again */
+    ms_pocket_empty(); /* which may not lag until the limit is armed again */
     Py_INCREF(self->budget);
     if (Py_AddPendingCall(soft_limit_call, self->budget))
         Py_DECREF(self->budget); /* its queue is full: told at the next crossing */
+    PyGILState_Release(gil);
+}
+
+/* Whoever grows may not have the GIL, which guards the pocket. */
+static void empty_pocket_from_anywhere(void)
+{
+    if (!__atomic_load_n(&ms_pocket_of, __ATOMIC_RELAXED))
+        return;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    ms_pocket_empty();
     PyGILState_Release(gil);
 }
 
@@ -260,6 +270,8 @@ static void *handler_realloc(void *context, void *data, size_t size)
     size_t before = header->size, more = size > before ? size - before : 0;
     if (MS_UNLIKELY(size > SIZE_MAX_BYTES))
         return NULL;
+    if (more)
+        empty_pocket_from_anywhere();
     int level, result = more ? ms_budget_charge(self->node, (int64_t)more, NULL, &level) : 0;
     if (MS_UNLIKELY(result < 0) && ask(self, more, level))
         return NULL;

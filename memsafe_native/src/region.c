@@ -33,7 +33,7 @@ struct ms_region {
     ms_budget *budget; /* a reference */
     int flags;
     int fd;
-    pid_t pid;               /* whose it is: a forked child may not have it */
+    pid_t pid;               /* whose it is alone, after MADV_DONTFORK: a forked child does not have it */
     int advice[ABOUT_COUNT]; /* MADV_NORMAL, which is 0, where none was given */
     uint64_t committed[];    /* a bit a page */
 };
@@ -170,15 +170,14 @@ static int make_file(ms_region *region, ms_region_failure *failure)
     return map_untouchable(region, region->address, region->size) ? failed(failure, "mmap") : 0;
 }
 
-/* Not in a child that was forked without it: what is mapped there now is somebody else's. */
-static int is_mapped(const ms_region *region)
+int ms_region_is_here(const ms_region *region)
 {
-    return region->span && (region->advice[ABOUT_FORK] != MADV_DONTFORK || region->pid == getpid());
+    return region->advice[ABOUT_FORK] != MADV_DONTFORK || region->pid == getpid();
 }
 
 static void destroy(ms_region *region)
 {
-    if (is_mapped(region))
+    if (region->span && ms_region_is_here(region))
         munmap(region->span, region->span_size);
     if (region->fd >= 0)
         close(region->fd);
@@ -204,7 +203,6 @@ int ms_region_open(ms_budget *budget, size_t size, int flags, ms_region **region
     made->budget = budget;
     made->flags = flags;
     made->fd = -1;
-    made->pid = getpid();
     int result = reserve(made, failure);
     if (!result && flags & MS_REGION_SHARED)
         result = make_file(made, failure);
@@ -307,6 +305,8 @@ int ms_region_advise(ms_region *region, size_t offset, size_t size, int advice, 
     hold();
     if (madvise(region->address + offset, size, advice))
         result = failed(failure, "madvise");
+    else if (advice == MADV_DONTFORK)
+        region->pid = getpid();
     for (size_t i = 0; !result && size == region->size && i < sizeof lasting / sizeof *lasting; i++)
         if (lasting[i].advice == advice)
             region->advice[lasting[i].about] = advice;
@@ -318,7 +318,7 @@ void ms_region_close(ms_region *region)
 {
     ms_budget *budget = region->budget;
     size_t run, charged = 0;
-    int wiped = region->flags & MS_REGION_WIPED && is_mapped(region);
+    int wiped = region->flags & MS_REGION_WIPED && ms_region_is_here(region);
     hold();
     for (size_t at = 0; (run = next_run(region, &at, region->size, 1)); at += run) {
         charged += run;

@@ -56,6 +56,23 @@ static int closed_error(void)
     return -1;
 }
 
+/* Of one that is kept from being closed. */
+static int require_here(const RegionCore *self)
+{
+    if (ms_region_is_here(self->region))
+        return 0;
+    PyErr_SetString(PyExc_ValueError,
+                    "the region is not in this process: it was kept out of forked children, by advice");
+    return -1;
+}
+
+static void drop_view(RegionCore *self)
+{
+    lock(self);
+    self->views--;
+    unlock(self);
+}
+
 /* Count one more view, of a range that is and then stays committed. */
 static int add_view(RegionCore *self, size_t offset, size_t size)
 {
@@ -68,22 +85,15 @@ static int add_view(RegionCore *self, size_t offset, size_t size)
         return closed_error();
     if (leaving)
         return PyErr_SetString(PyExc_BufferError, "another thread is decommitting a part of the region"), -1;
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), start = offset / page * page;
-    size_t end = (offset + size + page - 1) / page * page;
-    if (ms_region_committed(self->region, start, end - start) == end - start)
-        return 0;
-    lock(self);
-    self->views--;
-    unlock(self);
-    PyErr_SetString(PyExc_BufferError, "not all of that is committed: commit it, or use view() for what is");
+    if (!require_here(self)) {
+        size_t page = (size_t)sysconf(_SC_PAGESIZE), start = offset / page * page;
+        size_t end = (offset + size + page - 1) / page * page;
+        if (ms_region_committed(self->region, start, end - start) == end - start)
+            return 0;
+        PyErr_SetString(PyExc_BufferError, "not all of that is committed: commit it, or use view() for what is");
+    }
+    drop_view(self);
     return -1;
-}
-
-static void drop_view(RegionCore *self)
-{
-    lock(self);
-    self->views--;
-    unlock(self);
 }
 
 PyDoc_STRVAR(core_open_doc, "_open($self, budget, size_bytes, flags, /)\n--\n\n"
@@ -123,6 +133,16 @@ static PyObject *core_detach(PyObject *object, PyObject *Py_UNUSED(none))
     return PyLong_FromVoidPtr(region);
 }
 
+static void drop_pin(RegionCore *self, int decommits)
+{
+    lock(self);
+    if (self->pins) { /* else it was made before this process was forked */
+        self->pins--;
+        self->decommits -= decommits;
+    }
+    unlock(self);
+}
+
 PyDoc_STRVAR(core_pin_doc, "_pin($self, decommits, /)\n--\n\n"
                            "Keep it from being closed until _unpin(), and from being viewed if it decommits.");
 
@@ -141,18 +161,15 @@ static PyObject *core_pin(PyObject *object, PyObject *decommits)
     if (viewed)
         return PyErr_SetString(PyExc_BufferError, "cannot decommit a part of a region while views of it are in use"),
                NULL;
-    return PyLong_FromVoidPtr(self->region);
+    PyObject *address = require_here(self) ? NULL : PyLong_FromVoidPtr(self->region);
+    if (!address)
+        drop_pin(self, decommits == Py_True);
+    return address;
 }
 
 static PyObject *core_unpin(PyObject *object, PyObject *decommits)
 {
-    RegionCore *self = (RegionCore *)object;
-    lock(self);
-    if (self->pins) { /* else it was made before this process was forked */
-        self->pins--;
-        self->decommits -= decommits == Py_True;
-    }
-    unlock(self);
+    drop_pin((RegionCore *)object, decommits == Py_True);
     Py_RETURN_NONE;
 }
 

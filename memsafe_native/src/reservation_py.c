@@ -116,7 +116,42 @@ static int reservation_clear(PyObject *object)
     return 0;
 }
 
+/* A new reference to the budget that is charged, which another thread's move_to() may replace at any time. NULL, with
+ * no error set, only after the collector cleared it. */
+static BudgetCore *budget_of(Reservation *self)
+{
+    BudgetCore *budget;
+    MS_LOCK(self);
+    budget = self->budget;
+    Py_XINCREF((PyObject *)budget);
+    MS_UNLOCK();
+    return budget;
+}
+
 /* The functions called _locked are for what has to happen to budget and size together. */
+static PyObject *shrink_locked(Reservation *self, int64_t n)
+{
+    int64_t size = atomic_load(&self->size);
+    do {
+        if (size == RELEASED)
+            return closed_error(), NULL;
+        if (n > size)
+            return PyErr_Format(PyExc_ValueError, "cannot shrink a reservation of %lld bytes by %lld", (long long)size,
+                                (long long)n);
+    } while (!atomic_compare_exchange_weak(&self->size, &size, size - n));
+    ms_budget_uncharge(self->budget->node, n, NULL);
+    Py_RETURN_NONE;
+}
+
+/* An exception that ends a call is set: undo what the call did, unless somebody released or shrank it meanwhile. */
+static void undo_growth_locked(Reservation *self, int64_t n)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Py_XDECREF(shrink_locked(self, n));
+    PyErr_Restore(type, value, traceback);
+}
+
 static PyObject *grow_locked(Reservation *self, int64_t n)
 {
     int level;
@@ -132,8 +167,10 @@ static PyObject *grow_locked(Reservation *self, int64_t n)
             return closed_error(), NULL;
         }
     } while (!atomic_compare_exchange_weak(&self->size, &size, size + n));
-    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && ms_budget_tell_soft_limit(self->budget))
+    if (MS_UNLIKELY(result == MS_BUDGET_SOFT_PASSED) && ms_budget_tell_soft_limit(self->budget)) {
+        undo_growth_locked(self, n);
         return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -147,11 +184,15 @@ static PyObject *grow_once(Reservation *self, int64_t n)
     return result;
 }
 
-static PyObject *reservation_policy(Reservation *self, const char *method, PyObject *size)
+/* Leave it to the method of Budget. timeout: NULL where that takes none. */
+static PyObject *reservation_policy(Reservation *self, const char *method, PyObject *size, PyObject *timeout)
 {
-    if (!self->budget)
+    PyObject *budget = (PyObject *)budget_of(self);
+    if (!budget)
         return closed_error(), NULL;
-    return PyObject_CallMethod((PyObject *)self->budget, method, "OO", (PyObject *)self, size);
+    PyObject *result = PyObject_CallMethod(budget, method, timeout ? "OOO" : "OO", (PyObject *)self, size, timeout);
+    Py_DECREF(budget);
+    return result;
 }
 
 /* 1: it grew. 0: Python has to look at it. -1: an error is set. */
@@ -182,9 +223,7 @@ static PyObject *reservation_grow(PyObject *object, PyObject *const *args, Py_ss
         return NULL;
     if (MS_LIKELY(grown))
         Py_RETURN_NONE;
-    if (!self->budget)
-        return closed_error(), NULL;
-    return PyObject_CallMethod((PyObject *)self->budget, "_grow", "OOO", object, args[0], timeout);
+    return reservation_policy(self, "_grow", args[0], timeout);
 }
 
 PyDoc_STRVAR(reservation_try_grow_doc, "try_grow($self, size, /)\n--\n\n"
@@ -199,21 +238,7 @@ static PyObject *reservation_try_grow(PyObject *object, PyObject *const *args, P
     int grown = grow_at_once(self, args[0]);
     if (grown < 0)
         return NULL;
-    return grown ? PyBool_FromLong(1) : reservation_policy(self, "_try_grow", args[0]);
-}
-
-static PyObject *shrink_locked(Reservation *self, int64_t n)
-{
-    int64_t size = atomic_load(&self->size);
-    do {
-        if (size == RELEASED)
-            return closed_error(), NULL;
-        if (n > size)
-            return PyErr_Format(PyExc_ValueError, "cannot shrink a reservation of %lld bytes by %lld", (long long)size,
-                                (long long)n);
-    } while (!atomic_compare_exchange_weak(&self->size, &size, size - n));
-    ms_budget_uncharge(self->budget->node, n, NULL);
-    Py_RETURN_NONE;
+    return grown ? PyBool_FromLong(1) : reservation_policy(self, "_try_grow", args[0], NULL);
 }
 
 static PyObject *shrink_by(Reservation *self, int64_t n)
@@ -237,7 +262,7 @@ static PyObject *reservation_shrink(PyObject *self, PyObject *const *args, Py_ss
         return NULL;
     int64_t n = plain_size(args[0]);
     return MS_LIKELY(n >= 0) ? shrink_by((Reservation *)self, n)
-                             : reservation_policy((Reservation *)self, "_shrink", args[0]);
+                             : reservation_policy((Reservation *)self, "_shrink", args[0], NULL);
 }
 
 static PyObject *resize_locked(Reservation *self, int64_t target)
@@ -273,7 +298,7 @@ static PyObject *reservation_resize(PyObject *object, PyObject *const *args, Py_
             return refused;
         Py_DECREF(refused);
     }
-    return reservation_policy(self, "_resize", args[0]);
+    return reservation_policy(self, "_resize", args[0], NULL);
 }
 
 PyDoc_STRVAR(reservation_release_doc, "release($self, /)\n--\n\n"
@@ -308,7 +333,7 @@ static PyObject *reservation_split(PyObject *object, PyObject *const *args, Py_s
         return NULL;
     int64_t n = plain_size(args[0]);
     if (n < 0)
-        return reservation_policy((Reservation *)object, "_split", args[0]);
+        return reservation_policy((Reservation *)object, "_split", args[0], NULL);
     PyObject *result;
     MS_LOCK(object);
     result = split_locked((Reservation *)object, n);
@@ -378,7 +403,9 @@ static PyObject *reservation_merge(PyObject *self, PyObject *other)
     if (result != Py_NotImplemented)
         return result;
     Py_DECREF(result);
-    PyObject *moved = PyObject_CallMethod(other, "move_to", "O", (PyObject *)((Reservation *)self)->budget);
+    PyObject *budget = (PyObject *)budget_of((Reservation *)self);
+    PyObject *moved = budget ? PyObject_CallMethod(other, "move_to", "O", budget) : (closed_error(), NULL);
+    Py_XDECREF(budget);
     if (!moved)
         return NULL;
     Py_DECREF(moved);
@@ -425,10 +452,9 @@ static PyObject *reservation_released(PyObject *self, void *Py_UNUSED(closure))
 
 static PyObject *reservation_budget(PyObject *self, void *Py_UNUSED(closure))
 {
-    PyObject *budget = (PyObject *)((Reservation *)self)->budget;
+    PyObject *budget = (PyObject *)budget_of((Reservation *)self);
     if (!budget)
         Py_RETURN_NONE;
-    Py_INCREF(budget);
     return budget;
 }
 
@@ -436,7 +462,9 @@ static PyObject *reservation_repr(PyObject *object)
 {
     Reservation *self = (Reservation *)object;
     int64_t size = atomic_load(&self->size);
-    PyObject *path = self->budget ? PyObject_GetAttrString((PyObject *)self->budget, "path") : PyUnicode_FromString("");
+    PyObject *budget = (PyObject *)budget_of(self);
+    PyObject *path = budget ? PyObject_GetAttrString(budget, "path") : PyUnicode_FromString("");
+    Py_XDECREF(budget);
     if (!path)
         return NULL;
     PyObject *text = size == RELEASED

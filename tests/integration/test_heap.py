@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import sysconfig
 import threading
 import tracemalloc
 
@@ -93,7 +94,7 @@ def refusals_are_single_and_in_steps():
 
 def no_arena_is_lost_by_a_refusal():
     with guard_python_heap(Budget(name="heap")) as guard:
-        kept = []
+        kept, at_first = [], guard.heap_bytes
         for _ in range(50):
             full(guard)
             assert refused(lambda: kept.extend({n} for n in range(100_000)))
@@ -103,7 +104,7 @@ def no_arena_is_lost_by_a_refusal():
         kept.extend({n} for n in range(100_000))
         kept.clear()
         assert guard.heap_bytes - before < 2 * MIB
-        assert before < 30 * MIB
+        assert before - at_first < 12 * MIB
 
 
 def other_threads_are_charged_and_not_refused():
@@ -155,10 +156,19 @@ def what_must_not_be_refused_is_not():
         assert guard.refusals == 0
         del block[10_000:]  # shrinks
         assert guard.refusals == 0
-        gc.callbacks.clear()
-        with guard_python_heap(guard.budget):
-            assert heap.note_collection in gc.callbacks
+        assert gc.callbacks == [], "the collector is asked, not made to tell: that would slow it"
     assert xml.dom.minidom
+
+
+def a_collector_that_is_not_known_is_not_refused_in():
+    callbacks, gc.callbacks = gc.callbacks, []
+    with pytest.raises(UnsupportedError, match="does not tell when its garbage collector runs"):
+        guard_python_heap("1 GiB").__enter__()
+    with guard_python_heap("1 GiB", enforce=False) as guard:
+        assert guard.heap_bytes > 0
+    gc.callbacks = callbacks
+    with guard_python_heap("1 GiB"):
+        assert not heap.collects()
 
 
 def a_child_has_its_own_copy():
@@ -352,12 +362,26 @@ def hooks_that_were_put_away_are_noticed():
         guard_python_heap("1 GiB").__enter__()
 
 
+def an_array_that_was_freed_just_now_is_room_for_objects():
+    numpy = pytest.importorskip("numpy")  # here: other scenarios count a small heap
+    root = Budget(name="root")
+    heap, arrays = root.child("heap"), root.child("arrays")
+    with guard_python_heap(heap) as guard, arrays.numpy():
+        array = numpy.empty(60 << 10, "u1")
+        root.limit_bytes = guard.heap_bytes + array.nbytes + MIB
+        del array  # and nobody looks at a budget until
+        kept = bytes(MIB + (30 << 10))
+        assert guard.refusals == 0
+        del kept
+
+
 SCENARIOS = [
     the_whole_heap_is_charged_and_given_back,
     refusals_are_single_and_in_steps,
     no_arena_is_lost_by_a_refusal,
     other_threads_are_charged_and_not_refused,
     what_must_not_be_refused_is_not,
+    a_collector_that_is_not_known_is_not_refused_in,
     a_child_has_its_own_copy,
     nested_guards_each_have_their_say,
     a_size_makes_a_budget_of_its_own,
@@ -368,13 +392,26 @@ SCENARIOS = [
     subinterpreters_are_not_refused,
     asyncio_goes_on,
     tracemalloc_may_begin_and_end_inside,
+    an_array_that_was_freed_just_now_is_room_for_objects,
     hooks_that_were_put_away_are_noticed,
 ]
 
 
+# Why a CPython does not enforce, as docs/heap.md says. All that enforces comes to that there.
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    UNSUPPORTED = "built without the GIL and allocates by mimalloc"
+elif sys.version_info[:3] == (3, 13, 0):
+    UNSUPPORTED = "a dict which setdefault"
+else:
+    UNSUPPORTED = None
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_guard(scenario):
-    run(scenario)
+    if UNSUPPORTED:
+        assert UNSUPPORTED in in_another_python(SAYS_WHY)
+    else:
+        run(scenario)
 
 
 def in_another_python(script, *arguments, **env):
@@ -408,6 +445,8 @@ except memsafe.UnsupportedError as error:
     ],
 )
 def test_where_it_cannot_be_safe_it_says_so(arguments, env, reason):
+    if UNSUPPORTED and "GIL" in UNSUPPORTED:
+        env, arguments, reason = {}, (), UNSUPPORTED  # there, the allocator is mimalloc whatever is asked for
     assert reason in in_another_python(SAYS_WHY, *arguments, **env)
 
 
@@ -416,6 +455,9 @@ def test_under_another_malloc(name):
     library = ctypes.util.find_library(name)
     if library is None:
         pytest.skip(f"no {name} here")
+    if UNSUPPORTED:
+        assert UNSUPPORTED in in_another_python(SAYS_WHY, LD_PRELOAD=library)
+        return
     script = """
 import memsafe
 budget = memsafe.Budget("100 MiB", name="heap")
@@ -425,7 +467,7 @@ with memsafe.guard_python_heap(budget):
         while True:
             kept.append(bytes(10_000))
     except MemoryError:
-        assert 90 << 20 < budget.used_bytes <= 100 << 20
+        assert 90 << 20 < budget.used_bytes <= (100 << 20) + 4096, "a block may be larger than was asked for"
     kept.clear()
     assert budget.used_bytes < 20 << 20
 assert budget.used_bytes == 0
@@ -434,6 +476,9 @@ assert budget.used_bytes == 0
 
 
 def test_the_end_of_the_interpreter_inside_of_a_scope():
+    if UNSUPPORTED:
+        assert UNSUPPORTED in in_another_python(SAYS_WHY)
+        return
     script = """
 import sys, memsafe
 budget = memsafe.Budget("1 TiB", name="heap")
@@ -455,6 +500,9 @@ def test_junk_is_a_value_error(junk):
 
 
 def test_real_code_survives_refusals_and_is_right_afterwards():
+    if UNSUPPORTED:
+        assert UNSUPPORTED in in_another_python(SAYS_WHY)
+        return
     tally, failures = heap_refusals.run_children(200, seed=1)
     assert failures == []
     assert sum(tally.values()) >= 200

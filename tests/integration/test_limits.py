@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,11 +106,21 @@ def it_refuses_what_could_not_work():
     limits.mmap = NotEnforcing()
     with pytest.raises(UnsupportedError, match="does not enforce RLIMIT_DATA"):
         limit_process("1 TiB").__enter__()
+    limits.process = SwappedOut()
+    with pytest.raises(ValueError, match=r"to 16 MiB: it uses 20 MiB already"):
+        limit_process("16 MiB").__enter__()
     limits.process = Silent()
     with pytest.raises(UnsupportedError, match="VmData"):
         limit_process("1 TiB").__enter__()
     assert resource.getrlimit(DATA) == before
     assert len(block) == 32 * MIB
+
+
+class SwappedOut:
+    """A process most of which is on the disk."""
+
+    def status(self):
+        return SimpleNamespace(data_vm_bytes=40 * MIB, anonymous_bytes=4 * MIB, swap_bytes=16 * MIB)
 
 
 class NotEnforcing:

@@ -303,6 +303,24 @@ def test_a_name_that_cannot_be_part_of_a_path_is_a_value_error(name):
         Budget(name=name)
 
 
+def test_a_name_may_be_taken_again_while_its_closing_is_under_way(monkeypatch):
+    db, again, children = Budget(name="db"), [], Budget.children
+    old = db.child("cache")
+
+    def take_it_first(budget):
+        if budget is old and old.closed and not again:
+            again.append(db.child("cache"))
+        return children.fget(budget)
+
+    monkeypatch.setattr(Budget, "children", property(take_it_first))
+    old.close()
+    assert len(again) == 1
+    assert db.children == (again[0],)
+    with pytest.raises(ValueError, match="already has a child"):
+        db.child("cache")
+    db.close()  # before the patch goes: CPython 3.11 crashes where __del__ runs in the middle of that
+
+
 def test_depth_is_bounded():
     budget = Budget()
     for _ in range(63):
@@ -371,6 +389,31 @@ def test_a_budget_with_a_quantum_is_exact_itself_and_seldom_asks_its_ancestors()
         assert root.headroom_bytes == 800
     assert (worker.used_bytes, worker.slack_bytes, root.used_bytes) == (0, 100, 100)
     worker.close()
+    assert root.used_bytes == 0
+
+
+def test_what_a_budget_with_a_quantum_refuses_itself_changes_nothing_above():
+    root, told = Budget(name="root", soft_limit=50), []
+    root.on_soft_limit(lambda budget: told.append(budget.used_bytes))
+    worker = root.child("worker", 10, quantum=64)
+    tight = root.child("wide", quantum=64).child("tight", 10)
+    for budget in (worker, tight):
+        with pytest.raises(BudgetExceededError) as refused:
+            budget.reserve(20)
+        assert refused.value.refused_by is budget
+        assert (root.used_bytes, root.peak_bytes, budget.parent.peak_bytes) == (0, 0, 0)
+    with root.reserve(60):
+        assert told == [60]
+
+
+def test_slack_below_a_budget_is_not_left_when_it_is_closed():
+    root = Budget(name="root")
+    db = root.child("db")
+    workers = [db.child(name, quantum=64) for name in "ab"]
+    for worker in workers:
+        worker.reserve(10).release()
+    assert db.used_bytes == 128
+    assert db.close() == 0
     assert root.used_bytes == 0
 
 
@@ -464,6 +507,21 @@ def test_an_interrupt_in_a_soft_limit_callback_passes_through():
     with budget.reserve(1) as reservation, pytest.raises(KeyboardInterrupt):
         reservation.grow(10)
     assert budget.used_bytes == 0
+
+
+def test_an_interrupt_in_a_soft_limit_callback_leaves_a_reservation_as_large_as_it_was():
+    db = Budget(100, name="db", soft_limit=50)
+    reservation = db.reserve(10)
+
+    @db.on_soft_limit
+    def interrupt(budget):
+        raise KeyboardInterrupt
+
+    for change, size in ((reservation.grow, 80), (reservation.resize, 90), (reservation.grow, "80")):
+        with pytest.raises(KeyboardInterrupt):
+            change(size)
+        assert (reservation.size_bytes, db.used_bytes) == (10, 10)
+    reservation.release()
 
 
 def test_a_failing_soft_limit_callback_is_logged_and_the_reservation_stands(caplog):

@@ -206,7 +206,7 @@ class BudgetTree(RuleBasedStateMachine):
 
     @rule(each=consumes(waiting))
     def leave_the_line(self, each):
-        each.claim.leave()
+        each.claim.__exit__()
         if each.state == "granted" and not each.owner.closed:
             each.owner.own -= each.size
         if each in self.line:

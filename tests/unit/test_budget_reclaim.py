@@ -381,24 +381,89 @@ def test_waiting_for_a_reclaimer_that_waits_for_oneself_ends(monkeypatch):
     hoard.release()
 
 
-def test_a_timeout_bounds_the_wait_for_a_reclaimer_that_another_one_runs():
-    db = Budget(100, name="db")
-    hoard, inside, over = db.reserve(100), threading.Event(), threading.Event()
+def busy_reclaimer(db, count=1):
+    """Have another thread run a reclaimer of *db* that does not come back; returns what ends that."""
+    go_on, began = threading.Event(), threading.Event()
 
-    @db.reclaimer
-    def slow(need_bytes):
-        inside.set()
-        assert over.wait(60)
+    def stay(need_bytes):
+        began.set()
+        go_on.wait()
+        return 0
+
+    def end():
+        go_on.set()
+        for thread in threads:
+            thread.join()
+
+    threads = []
+    for _ in range(count):
+        began.clear()
+        db.reclaimer(functools.partial(stay))
+        threads.append(threading.Thread(target=db.reclaim, args=(1,)))
+        threads[-1].start()
+        assert began.wait(60)
+    return end
+
+
+@pytest.mark.parametrize("timeout_s", [0, 0.05])
+def test_who_has_a_timeout_joins_a_reclaimer_no_longer_than_that(timeout_s, monkeypatch):
+    monkeypatch.setattr(wait, "_JOIN_MAX_S", 3600.0)
+    db = Budget(100, name="db")
+    with db.reserve(100):
+        end = busy_reclaimer(db)
+        with pytest.raises(BudgetExceededError) as refused:
+            db.reserve(10, timeout_s=timeout_s)  # else this hangs
+        end()
+    assert refused.value.waited_s is None if timeout_s == 0 else refused.value.waited_s >= timeout_s
+
+
+def test_who_has_no_timeout_joins_all_reclaimers_together_only_so_long(monkeypatch):
+    deadlines, join = [], wait._join
+    monkeypatch.setattr(wait, "_JOIN_MAX_S", 0.05)
+    monkeypatch.setattr(
+        wait, "_join", lambda entry, claim, until_s: deadlines.append(until_s) or join(entry, claim, until_s)
+    )
+    db = Budget(100, name="db")
+    with db.reserve(100):
+        end = busy_reclaimer(db, 3)
+        assert db.try_reserve(10) is None
+        end()
+    assert len(deadlines) == 3
+    assert len(set(deadlines)) == 1
+
+
+def test_what_a_reclaimer_says_that_it_could_free_may_itself_reserve_but_not_recurse():
+    db, asked = Budget(100, name="db"), []
+    hoard = db.reserve(100)
+
+    def reclaimable():
+        asked.append(db.try_reserve(10))  # which must not ask reclaimable() again
+        return 5
+
+    for _ in range(3):
+        db.reclaimer(lambda need_bytes: 0, reclaimable=reclaimable)
+    assert db.try_reserve(50) is None
+    assert asked == [None] * 6  # once each in the two rounds
+    assert db.reclaimable_bytes == 15
+    assert asked == [None] * 9
+    hoard.release()
+
+
+def test_a_plain_function_that_returns_an_awaitable_is_awaited_for_a_task():
+    db = Budget(100, name="db")
+    hoard = db.reserve(100)
+
+    async def shed(need_bytes):
         hoard.shrink(need_bytes)
         return need_bytes
 
-    first = threading.Thread(target=lambda: db.reserve(10).release())
-    first.start()
-    assert inside.wait(60)
-    with pytest.raises(BudgetExceededError, match="still at work in db"):
-        db.reserve(10, timeout_s=0.01)
-    over.set()  # which nobody would do before that if the wait were not bounded
-    first.join()
+    db.reclaimer(lambda need_bytes: shed(need_bytes))
+
+    async def main():
+        with await db.reserve_async(10):
+            assert hoard.size_bytes == 90
+
+    asyncio.run(main())
     hoard.release()
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -125,6 +127,14 @@ def test_it_is_a_share_of_what_the_tightest_constraint_leaves_the_process(kernel
     assert budget.explain() in str(budget.report())
 
 
+def test_what_the_process_has_swapped_out_is_its_own(kernel):
+    before_bytes = Budget.for_process(1.0, root=kernel.root).limit_bytes
+    kernel.process.set(swap="30 MiB")
+    budget = Budget.for_process(1.0, root=kernel.root)
+    assert budget.limit_bytes - before_bytes == 30 * MIB
+    assert budget.report().drift.anonymous_bytes == 180 * MIB
+
+
 def test_an_rlimit_counts_what_it_counts(kernel):
     kernel.process.set(data_limit="200 MiB", data_vm="180 MiB")
     assert Budget.for_process(1.0, root=kernel.root).limit_bytes == 200 * MIB
@@ -136,6 +146,31 @@ def test_a_limit_that_is_raised_is_seen_when_the_budget_would_refuse(kernel):
     with budget.reserve("1900 MiB"):
         assert budget.parent.limit_bytes == 1950 * MIB
     assert budget.parent.stats().refusals == 0
+
+
+def test_a_limit_that_is_raised_is_seen_by_who_waits(kernel, monkeypatch):
+    monkeypatch.setattr(ProcessBudget, "_follow_every_s", 0.001)
+    budget = Budget.for_process(1.0, root=kernel.root)
+    held, served = budget.reserve("900 MiB"), []
+    waiter = threading.Thread(target=lambda: served.append(budget.reserve("800 MiB", timeout_s=60.0)))
+    waiter.start()
+    while not budget.waiting:
+        time.sleep(0.001)
+    kernel.app.limit = "2000 MiB"  # and nobody asks for anything
+    waiter.join(60)
+    assert [each.size_bytes for each in served] == [800 * MIB]
+    served[0].release()
+    held.release()
+
+
+def test_what_no_counter_could_hold_is_refused_like_anything_else(kernel):
+    budget = Budget.for_process(1.0, root=kernel.root)
+    with budget.reserve(1):
+        for refuser in (budget, budget.child("below")):
+            assert refuser.try_reserve(2**63 - 1) is None
+            with pytest.raises(BudgetExceededError) as refused:
+                refuser.reserve(2**63 - 1)
+            assert refused.value.refused_by is budget
 
 
 def test_a_limit_that_is_lowered_is_seen_as_the_charges_grow_and_reclaimers_are_asked(kernel):

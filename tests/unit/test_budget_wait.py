@@ -1,6 +1,7 @@
 """Requests that wait: first come first served, woken by what was freed, and nothing lost on the way."""
 
 import asyncio
+import gc
 import math
 import os
 import signal
@@ -14,7 +15,8 @@ import uvloop
 
 import memsafe
 from memsafe import Budget, BudgetExceededError
-from memsafe.budget import wait
+from memsafe._native import ffi, lib
+from memsafe.budget import refusal, wait
 
 FOR_EVER_S = 60.0  # long enough that nobody sees the end of it
 LOOPS = pytest.mark.parametrize(
@@ -154,6 +156,20 @@ def test_raising_a_limit_and_uncharging_serve_who_waits():
         with child_waiting.outcome():
             assert root.used_bytes == 105
     root.uncharge(45)
+
+
+def test_closing_a_tree_serves_nobody_who_waits_in_it():
+    host = Budget(name="host")
+    db = host.child("db", 100)
+    held = db.child("first").reserve(51)
+    waiter = in_line(db.child("second"), 50)
+    with pytest.warns(ResourceWarning, match="51 B still charged: host/db/first 51 B"):
+        assert db.close() == 51
+    with pytest.raises(memsafe.BudgetClosedError):
+        waiter.outcome()
+    assert host.used_bytes == host.peak_bytes - 51 == 0
+    held.release()
+    assert host.used_bytes == 0
 
 
 def test_closing_a_sibling_serves_who_waits():
@@ -324,6 +340,92 @@ def test_an_interrupt_while_waiting_passes_through_and_nothing_is_lost():
     assert not budget._policy.claims
 
 
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupt_at(calls):
+    """Raise at the n-th start of a function or generator of memsafe.budget: one of the places where handlers run."""
+    left = calls
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if "/memsafe/budget/" in frame.f_code.co_filename:
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return
+
+    sys.settrace(trace)
+
+
+@pytest.fixture
+def no_collector():
+    """Else __del__ may run at any moment, and what is raised there goes to nobody."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def forget_last(errors):
+    errors[-1] = None
+    gc.collect()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("call", ["reserve", "grow", "reclaim"])
+def test_an_interrupt_at_any_moment_loses_nothing_though_its_traceback_is_kept(call):
+    kept = []
+    for moment in range(1, 2000):
+        db = Budget(100, name="db")
+        cache, query = db.child("cache").reserve(90), db.child("query").reserve(0)
+
+        def shed(need_bytes, cache=cache):
+            freed_bytes = min(10, cache.size_bytes)
+            cache.shrink(freed_bytes)
+            return freed_bytes
+
+        cache.budget.reclaimer(shed)
+        interrupt_at(moment)
+        try:
+            if call == "reserve":
+                query.budget.reserve(30, timeout_s=FOR_EVER_S).release()
+            elif call == "grow":
+                query.grow(30, timeout_s=FOR_EVER_S)
+            else:
+                db.reclaim(30)
+            break
+        except Interrupted as error:
+            kept.append(error)
+        finally:
+            sys.settrace(None)
+        assert query.size_bytes in (0, 30)
+        if db.used_bytes - cache.size_bytes - query.size_bytes == 30:  # granted, and on its way to the caller
+            with pytest.warns(ResourceWarning, match="of 30 bytes"):
+                forget_last(kept)
+        assert db.used_bytes - cache.size_bytes == query.size_bytes
+        assert query.budget.waiting == db.waiting == 0
+        with query.budget.reserve(70 - query.size_bytes):  # the reclaimer can be asked, and the line is empty
+            assert wait._still_running(db) == ""
+        assert refusal.waiters_for(db) == ()
+        assert not db._policy.claims  # the last one to look has forgotten whoever left without a word
+        query.release()
+        cache.release()
+    assert len(kept) > 3
+    query.release()
+    cache.release()
+
+
+def test_whoever_left_the_line_without_a_word_is_forgotten_by_the_next_look():
+    db = Budget(100, name="db")
+    with db.reserve(100):
+        with db._stand_in_line(10, 0, 0) as claim:
+            wait._claims_of(db)[claim] = time.monotonic()
+            assert len(refusal.waiters_for(db)) == 1
+        assert refusal.waiters_for(db) == ()
+    assert not db._policy.claims
+
+
 def test_a_signal_handler_that_returns_does_not_end_the_wait():
     budget, heard = Budget(100), []
     held = budget.reserve(90)
@@ -343,6 +445,19 @@ def test_a_signal_handler_that_returns_does_not_end_the_wait():
             assert heard
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_soft_limit_that_was_passed_by_what_nobody_took_is_told_by_the_next():
+    db, told = Budget(100, name="db", soft_limit=50), []
+    db.on_soft_limit(lambda budget: told.append(budget.used_bytes))
+    held = [db.reserve(25), db.reserve(25), db.reserve(0)]
+    with db._stand_in_line(40, 0, 0):  # granted at once, and never taken
+        assert db.used_bytes == 90
+    assert told == []
+    held[2].grow(10)
+    assert told == [60]
+    for each in held:
+        each.release()
 
 
 def test_the_soft_limit_is_told_by_who_waited():
@@ -545,6 +660,34 @@ def test_a_loop_that_ends_with_tasks_in_line_leaves_nothing_behind():
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
+@LOOPS
+def test_tasks_that_are_dropped_with_their_closed_loop_leave_the_line(loop_factory, capsys):
+    db, errors = Budget(100, name="db"), []
+    held = db.reserve(90)
+
+    @db.reclaimer
+    async def stay(need_bytes):
+        await asyncio.get_running_loop().create_future()
+
+    async def main():
+        tasks = [asyncio.ensure_future(db.reserve_async(50, timeout_s=math.inf)) for _ in range(3)]
+        await tasks_in_line(db, len(tasks))
+        return tasks
+
+    loop = loop_factory()
+    loop.set_exception_handler(lambda loop, context: errors.append(context["message"]))
+    tasks = loop.run_until_complete(main())
+    loop.close()  # nobody cancelled them
+    del tasks, loop
+    gc.collect()
+    assert errors == ["Task was destroyed but it is pending!"] * 3
+    assert not db._policy.claims
+    assert not wait._mailboxes
+    held.release()
+    with db.reserve(100):
+        pass
+
+
 def test_a_thousand_tasks_in_line_share_one_descriptor():
     async def main():
         budget = Budget(1000)
@@ -576,3 +719,18 @@ def test_abort_wakes_tasks():
                 await waiting
 
     run(main())
+
+
+def test_what_is_missing_does_not_count_those_who_wait_elsewhere():
+    db = Budget(name="db")
+    left, right = db.child("left", 50), db.child("right", 50)
+    with left.reserve(50), right.reserve(50), left._stand_in_line(30, 0, 0), right._stand_in_line(10, 0, 0) as claim:
+        assert claim.shortfall() == (0, 10)
+
+
+def test_a_claim_that_has_left_is_in_no_mail():
+    db, token = Budget(100, name="db"), ffi.new("uint64_t *")
+    mailbox = ffi.gc(lib.ms_mailbox_new(), lib.ms_mailbox_free)
+    with db._stand_in_line(10, int(ffi.cast("uintptr_t", mailbox)), 7) as claim:  # granted at once, which is told
+        assert not claim.in_line
+    assert not lib.ms_mailbox_take(mailbox, token)

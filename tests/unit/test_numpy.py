@@ -195,6 +195,43 @@ def test_a_freed_array_serves_who_waits_for_its_bytes():
         assert budget.used_bytes == 0
 
 
+def test_a_freed_array_serves_who_waits_elsewhere_in_the_tree_and_needs_its_bytes_next():
+    root = Budget(200, name="root")
+    leaf, other = root.child("leaf"), root.child("other", limit=120)
+    with leaf.numpy(), other.reserve(100) as held, ThreadPoolExecutor(1) as pool:
+        kept = np.empty(40, "u1")
+        waiting = pool.submit(lambda: other.reserve(60, timeout_s=60).release())
+        while not other.waiting:  # other's limit holds it up, not yet root's
+            assert not waiting.done()
+        array = np.empty(50, "u1")
+        del array
+        held.shrink(40)
+        waiting.result()
+        del kept
+    assert root.used_bytes == 0
+
+
+def test_an_array_grows_into_what_was_freed_just_now():
+    budget = Budget(101, name="db")
+    with budget.numpy():
+        array, other = np.empty(40, "u1"), np.empty(60, "u1")
+        del other
+        array.resize(90, refcheck=False)
+        assert (budget.used_bytes, budget.peak_bytes) == (90, 100)
+    del array
+    assert budget.used_bytes == 0
+
+
+def test_a_growth_is_no_peak_of_what_was_freed_before():
+    budget = Budget(name="db")
+    with budget.numpy():
+        array, other = np.empty(40, "u1"), np.empty(20, "u1")
+        del other
+        array.resize(60, refcheck=False)
+        assert budget.peak_bytes == 60
+    del array
+
+
 def test_a_freed_array_leaves_no_room_beyond_what_was_decided_since():
     budget = Budget(name="db")
     handler = budget.numpy()

@@ -98,10 +98,18 @@ def test_decommit_gives_pages_back_and_they_read_as_zeros():
         assert bytes(view) == bytes(4 * PAGE)
 
 
-@pytest.mark.parametrize(("offset", "size"), [(1, PAGE), (0, 1), (-PAGE, PAGE), (0, 5 * PAGE), (4 * PAGE, PAGE)])
+@pytest.mark.parametrize(
+    ("offset", "size"), [(1, PAGE), (0, 1), (-PAGE, PAGE), (0, 5 * PAGE), (4 * PAGE, PAGE), (5 * PAGE, None)]
+)
 def test_ranges_outside_or_of_part_pages_are_value_errors(offset, size):
     with Budget("1 MiB").map(4 * PAGE) as region, pytest.raises(ValueError, match="whole pages"):
         region.decommit(offset, size)
+
+
+def test_a_size_whose_whole_pages_no_int_of_c_holds_is_a_value_error():
+    for huge_pages in (False, True):
+        with pytest.raises(ValueError, match="below 8 EiB"):
+            Budget().map((1 << 63) - 1, huge_pages=huge_pages)
 
 
 def test_huge_pages_are_aligned_and_charged_in_whole_huge_pages():
@@ -489,6 +497,9 @@ def test_numpy_arrays_of_a_part():
         table[:] = numpy.arange(512).reshape(16, 32)
         assert table.sum() == 511 * 256
         assert region.as_array("f8", 4, offset=PAGE + 8).tolist() == [1, 2, 3, 4]
+        assert region.as_array("f8", numpy.int64(2), offset=PAGE + 8).tolist() == [1, 2]
+        with pytest.raises(ValueError, match="itemsize cannot be zero"):
+            region.as_array("V0", offset=PAGE)
         with pytest.raises(BufferError):
             region.as_array("f8")
         with pytest.raises(BufferError):
@@ -510,6 +521,69 @@ with memoryview(region) as view:
 region.close()
 """
     in_a_child(script)
+
+
+def test_a_region_that_was_not_forked_can_only_be_closed_in_the_child():
+    script = """
+import mmap, os, memsafe
+budget = memsafe.Budget()
+regions = [budget.map(1 << 20, committed=committed) for committed in (True, False)]
+for region in regions:
+    region.commit()
+    region.advise("dontfork")
+if os.fork() == 0:
+    others = [mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE) for _ in range(8)]  # where the regions were, among others
+    for other in others:
+        other[:] = b"x" * len(other)
+    for region in regions:
+        for call in (
+            region.decommit, region.commit, region.view, lambda: memoryview(region), lambda: region.advise("dodump")
+        ):
+            try:
+                call()
+            except ValueError as error:
+                assert "not in this process" in str(error), error
+            else:
+                raise AssertionError
+        assert region.committed_bytes == 0
+        region.close()
+    assert all(other[:] == b"x" * len(other) for other in others)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+for region in regions:
+    region.decommit()
+    region.commit()
+    region.close()
+assert budget.used_bytes == 0
+"""
+    in_a_child(script)
+
+
+def test_a_region_that_a_child_withholds_from_its_own_is_the_childs():
+    script = """
+import os, memsafe
+region = memsafe.Budget().map(1 << 20)
+if os.fork() == 0:
+    region.advise("dontfork")
+    region.view()[0] = 1
+    if os.fork() == 0:
+        try:
+            region.view()
+        except ValueError:
+            os._exit(8)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 8
+    region.close()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+region.close()
+"""
+    in_a_child(script)
+
+
+@pytest.mark.parametrize("advice", ["dontfork", "dofork"])
+def test_a_part_of_a_region_is_not_kept_out_of_children(advice):
+    with Budget().map(2 * PAGE) as region, pytest.raises(ValueError, match="whole or not at all"):
+        region.advise(advice, 0, PAGE)
 
 
 def test_forks_amid_commits_leave_a_region_that_works_in_the_child():
