@@ -25,7 +25,9 @@ _MODULES = {
     "memsafe.forecast": ("DirtyMeter", "DirtyRate", "measure_dirty_rate"),
     "memsafe.heap": ("HeapGuard", "guard_python_heap"),
     "memsafe.limits": ("ProcessLimit", "limit_process"),
-    "memsafe.pressure": ("PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds"),
+    "memsafe.pressure": (
+        "EmergencyReserve", "PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds",
+    ),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),

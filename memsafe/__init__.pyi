@@ -34,6 +34,7 @@ from memsafe.forecast import (
 from memsafe.heap import HeapGuard as HeapGuard, guard_python_heap as guard_python_heap
 from memsafe.limits import ProcessLimit as ProcessLimit, limit_process as limit_process
 from memsafe.pressure import (
+    EmergencyReserve as EmergencyReserve,
     PressureEvent as PressureEvent,
     PressureLevel as PressureLevel,
     PressureMonitor as PressureMonitor,

@@ -17,13 +17,22 @@ from memsafe.errors import KernelError
 PSI_WINDOW_US = 2_000_000
 
 
+def open_read(path: str) -> int:
+    """Return a descriptor to read *path* by.
+
+    Raises:
+        KernelError: There is no such file, or it may not be read.
+    """
+    return _open(path, os.O_RDONLY)
+
+
 def open_watched(path: str) -> int:
     """Return a descriptor of a kernfs file that signals POLLPRI when it changes, such as memory.events.
 
     Raises:
         KernelError: There is no such file, or it is a plain copy on which nothing is ever signalled (EPERM).
     """
-    fd = _open(path, os.O_RDONLY)
+    fd = open_read(path)
     try:
         _require_signals(fd, path)
     except KernelError:
@@ -48,12 +57,21 @@ def arm_stall_trigger(path: str, kind: str, stall_us: int, window_us: int = PSI_
         KernelError: EOPNOTSUPP: PSI is off. EPERM: this kernel (before 6.5) wants CAP_SYS_RESOURCE. EBUSY: the file
             has a trigger already. Or as open_watched().
     """
+    return arm_trigger(path, f"{kind} {stall_us} {window_us}".encode())
+
+
+def arm_trigger(path: str, trigger: bytes) -> int:
+    """Return a descriptor that signals POLLPRI as *trigger* asks: ``some 200000 2000000``.
+
+    Raises:
+        KernelError: As arm_stall_trigger().
+    """
     fd = _open(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         # Before the write: a copy of the file would be overwritten by it.
         _require_signals(fd, path)
         # The kernel puts its NUL over the last byte that is written.
-        _write(fd, f"{kind} {stall_us} {window_us}\0", path)
+        write(fd, trigger.rstrip(b"\0") + b"\0", path)
     except KernelError:
         os.close(fd)
         raise
@@ -78,6 +96,20 @@ def arm_oom_notice(directory: str) -> int:
     return _arm_v1(directory, "memory.oom_control", "")
 
 
+def write(fd: int, data: bytes, path: str) -> None:
+    """Write all of *data* at once.
+
+    Raises:
+        KernelError: It was not taken; EAGAIN where only a part was.
+    """
+    try:
+        taken = os.write(fd, data)
+    except OSError as error:
+        raise files.failed(error, path, f"write {_shown(data)!r} to") from None
+    if taken != len(data):
+        raise KernelError(errno.EAGAIN, f"write to {path}", f"{taken} of {len(data)} bytes were taken")
+
+
 def _arm_v1(directory: str, name: str, argument: str) -> int:
     path, control_path = f"{directory}/{name}", f"{directory}/cgroup.event_control"
     target_fd = _open(path, os.O_RDONLY)
@@ -88,7 +120,7 @@ def _arm_v1(directory: str, name: str, argument: str) -> int:
             # One eventfd for one threshold: with two on one, unregistering could crash kernels before 5.6.
             event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             try:
-                _write(control_fd, f"{event_fd} {target_fd} {argument}", control_path)
+                write(control_fd, f"{event_fd} {target_fd} {argument}".encode(), control_path)
             except KernelError:
                 os.close(event_fd)
                 raise
@@ -100,18 +132,15 @@ def _arm_v1(directory: str, name: str, argument: str) -> int:
     return event_fd
 
 
+def _shown(data: bytes) -> str:
+    return data.rstrip(b"\0")[:80].decode(errors="replace")
+
+
 def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
         raise files.failed(error, path, "open") from None
-
-
-def _write(fd: int, text: str, path: str) -> None:
-    try:
-        os.write(fd, text.encode())
-    except OSError as error:
-        raise files.failed(error, path, f"write {text.rstrip(chr(0))!r} to") from None
 
 
 def _require_signals(fd: int, path: str) -> None:

@@ -258,6 +258,12 @@ class Budget(BudgetCore):
             mine.soft_callbacks = (*mine.soft_callbacks, callback)
         return callback
 
+    def _forget_soft_limit_callback(self, callback: SoftLimitCallback) -> None:
+        """Call it no more; one that is not registered is none."""
+        with policy.lock:
+            mine = policy.of(self)
+            mine.soft_callbacks = tuple(each for each in mine.soft_callbacks if each != callback)
+
     def _soft_limit_passed(self) -> None:
         """Called from C when a charge to this budget passed a soft limit, here or above."""
         for budget in self._upwards():

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
 from memsafe.errors import KernelError
-from memsafe.pressure import sources
+from memsafe.pressure import gauges, sources
+from memsafe.pressure.gauges import Gauge
+from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
+    from memsafe.budget import Budget
     from memsafe.pressure.levels import Cause, Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
-    from memsafe.pressure.waiter import Report
-    from memsafe.status import MemoryStatus
+    from memsafe.pressure.waiter import Reading, Report
+    from memsafe.status import Constraint, MemoryStatus
 
 _log = logging.getLogger("memsafe.pressure")
 
@@ -37,45 +40,79 @@ class Hub:
         KernelError: No thread or no descriptor could be had.
     """
 
-    def __init__(self, root: Root, thresholds: Thresholds) -> None:
+    def __init__(self, root: Root, thresholds: Thresholds, budget: Budget | None = None) -> None:
         self._root = root
         self._thresholds = thresholds
         self._tokens = itertools.count(1)
         self._chosen: list[Source] = []
+        self._guarded: frozenset[str] = frozenset()  # the v1 cgroups whose usage thresholds are set
+        self._gauges: dict[tuple[object, ...], Gauge] = {}
         self._limits_seen: object = None
+        self._has_lost = False
+        self._has_plenty = False
         self._polling = sources.Polling()
+        self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
         self._waiter = Waiter()
         try:
-            self._polling.open(self._waiter, next(self._tokens))
+            for source in self._lasting:
+                source.open(self._waiter, next(self._tokens))
             self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
+            for source in self._lasting:
+                source.close(self._waiter)
             self._waiter.close()
             raise
 
     @property
-    def statuses(self) -> tuple[SourceStatus, ...]:
-        """What each source is, and why where it is not used."""
-        return tuple(source.status for source in (*self._chosen, self._polling))
+    def _lasting(self) -> tuple[Source, ...]:
+        """The sources that do not depend on the limits of now."""
+        return (self._polling,) if self._watermark is None else (self._watermark, self._polling)
 
     @property
-    def guarded(self) -> list[str]:
-        """The v1 cgroups whose usage thresholds are set: poll_after_s() may leave them to the kernel."""
-        return [each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used]
+    def statuses(self) -> tuple[SourceStatus, ...]:
+        """What each source is, and why where it is not used."""
+        return tuple(source.status for source in (*self._chosen, *self._lasting))
 
-    def poll_after(self, delay_s: float) -> None:
-        """Let the timer signal *delay_s* after the next wait() begins, and at no other time."""
+    def guards(self, constraint: Constraint) -> bool:
+        """Whether the kernel or a gauge tells when the next level under a limit begins, so that no look need."""
+        return self._is_told_by_kernel(constraint) or gauges.limit_of(constraint) in self._gauges
+
+    def poll_after(self, delay_s: float, status: MemoryStatus | None = None) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins, or as soon as a gauge tells.
+
+        Args:
+            delay_s: Until then, what *status* is about is polled by the native thread.
+            status: The last look; None: nothing is polled, it is the timer alone.
+        """
         self._poll_after_s = delay_s
+        self._between.read(self._readings(status) if status else ())
 
-    def provide(self, status: MemoryStatus) -> None:
-        """Hold memory for the next look, if there is plenty."""
-        tightest = status.binding
-        if tightest is None or tightest.headroom_bytes is None:
-            return
-        plenty_bytes = min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)
-        if tightest.headroom_bytes > plenty_bytes:
+    def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
+        for constraint in status.constraints:
+            gauge = self._gauges.get(gauges.limit_of(constraint))
+            if gauge is None or self._is_told_by_kernel(constraint):
+                continue
+            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
+                yield reading
+
+    def _is_told_by_kernel(self, constraint: Constraint) -> bool:
+        # While a v1 cgroup's usage, which includes the file cache, is below the thresholds that the kernel was given.
+        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, constraint.limit_bytes)
+        return (
+            constraint.path in self._guarded
+            and constraint.used_bytes is not None
+            and constraint.used_bytes < constraint.limit_bytes - low_bytes
+        )
+
+    def provide(self, status: MemoryStatus | None = None) -> None:
+        """Hold memory for the next look, if there is plenty: by *status*, or without one by the last."""
+        if status is not None:
+            self._has_plenty = _has_plenty(status)
+        if self._has_plenty:
             self._reserve.take()
 
     def choose(self, status: MemoryStatus) -> bool:
@@ -85,11 +122,16 @@ class Hub:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
         limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
-            return False
+            return has_lost
         before = {source.key: source for source in self._chosen if source.used}
         self._chosen = [
-            before.pop(source.key, source) for source in sources.choose(self._root, status, self._thresholds)
+            before.pop(source.key, source)
+            for source in (
+                *sources.choose(self._root, status, self._thresholds),
+                *gauges.choose(self._root, status),
+            )
         ]
         for source in before.values():
             source.close(self._waiter)
@@ -97,13 +139,17 @@ class Hub:
         for source in self._chosen:
             if source.used:
                 continue
-            if source.stands_in_for in used:
+            if source.stands_in_for & used:
                 source.skip()
                 continue
             source.open(self._waiter, next(self._tokens))
             if source.used:
                 used.add(source.key)
         self._files.hold(path for source in self._chosen if source.used for path in source.reads)
+        self._guarded = frozenset(
+            each.group.path for each in self._chosen if isinstance(each, sources.UsageThreshold) and each.used
+        )
+        self._gauges = {each.limit: each for each in self._chosen if isinstance(each, Gauge) and each.used}
         self._limits_seen = limits
         return True
 
@@ -125,8 +171,8 @@ class Hub:
         return self._files.reading()
 
     def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
-        """Return the names of the sources that signalled, and what they say by themselves."""
-        by_token = {source.token: source for source in (self._polling, *self._chosen) if source.used}
+        """Return the names of the sources that signalled, and what they and the budget say by themselves."""
+        by_token = {source.token: source for source in (*self._lasting, *self._chosen) if source.used}
         heard, causes = [], []
         for report in reports:
             source = by_token.get(report.token)
@@ -140,6 +186,8 @@ class Hub:
                     causes.append(cause)
             except KernelError as error:
                 self._lose(source, error)
+        if self._watermark is not None and (cause := self._watermark.standing()) is not None:
+            causes.append(cause)
         return heard, causes
 
     def wake(self) -> None:
@@ -149,7 +197,7 @@ class Hub:
     def close(self, *, forked: bool = False) -> None:
         """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
         reason = "the monitor belongs to the parent process" if forked else "closed"
-        for source in (*self._chosen, self._polling):
+        for source in (*self._chosen, *self._lasting):
             source.close(None if forked else self._waiter, reason)
         self._waiter.close()
         self._files.close()
@@ -157,5 +205,14 @@ class Hub:
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)
         source.close(self._waiter, f"lost: {error}")
-        # Its cgroup may be there again, or the process may be in another: look for sources anew.
-        self._limits_seen = None
+        self._has_lost = True
+        if source.reopens:
+            # Its cgroup may be there again, or the process may be in another: look for sources anew.
+            self._limits_seen = None
+
+
+def _has_plenty(status: MemoryStatus) -> bool:
+    tightest = status.binding
+    if tightest is None or tightest.headroom_bytes is None:
+        return False
+    return tightest.headroom_bytes > min(max(tightest.limit_bytes // 16, _PLENTY_BYTES_MIN), _PLENTY_BYTES_MAX)

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection
 
     from memsafe.status import Constraint, MemoryStatus
+
+LOOK_S_MIN = 0.1
+"""A look at everything takes some 300 microseconds: no oftener, by the timer, than this."""
+
+RECOVERY_S = 1.0
+"""How often to look whether a level may fall, where its rise is told by somebody else."""
 
 MIB = 1024**2
 GIB = 1024**3
@@ -72,7 +78,8 @@ class Thresholds:
             within 2 s.
         stall_headroom_ratio: Stalls count only while less than this share of some limit is available: with more, what
             stalls is the recycling of file cache, or a neighbour in a cgroup of its own.
-        poll_s_min, poll_s_max: Bounds of the polling interval.
+        poll_s_min, poll_s_max: Bounds of the polling interval. A few numbers are read so often as *poll_s_min* by the
+            native thread; all files, which takes Python, ten times a second at the most.
         fill_bytes_per_s: The fastest plausible growth. The next poll comes before it could reach the next threshold.
     """
 
@@ -87,7 +94,7 @@ class Thresholds:
     some_stall_us: int = 200_000
     full_stall_us: int = 400_000
     stall_headroom_ratio: float = 0.5
-    poll_s_min: float = 0.1
+    poll_s_min: float = 0.01
     poll_s_max: float = 5.0
     fill_bytes_per_s: int = 4 * GIB
 
@@ -212,36 +219,49 @@ def _judge_headroom(constraint: Constraint, left_bytes: int, thresholds: Thresho
     return Judgement(raised, held, None, left_bytes, constraint.limit_bytes, shortage_bytes, detail)
 
 
-def poll_after_s(status: MemoryStatus, thresholds: Thresholds, guarded: Iterable[str] = ()) -> float:
+def has_room(status: MemoryStatus, thresholds: Thresholds, size_bytes: int) -> bool:
+    """Return whether *size_bytes* more may be used without that any limit comes near LOW."""
+    return all(
+        left_bytes - size_bytes
+        > int(thresholds.begins_at(PressureLevel.LOW, each.limit_bytes) * thresholds.clear_ratio)
+        for each in status.constraints
+        if (left_bytes := available_bytes(each)) is not None
+    )
+
+
+def next_level_bytes(left_bytes: int, thresholds: Thresholds, limit_bytes: int) -> int | None:
+    """Return at how many available bytes the next level begins; None: there is none above."""
+    for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+        begin_bytes = thresholds.begins_at(level, limit_bytes)
+        if left_bytes > begin_bytes:
+            return begin_bytes
+    return None
+
+
+def poll_after_s(
+    status: MemoryStatus, thresholds: Thresholds, is_guarded: Callable[[Constraint], bool] = lambda _: False
+) -> float:
     """Return when to look again: before the fastest plausible growth could reach the next threshold of any limit.
 
     Args:
         status: The last look.
         thresholds: As of the monitor.
-        guarded: Paths of v1 cgroups on whose usage the kernel was asked to tell of both thresholds. While the usage,
-            which includes the file cache, is below them, nothing can happen there unheard.
+        is_guarded: Whether somebody will tell when the next level of a constraint begins, by the kernel or by a gauge.
     """
-    names = frozenset(guarded)
     waits_s = [thresholds.poll_s_max]
     for constraint in status.constraints:
         left_bytes = available_bytes(constraint)
         if left_bytes is None:
             continue
-        low_bytes, critical_bytes = (
-            thresholds.begins_at(level, constraint.limit_bytes) for level in (PressureLevel.LOW, PressureLevel.CRITICAL)
-        )
-        unheard_from_bytes = constraint.limit_bytes - low_bytes
-        if (
-            constraint.path in names
-            and constraint.used_bytes is not None
-            and constraint.used_bytes < unheard_from_bytes
-        ):
-            continue
-        next_bytes = low_bytes if left_bytes > low_bytes else critical_bytes
-        # Below the last threshold, only the recovery is waited for.
-        distance_bytes = left_bytes - next_bytes if left_bytes > next_bytes else 0
-        waits_s.append(distance_bytes / thresholds.fill_bytes_per_s)
-    return max(thresholds.poll_s_min, min(waits_s))
+        low_bytes = thresholds.begins_at(PressureLevel.LOW, constraint.limit_bytes)
+        next_bytes = next_level_bytes(left_bytes, thresholds, constraint.limit_bytes)
+        if next_bytes is None:
+            waits_s.append(0.0)  # only the recovery is waited for
+        elif not is_guarded(constraint):
+            waits_s.append((left_bytes - next_bytes) / thresholds.fill_bytes_per_s)
+        elif left_bytes <= low_bytes * thresholds.clear_ratio:
+            waits_s.append(RECOVERY_S)
+    return max(min(LOOK_S_MIN, thresholds.poll_s_max), thresholds.poll_s_min, min(waits_s))
 
 
 class Ladder:

@@ -10,7 +10,9 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe.errors import KernelError
 from memsafe.pressure import levels
+from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
 from memsafe.status import status_once
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from memsafe.pressure.sources import SourceStatus
     from memsafe.pressure.stream import EventStream
     from memsafe.pressure.waiter import Report
+    from memsafe.sizes import Size
     from memsafe.status import MemoryStatus
 
     Callback = Callable[[PressureEvent], object]
@@ -72,13 +75,17 @@ class PressureMonitor:
     level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
     callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
     a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
+    At CRITICAL the reserve is given back before all that.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
     Args:
-        budget: Reclaimed when a level rises, and again each second while its cause lasts: at LOW down to its soft
-            limit (without one, by what is missing), at CRITICAL as far as it goes.
+        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises, and again each second while the
+            cause lasts: at LOW down to its soft limit (without one, by what is missing), at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
+        reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
+            of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
+            more than LOW begins at is left with it. Given back when the monitor closes.
         root: The directory that stands for "/": a tree of proc and sys files. Only polling works on a copy.
         clock: Seconds, never going back: time.monotonic.
 
@@ -96,11 +103,15 @@ class PressureMonitor:
         budget: Budget | None = None,
         *,
         thresholds: Thresholds | None = None,
+        reserve: EmergencyReserve | Size | None = None,
         root: Root = "/",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget = budget
         self._thresholds = thresholds or Thresholds()
+        if reserve is not None and not isinstance(reserve, EmergencyReserve):
+            reserve = EmergencyReserve(reserve, held=False)
+        self._reserve = reserve
         self._root = root
         self._clock = clock
         self._ladder = Ladder(self._thresholds.cooldown_s)
@@ -173,12 +184,13 @@ class PressureMonitor:
         self.close()
 
     def _open(self) -> Hub:
-        hub = Hub(self._root, self._thresholds)
+        hub = Hub(self._root, self._thresholds, self._budget)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
+            self._take_reserve(status)
         except BaseException:
             self._shut(hub)
             raise
@@ -189,6 +201,8 @@ class PressureMonitor:
     def _shut(self, hub: Hub, *, forked: bool = False) -> None:
         self._hub = None
         hub.close(forked=forked)
+        if not forked:
+            self._give_reserve()
         self._source_statuses = hub.statuses
         changed_fd, self._changed_fd = self._changed_fd, -1
         if changed_fd >= 0:
@@ -210,6 +224,11 @@ class PressureMonitor:
     def level(self) -> PressureLevel:
         """The level in force."""
         return self._ladder.level
+
+    @property
+    def reserve(self) -> EmergencyReserve | None:
+        """What is given back at CRITICAL."""
+        return self._reserve
 
     @property
     def sources(self) -> list[SourceStatus]:
@@ -365,6 +384,8 @@ class PressureMonitor:
             for request in requests:
                 if request.level is not None:
                     self._drill(hub, request.level)
+            if status is None:
+                hub.provide()  # waking up has given it back
         except Exception:
             pause_s = self._thresholds.poll_s_max
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
@@ -389,8 +410,10 @@ class PressureMonitor:
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
-        self._set_timer(hub, status)
+        self._set_timer(hub, status, within_s=levels.RECOVERY_S if causes else None)
         hub.provide(status)
+        if level == PressureLevel.NORMAL:
+            self._take_reserve(status)
 
     def _drill(self, hub: Hub, level: PressureLevel) -> None:
         previous, now_s = self._ladder.level, self._clock()
@@ -404,10 +427,30 @@ class PressureMonitor:
         self._announce(previous, drill, "simulate", now_s)
         self._set_timer(hub, status)
 
-    def _set_timer(self, hub: Hub, status: MemoryStatus) -> None:
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guarded)
+    def _set_timer(self, hub: Hub, status: MemoryStatus, within_s: float | None = None) -> None:
+        """Set when to look again: at the latest *within_s*, a cause that headroom says nothing of may pass."""
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        hub.poll_after(after_s if falls_after_s is None else min(after_s, falls_after_s))
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+        hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
+
+    def _take_reserve(self, status: MemoryStatus) -> None:
+        reserve = self._reserve
+        if reserve is None or reserve.held_bytes or not levels.has_room(status, self._thresholds, reserve.size_bytes):
+            return
+        try:
+            reserve.take()
+        except KernelError as error:
+            _log.warning("the emergency reserve cannot be taken: %s", error)
+        except ValueError:
+            self._reserve = None  # its owner has closed it
+
+    def _give_reserve(self) -> None:
+        if self._reserve is None:
+            return
+        try:
+            self._reserve.give()
+        except KernelError as error:
+            _log.warning("the emergency reserve cannot be given back: %s", error)
 
     # ------------------------------------------------------------------------------------------------ telling
 
@@ -428,9 +471,11 @@ class PressureMonitor:
             # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
             if self._changes_wanted:
                 os.eventfd_write(self._changed_fd, 1)
+        rose = event.level > previous
+        if rose and event.level == PressureLevel.CRITICAL:
+            self._give_reserve()
         for stream in streams:
             stream.feed(event)
-        rose = event.level > previous
         freed_bytes = self._reclaim(event.level, judgement.shortage_bytes) if rose else 0
         for wanted, callback in callbacks:
             if _hears(wanted, event.level):

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from memsafe._kernel import cgroup, notify, psi
+from memsafe._kernel import cgroup, notify, psi, systemd
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import waiter
 from memsafe.pressure.levels import Cause, PressureLevel, Thresholds
 from memsafe.pressure.waiter import How
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from memsafe._kernel.cgroup import MemoryCgroup
     from memsafe._kernel.files import Root
+    from memsafe.budget import Budget
     from memsafe.pressure.waiter import Waiter
     from memsafe.status import MemoryStatus
 
@@ -56,19 +59,21 @@ class Source(ABC):
         key: Sources with the same key are the same.
         how: How the waiter must wait for it.
         reads: The files that hear() reads.
+        reopens: Whether it is tried again when it was lost.
         purpose: What it does, for people.
-        stands_in_for: The key of a better source; this one is opened only where that cannot be had.
+        stands_in_for: The keys of better sources; this one is opened only where none of them can be had.
     """
 
     how = How.COUNTER
     reads: tuple[str, ...] = ()
+    reopens = True
 
     def __init__(self, name: str, path: str | None, purpose: str) -> None:
         self.name = name
         self.path = path
         self.purpose = purpose
         self.token = 0
-        self.stands_in_for: tuple[object, ...] | None = None
+        self.stands_in_for: frozenset[tuple[object, ...]] = frozenset()
         self._fd = -1
         self._reason = "not tried yet"
 
@@ -89,7 +94,7 @@ class Source(ABC):
         try:
             self._fd = self._arm()
             try:
-                native.add(self._fd, self.how, token)
+                self._attach(native, token)
             except KernelError:
                 self._close_fd()
                 raise
@@ -109,7 +114,7 @@ class Source(ABC):
         if not self.used:
             return
         if native is not None:
-            native.remove(self.token)
+            self._detach(native)
         self._close_fd()
         self._reason = reason
 
@@ -120,6 +125,12 @@ class Source(ABC):
             KernelError: What it stands on cannot be read.
         """
         return None
+
+    def _attach(self, native: Waiter, token: int) -> None:
+        native.add(self._fd, self.how, token)
+
+    def _detach(self, native: Waiter) -> None:
+        native.remove(self.token)
 
     @abstractmethod
     def _arm(self) -> int:
@@ -225,7 +236,7 @@ class StallTrigger(Source):
         purpose = f"raises {level.name} when {kind} tasks stall for {stall_us // 1000} ms in 2 s"
         super().__init__(f"psi.{kind}", path, purpose)
         self._file = path
-        self._kind = kind
+        self.kind = kind
         self._level = level
         self._stall_us = stall_us
         self._before_us = 0
@@ -242,18 +253,97 @@ class StallTrigger(Source):
             # The first signal of an unprivileged trigger may be for all stall since boot, and the second too: the
             # kernel's sliding window remembers that growth for one more window (seen on 6.18).
             return None
-        detail = f"{self._kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
+        detail = f"{self.kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
         return Cause(self._level, self.name, detail, needs_short_headroom=True)
 
     def _arm(self) -> int:
         self._before_us = self._total_us()
-        return notify.arm_stall_trigger(self._file, self._kind, self._stall_us)
+        return notify.arm_stall_trigger(self._file, self.kind, self._stall_us)
 
     def _total_us(self) -> int:
         pressure = psi.read_pressure(self._file)
         if pressure is None:
             raise KernelError(errno.EOPNOTSUPP, f"read {self._file}")
-        return (pressure.some if self._kind == "some" else pressure.full).total_us
+        return (pressure.some if self.kind == "some" else pressure.full).total_us
+
+
+class ManagedStall(StallTrigger):
+    """The pressure file that the service manager wants watched, with the trigger that it wants."""
+
+    def __init__(self, path: str, trigger: bytes, kind: str, stall_us: int) -> None:
+        super().__init__(path, kind, PressureLevel.LOW, stall_us)
+        self.name = "systemd"
+        self.purpose = f"raises LOW as the service manager asks: {kind} tasks stall for {stall_us // 1000} ms"
+        self._trigger = trigger
+
+    def _arm(self) -> int:
+        # Whatever the environment says: no file but the kernel's is parsed, or written to.
+        os.close(notify.open_watched(self._file))
+        self._before_us = self._total_us()
+        return notify.arm_trigger(self._file, self._trigger)
+
+
+class ManagedStream(Source):
+    """The FIFO or socket on which the service manager says that memory is short; what it writes is nothing to us."""
+
+    how = How.STREAM
+    reopens = False  # who accepts and hangs up at once would keep the monitor busy
+
+    def __init__(self, path: str, data: bytes) -> None:
+        super().__init__("systemd", path, "raises LOW when the service manager writes to it")
+        self._file = path
+        self._data = data
+
+    def hear(self) -> Cause | None:
+        return Cause(PressureLevel.LOW, self.name, f"the service manager says so ({self._file})")
+
+    def _arm(self) -> int:
+        return systemd.open_stream(self._file, self._data)
+
+
+class BudgetWatermark(Source):
+    """The soft limit of a budget: passing it is a cause that lasts until the use has fallen to nine tenths of it."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__("budget.soft_limit", None, f"raises LOW while budget {budget.path!r} is over its soft limit")
+        self._budget = budget
+        self._is_over = False
+        self._lock = threading.Lock()  # the descriptor must not be another's when it is written to
+
+    def close(self, native: Waiter | None, reason: str = "closed") -> None:
+        if native is None:
+            self._lock = threading.Lock()  # the parent's may be held for ever
+        super().close(native, reason)
+
+    def standing(self) -> Cause | None:
+        """Return the cause while it lasts; it is looked for in each look, signal or not."""
+        used_bytes, soft_bytes = self._budget.used_bytes, self._budget.soft_limit_bytes
+        if soft_bytes is None:
+            self._is_over = False
+            return None
+        # As the budget itself: it tells again only after that.
+        self._is_over = used_bytes > (soft_bytes - soft_bytes // 10 if self._is_over else soft_bytes)
+        if not self._is_over:
+            return None
+        detail = (
+            f"budget {self._budget.path!r} holds {format_size(used_bytes)}, its soft limit is {format_size(soft_bytes)}"
+        )
+        return Cause(PressureLevel.LOW, self.name, detail)
+
+    def _arm(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._budget.on_soft_limit(self._passed)
+        return fd
+
+    def _close_fd(self) -> None:
+        self._budget._forget_soft_limit_callback(self._passed)
+        with self._lock:
+            super()._close_fd()
+
+    def _passed(self, _: Budget) -> None:
+        with self._lock:
+            if self.used:
+                os.eventfd_write(self._fd, 1)
 
 
 class Polling(Source):
@@ -310,6 +400,8 @@ def _usage_sources(group: MemoryCgroup, status: MemoryStatus, thresholds: Thresh
 
 
 def _stall_sources(root: Root, thresholds: Thresholds) -> Iterator[Source]:
+    managed, is_wanted = _managed_source(root, thresholds)
+    yield managed
     try:
         own_path = psi.cgroup_path(root)
     except KernelError:
@@ -318,13 +410,35 @@ def _stall_sources(root: Root, thresholds: Thresholds) -> Iterator[Source]:
         ("some", PressureLevel.LOW, thresholds.some_stall_us),
         ("full", PressureLevel.CRITICAL, thresholds.full_stall_us),
     ):
-        system = StallTrigger(psi.system_path(root), kind, level, stall_us)
+        if not is_wanted:
+            yield Unavailable(f"psi.{kind}", None, "the service manager wants no watch on stalls")
+            continue
+        better = {managed.key} if isinstance(managed, ManagedStall) and managed.kind == kind else set()
         if own_path is not None:
             # What stalls in another cgroup is not this process's shortage: its own cgroup's stalls are the better ones.
             own = StallTrigger(own_path, kind, level, stall_us)
-            system.stands_in_for = own.key
+            own.stands_in_for = frozenset(better)
+            better.add(own.key)
             yield own
+        system = StallTrigger(psi.system_path(root), kind, level, stall_us)
+        system.stands_in_for = frozenset(better)
         yield system
+
+
+def _managed_source(root: Root, thresholds: Thresholds) -> tuple[Source, bool]:
+    """Return what the service manager wants watched, and whether it wants stalls watched at all."""
+    try:
+        watch = systemd.watch(os.environ, root)
+        if watch is None:
+            return Unavailable("systemd", None, f"{systemd.WATCH} is not set"), True
+        if watch.is_off:
+            return Unavailable("systemd", watch.path, f"{systemd.WATCH} is {watch.path}: it is turned off"), False
+        if systemd.is_stream(watch.path):
+            return ManagedStream(watch.path, watch.data), True
+        trigger = watch.data or f"some {thresholds.some_stall_us} {notify.PSI_WINDOW_US}".encode()
+        return ManagedStall(watch.path, trigger, *systemd.stall_of(trigger)), True
+    except KernelError as error:
+        return Unavailable("systemd", None, _explain(error)), True
 
 
 _EXPLANATIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from memsafe._native import check, ffi, lib
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from memsafe._kernel.kept import KeptFiles
     from memsafe.pressure.reserve import BlockReserve
 
@@ -43,6 +46,22 @@ class Report:
     lost_errno: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is left under a limit: *base_bytes* and the sum of all terms.
+
+    Attributes:
+        base_bytes: What is added to them.
+        tell_bytes: The timer fires at once when no more is left than this.
+        terms: A descriptor, what its line begins with (empty: the file is one number), and what to multiply it by;
+            at most three, those that only add last.
+    """
+
+    base_bytes: int
+    tell_bytes: int
+    terms: tuple[tuple[int, bytes, int], ...]
+
+
 class Look:
     """What Waiter.wait() does besides: all that lies between two looks at the machine, in one native call.
 
@@ -55,12 +74,33 @@ class Look:
     def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve) -> None:
         self._kept = kept
         self._reserve = reserve
-        self.native: Any = ffi.new("ms_waiter_look *", {"timer_fd": timer_fd, "timer_ns": -1, "kept": kept.native})
+        # Made now, as all that is needed under memory pressure.
+        self._gauges: Any = ffi.new("ms_gauge[]", lib.MS_GAUGES)
+        self.native: Any = ffi.new(
+            "ms_waiter_look *",
+            {"timer_fd": timer_fd, "timer_ns": -1, "gauges": self._gauges, "kept": kept.native},
+        )
 
     def set(self, *, timer_s: float | None = None, rest_s: float = 0.0) -> None:
         """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*."""
         self.native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
         self.native.rest_ns = int(rest_s * 1e9)
+
+    def pace(self, fill_bytes_per_s: int, least_s: float, most_s: float) -> None:
+        """Let gauges be read before so much growth could reach what they tell, within bounds."""
+        self.native.pace = (fill_bytes_per_s, int(least_s * 1e9), int(most_s * 1e9), 0)
+
+    def read(self, readings: Iterable[Reading]) -> None:
+        """Let these gauges, as far as there is room for them, be read from when the timer is set the next time."""
+        count = 0
+        for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
+            gauge = self._gauges[count - 1]
+            gauge.base_bytes, gauge.tell_bytes, gauge.seen_bytes = reading.base_bytes, reading.tell_bytes, 0
+            for index in range(lib.MS_GAUGE_TERMS):
+                gauge.terms[index].fd = -1
+            for index, (fd, key, scale) in enumerate(reading.terms):
+                gauge.terms[index] = (fd, key, scale)
+        self.native.gauge_count = count
 
     def ended(self, count: int) -> None:
         """The wait is over, and *count* sources had something to tell; less than 0: it failed."""
@@ -101,6 +141,10 @@ class Waiter:
             KernelError: There is no such source (ENOENT).
         """
         check(lib.ms_waiter_remove(self._open(), token), "remove a source")
+
+    def drop_gauges(self) -> None:
+        """Read no gauges any longer; their descriptors are not touched again."""
+        check(lib.ms_waiter_drop_gauges(self._open()), "drop the gauges")
 
     def fileno(self) -> int:
         """Return an eventfd that is readable while there is something to take."""

@@ -46,9 +46,13 @@ int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity);
 /* What else ms_waiter_wait does: all that lies between two looks at the machine, because beside busy Python threads
  * each return from native code may wait a switch interval for the GIL. */
 typedef struct ms_waiter_look {
-    int64_t rest_ns;         /* first, let events gather for so long */
-    int timer_fd;            /* of ms_timer_open, set to fire timer_ns after the call; -1: none */
-    int64_t timer_ns;        /* less than 0: leave it as it is set */
+    int64_t rest_ns;  /* first, let events gather for so long */
+    int timer_fd;     /* of ms_timer_open, set to fire timer_ns after the call; -1: none */
+    int64_t timer_ns; /* less than 0: leave it, and the gauges, as they are set */
+    const ms_gauge
+        *gauges;         /* copied; until the timer fires, the waiter's thread reads them, and lets it fire at once */
+    int32_t gauge_count; /* when one has something to tell. At most MS_GAUGES, else -EINVAL */
+    ms_gauge_pace pace;
     const ms_kept_set *kept; /* read by ms_kept_read when there was something to take; NULL: none */
 } ms_waiter_look;
 
@@ -56,6 +60,10 @@ typedef struct ms_waiter_look {
  * Returns as ms_waiter_take, perhaps 0; or -EINTR, or what setting the timer gave. Needs no GIL. Thread-safe where no
  * other call uses the same look or what it reads. */
 int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity);
+
+/* Read no gauges any longer; afterwards their descriptors are not touched again.
+ * Returns 0, -ECHILD. Thread-safe. Needs no GIL. */
+int ms_waiter_drop_gauges(ms_waiter *waiter);
 
 /* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.
  * pre: no other call on this waiter is running or follows. Needs no GIL. */

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "ms.h"
+#include "gauge.h"
 #include "kept.h"
 #include "waiter.h"
 
@@ -34,8 +35,17 @@ typedef struct slot {
     uint32_t generation; /* tells an event that was on its way when the slot changed hands */
 } slot;
 
+/* What is read each time that the timer fires before its time. */
+typedef struct watch {
+    int timer_fd;
+    int count;
+    int64_t until_ns; /* when the timer was to fire */
+    ms_gauge_pace pace;
+    ms_gauge gauges[MS_GAUGES];
+} watch;
+
 struct ms_waiter {
-    pthread_mutex_t lock; /* guards slots and signalled; never taken in a forked child */
+    pthread_mutex_t lock; /* guards slots, signalled and watch; never taken in a forked child */
     pthread_t thread;
     pid_t pid;
     int epoll_fd;
@@ -43,6 +53,7 @@ struct ms_waiter {
     int stop_fd;
     int signalled; /* notify_fd was written and nothing was taken since */
     int capacity;
+    watch watch;
     slot slots[];
 };
 
@@ -126,6 +137,17 @@ static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
     source->lost_errno = lost_errno;
 }
 
+/* Look again later, where the timer fired for the gauges alone and none has anything to tell. Returns whether. */
+static int goes_on(watch *watch, const slot *source, int64_t at_ns)
+{
+    if (watch->count == 0 || watch->timer_fd != source->fd || at_ns >= watch->until_ns)
+        return 0;
+    int64_t next_ns = ms_gauge_read(watch->gauges, watch->count, &watch->pace);
+    if (next_ns > watch->until_ns - at_ns)
+        next_ns = watch->until_ns - at_ns;
+    return next_ns > 0 && ms_timer_set(source->fd, next_ns) == 0;
+}
+
 /* pre: the lock is held. Returns whether there is something new to take. */
 static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at_ns)
 {
@@ -136,7 +158,7 @@ static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at
     int result = drain(source, event->events, &events);
     if (result < 0)
         epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
-    if (result == 0 && events == 0)
+    if (result == 0 && (events == 0 || goes_on(&waiter->watch, source, at_ns)))
         return 0;
     record(source, events, -result, at_ns);
     return 1;
@@ -412,18 +434,48 @@ static void rest(int64_t rest_ns)
         nanosleep(&span, NULL);
 }
 
+/* Set the timer for the first of what it is to fire for. */
+static int set_look(ms_waiter *waiter, const ms_waiter_look *look)
+{
+    if (look->timer_fd < 0 || look->timer_ns < 0)
+        return 0;
+    if (look->gauge_count < 0 || look->gauge_count > MS_GAUGES)
+        return -EINVAL;
+    int reads = look->gauge_count > 0 && look->pace.least_ns < look->timer_ns;
+    pthread_mutex_lock(&waiter->lock);
+    watch *watch = &waiter->watch;
+    watch->timer_fd = look->timer_fd;
+    watch->until_ns = now_ns() + look->timer_ns;
+    watch->pace = look->pace;
+    watch->count = reads ? look->gauge_count : 0;
+    for (int i = 0; i < watch->count; i++)
+        watch->gauges[i] = look->gauges[i];
+    int result = ms_timer_set(look->timer_fd, reads ? look->pace.least_ns : look->timer_ns);
+    pthread_mutex_unlock(&waiter->lock);
+    return result;
+}
+
+int ms_waiter_drop_gauges(ms_waiter *waiter)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    pthread_mutex_lock(&waiter->lock);
+    waiter->watch.count = 0;
+    pthread_mutex_unlock(&waiter->lock);
+    return 0;
+}
+
 int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
     if (is_foreign(waiter))
         return -ECHILD;
-    if (look && look->timer_fd >= 0 && look->timer_ns >= 0) {
-        int result = ms_timer_set(look->timer_fd, look->timer_ns);
+    if (look) {
+        int result = set_look(waiter, look);
         if (result < 0)
             return result;
-    }
-    if (look)
         rest(look->rest_ns);
+    }
     if (poll(&news, 1, -1) < 0)
         return -errno;
     int taken = ms_waiter_take(waiter, reports, capacity);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import mmap
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureLevel, PressureMonitor, Thresholds, memory_status
-from memsafe._kernel import cgroup, notify, psi
+from memsafe import EmergencyReserve, PressureLevel, PressureMonitor, Thresholds, memory_status
+from memsafe._kernel import cgroup, notify, psi, systemd
 from memsafe.errors import KernelError
+from memsafe.pressure import sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
@@ -136,6 +138,55 @@ def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
     found = scenario.run(follows_its_limit, v1_group)
     expected_bytes = 256 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 256 * MIB)
     assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
+
+
+def is_warned_by_gauges_alone(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler, heard = Filler(), []
+    sources.choose = lambda *_: []
+    came = threading.Event()
+    thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
+    with PressureMonitor(thresholds=thresholds) as monitor:
+        used = [source.name for source in monitor.sources if source.used]
+        for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+            monitor.on(level, lambda event: (heard.append((event.level.name, event.available_bytes)), came.set()))
+            begins_at = 128 * MIB - thresholds.begins_at(level, 128 * MIB)
+            while own.usage_bytes() - sum(own.file_cache_bytes()) < begins_at + MIB:
+                filler.take()
+            assert came.wait(30)
+            came.clear()
+    return {
+        "used": used,
+        "heard": heard[:2],
+        "limits": [thresholds.begins_at(PressureLevel(n), 128 * MIB) for n in (1, 2)],
+    }
+
+
+def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
+    found = scenario.run(is_warned_by_gauges_alone, v1_group)
+    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
+    assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
+
+
+def acts_in_a_full_cgroup(group, gives):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler = Filler()
+    with EmergencyReserve("24 MiB") as reserve:
+        while own.usage_bytes() - sum(own.file_cache_bytes()) < 126 * MIB:
+            filler.take()
+        if gives:
+            reserve.give()
+        for _ in range(16):
+            filler.take()
+    return {"survived": True}
+
+
+def test_what_the_emergency_reserve_gives_back_is_room_in_a_full_cgroup(v1_group):
+    assert scenario.run(acts_in_a_full_cgroup, v1_group, True)["survived"]
+    assert "survived" not in scenario.run(acts_in_a_full_cgroup, v1_group, False, returncode=-9)
 
 
 def writes_and_reads_a_large_file(group, path):
@@ -305,3 +356,25 @@ def test_a_trigger_whose_cgroup_is_removed_is_lost(v2_group):
         pytest.skip("cgroup2 has no memory.pressure here")
     os.close(armed(f"{v2_group}/memory.pressure"))
     assert scenario.run(loses_a_trigger, v2_group)["lost"] == errno.ENODEV
+
+
+def test_the_service_managers_trigger_stands_in_for_the_own_one_of_its_kind(monkeypatch):
+    os.close(armed(psi.system_path()))
+    monkeypatch.setenv(systemd.WATCH, psi.system_path())
+    monkeypatch.setenv(systemd.WRITE, "c29tZSAxNTAwMDAgMjAwMDAwMAA=")  # some 150000 2000000
+    with PressureMonitor() as monitor:
+        used = {source.name: source.reason for source in monitor.sources if source.used}
+    assert used["systemd"] == "raises LOW as the service manager asks: some tasks stall for 150 ms"
+    assert "psi.some" not in used
+    assert "psi.full" in used
+
+
+@pytest.mark.parametrize("trigger", ["some 0 2000000", "some 3000000 2000000", "some 1 99999999999999999999"])
+def test_a_trigger_that_the_kernel_refuses_is_listed_and_the_own_ones_are_used(monkeypatch, trigger):
+    os.close(armed(psi.system_path()))
+    monkeypatch.setenv(systemd.WATCH, psi.system_path())
+    monkeypatch.setenv(systemd.WRITE, base64.b64encode(trigger.encode()).decode())
+    with PressureMonitor() as monitor:
+        used = {source.name for source in monitor.sources if source.used}
+    assert "systemd" not in used
+    assert used >= {"psi.some", "psi.full"}

@@ -1,5 +1,6 @@
 /* The waiter under threads that add, signal, take and remove at once, and across a fork. Exit status 0: as promised. */
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include "ms.h"
+#include "gauge.h"
 #include "kept.h"
 #include "waiter.h"
 
@@ -60,7 +62,17 @@ static void take_all(void)
                        {.path = "/", .how = MS_KEPT_STAT, .fd = -1}};
     int64_t answers[8];
     ms_kept_set kept = {files, 4, answers, text, sizeof text, INT64_MAX / 4};
-    ms_waiter_look look = {1000, -1, 0, &kept};
+    /* A gauge that has nothing to tell: the timer goes on in the waiter's thread, and is set anew by each look. */
+    int timer_fd = ms_timer_open(), meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+    ms_gauge gauge = {.tell_bytes = -1, .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}}};
+    ms_waiter_look look = {.rest_ns = 1000,
+                           .timer_fd = timer_fd,
+                           .timer_ns = 3600000000000,
+                           .gauges = &gauge,
+                           .gauge_count = 1,
+                           .pace = {.fill_bytes_per_s = INT64_MAX, .least_ns = 1000, .most_ns = 3600000000000},
+                           .kept = &kept};
+    CHECK(timer_fd >= 0 && meminfo_fd >= 0 && ms_waiter_add(waiter, timer_fd, MS_WAITER_COUNTER, 1001) == 0);
     int round = 0;
     CHECK(ms_kept_read(&kept) == 3 && answers[4] > 0);
     int fd = files[0].fd;
@@ -77,6 +89,11 @@ static void take_all(void)
     }
     for (int i = 0; i < SOURCES; i++)
         CHECK(counted[i] == ROUNDS);
+    look.gauge_count = MS_GAUGES + 1;
+    CHECK(ms_waiter_wait(waiter, &look, reports, 3) == -EINVAL);
+    CHECK(ms_waiter_drop_gauges(waiter) == 0 && ms_waiter_remove(waiter, 1001) == 0);
+    close(meminfo_fd);
+    close(timer_fd);
     CHECK(answers[0] > 0 && answers[2] == -ENOENT && answers[4] == -EAGAIN && answers[6] == -EISDIR);
     CHECK(ms_kept_read(&kept) == 0 && files[0].fd == fd);
     ms_kept_close(&kept);
@@ -91,6 +108,7 @@ static void fork_beside(void)
     pid_t child = fork();
     if (child == 0) {
         int refused = ms_waiter_take(waiter, &report, 1) == -ECHILD && ms_waiter_remove(waiter, 0) == -ECHILD &&
+                      ms_waiter_drop_gauges(waiter) == -ECHILD &&
                       ms_waiter_add(waiter, counters[0], MS_WAITER_COUNTER, 5) == -ECHILD &&
                       ms_waiter_wait(waiter, NULL, &report, 1) == -ECHILD;
         ms_waiter_close(waiter);
@@ -103,7 +121,7 @@ int main(void)
 {
     pthread_t threads[2];
     CHECK(ms_waiter_open(0, &waiter) == -EINVAL && waiter == NULL);
-    CHECK(ms_waiter_open(SOURCES + 1, &waiter) == 0);
+    CHECK(ms_waiter_open(SOURCES + 2, &waiter) == 0);
     for (int i = 0; i < SOURCES; i++) {
         counters[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         CHECK(ms_waiter_add(waiter, counters[i], MS_WAITER_COUNTER, (uint64_t)i) == 0);

@@ -2,7 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from memsafe.pressure.levels import Cause, Ladder, PressureEvent, PressureLevel, Thresholds, judge, poll_after_s
+from memsafe.pressure.levels import (
+    LOOK_S_MIN,
+    RECOVERY_S,
+    Cause,
+    Ladder,
+    PressureEvent,
+    PressureLevel,
+    Thresholds,
+    has_room,
+    judge,
+    next_level_bytes,
+    poll_after_s,
+)
 from memsafe.status import CommitStatus, Constraint, MemoryStatus, ProcessMemory, SwapStatus
 
 MIB = 1024**2
@@ -110,20 +122,41 @@ def test_polling_is_slow_far_from_a_threshold_and_fast_near_it():
 
     assert after_s(60 * GIB) == DEFAULTS.poll_s_max
     assert after_s(2 * GIB + 4 * GIB) == pytest.approx(1.0)
-    assert after_s(2 * GIB + 1) == DEFAULTS.poll_s_min
+    assert after_s(2 * GIB + 1) == LOOK_S_MIN
     # Past LOW, CRITICAL is what may come next; past that only the recovery.
     assert after_s(2 * GIB) == pytest.approx(1.5 / 4)
-    assert after_s(0) == DEFAULTS.poll_s_min
+    assert after_s(0) == LOOK_S_MIN
 
 
-def test_a_guarded_cgroup_is_left_to_the_kernel_below_its_threshold():
-    limit = 128 * MIB
-    free = constraint(limit, 60 * MIB, kind="memory.limit_in_bytes")
-    cached = constraint(limit, 60 * MIB, kind="memory.limit_in_bytes", used=limit - 1)
-    assert poll_after_s(status(free), DEFAULTS) == DEFAULTS.poll_s_min
-    assert poll_after_s(status(free), DEFAULTS, ["/app"]) == DEFAULTS.poll_s_max
-    # The cache hides the crossing that comes: the kernel has told already.
-    assert poll_after_s(status(cached), DEFAULTS, ["/app"]) == DEFAULTS.poll_s_min
+def test_a_guarded_limit_is_left_to_who_guards_it_but_for_the_recovery():
+    def after_s(*constraints):
+        return poll_after_s(status(*constraints), DEFAULTS, lambda each: each.kind == "memory.max")
+
+    low = DEFAULTS.begins_at(LOW, GIB)
+    assert after_s(constraint(GIB, low + 200 * MIB)) == DEFAULTS.poll_s_max
+    assert after_s(constraint(GIB, low)) == RECOVERY_S
+    assert after_s(constraint(GIB, 0)) == LOOK_S_MIN
+    assert after_s(constraint(GIB, low + 200 * MIB), constraint(GIB, low + MIB, kind="memory.high")) == LOOK_S_MIN
+
+
+def test_the_bounds_of_polling_hold_for_looks_too():
+    near = status(constraint(GIB, 200 * MIB))
+    assert poll_after_s(near, Thresholds(poll_s_min=0.001, poll_s_max=0.001)) == 0.001
+    assert poll_after_s(near, Thresholds(poll_s_min=7, poll_s_max=9)) == 7
+
+
+def test_the_next_level_is_the_next_one_down():
+    low, critical = (DEFAULTS.begins_at(level, GIB) for level in (LOW, CRITICAL))
+    lefts = (GIB, low + 1, low, critical + 1, critical, 0)
+    assert [next_level_bytes(left, DEFAULTS, GIB) for left in lefts] == [low, low, critical, critical, None, None]
+
+
+def test_there_is_room_where_no_limit_comes_near_low():
+    clear = int(DEFAULTS.begins_at(LOW, GIB) * DEFAULTS.clear_ratio)
+    roomy = constraint(64 * GIB, 32 * GIB)
+    assert has_room(status(roomy, constraint(GIB, clear + MIB + 1)), DEFAULTS, MIB)
+    assert not has_room(status(roomy, constraint(GIB, clear + MIB)), DEFAULTS, MIB)
+    assert has_room(status(), DEFAULTS, MIB)
 
 
 def test_up_at_once_and_down_after_the_cooldown():

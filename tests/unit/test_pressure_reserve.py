@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureMonitor, Thresholds
+from memsafe import PressureLevel, PressureMonitor, Thresholds
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.testing import FakeKernel
@@ -34,27 +34,50 @@ def test_it_holds_every_size_and_gives_all_back():
         assert held_bytes(reserve) == 0
 
 
-def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_bytes_are_at_stake(
-    tmp_path, monkeypatch
-):
-    provide = Hub.provide
+@pytest.fixture
+def provided(monkeypatch):
+    """Whether a monitor holds the blocks, each time that it is about to wait."""
+    provide, told = Hub.provide, queue.SimpleQueue()
 
-    def tell(hub, status):
-        provide(hub, status)
-        provided.put(held_bytes(hub._reserve) > 0)
+    def tell(hub, *status):
+        provide(hub, *status)
+        told.put(held_bytes(hub._reserve) > 0)
 
     monkeypatch.setattr(Hub, "provide", tell)
-    machine = FakeKernel(tmp_path)
-    machine.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
+    return told
+
+
+@pytest.fixture
+def machine(tmp_path):
+    kernel = FakeKernel(tmp_path)
+    kernel.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
+    return kernel
+
+
+def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_bytes_are_at_stake(machine, provided):
     quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=0)
     holds = []
     for left_bytes in (64 * MIB, 4 * MIB, 0, 64 * MIB):
         machine.cgroup("/app").usage = 128 * MIB - left_bytes
-        provided = queue.SimpleQueue()
         with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
             monitor.check()
             holds.append(provided.get(timeout=30))
+        while not provided.empty():
+            provided.get()
     assert holds == [True, False, False, True]
+
+
+def test_waking_up_for_anything_but_a_look_leaves_it_as_it_was(machine, provided):
+    quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=3600)
+    with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
+        for left_bytes, holds in ((64 * MIB, True), (0, False)):
+            machine.cgroup("/app").usage = 128 * MIB - left_bytes
+            monitor.check()
+            while not provided.empty():
+                provided.get()
+            monitor._hub.wake()
+            monitor.simulate(PressureLevel.NORMAL)
+            assert provided.get(timeout=30) is holds
 
 
 EATEN = """

@@ -130,7 +130,7 @@ def test_a_better_source_of_the_same_kind_replaces_the_other(machine, monkeypatc
 
     own, system, broken, fallback = (Pipe(name, name, "") for name in ("own", "system", "broken", "fallback"))
     broken._arm = lambda: (_ for _ in ()).throw(KernelError(errno.EBUSY, "open it"))
-    system.stands_in_for, fallback.stands_in_for = own.key, broken.key
+    system.stands_in_for, fallback.stands_in_for = frozenset({own.key}), frozenset({broken.key})
     monkeypatch.setattr(sources, "choose", lambda *_: [own, system, broken, fallback])
     try:
         assert hub.choose(memory_status(root=machine.root))

@@ -1,0 +1,32 @@
+/* What is left under a limit, from a few numbers in files of the kernel: microseconds to read, and no Python. */
+
+enum { MS_GAUGE_TERMS = 3, MS_GAUGES = 32, MS_GAUGE_STILL = 20 };
+
+typedef struct ms_gauge_term {
+    int32_t fd;   /* stays the caller's; -1: no term */
+    char key[20]; /* what the line begins with that the number stands on; empty: the file is one number */
+    int64_t scale;
+} ms_gauge_term;
+
+/* left = base + the sum of scale times number. The terms that only add come last: they are not read where the others
+ * show already that much is left. Two terms of one file stand next to each other: it is read once. */
+typedef struct ms_gauge {
+    int64_t base_bytes;
+    int64_t tell_bytes; /* somebody wants to know when no more is left than this */
+    int64_t seen_bytes; /* private: what was left when it was read last; 0 at first */
+    ms_gauge_term terms[MS_GAUGE_TERMS];
+} ms_gauge;
+
+/* How often to read: again before what is left could fall to tell_bytes at this rate, within bounds. While less is
+ * not left from one reading to the next, the least doubles, up to MS_GAUGE_STILL times as much: idling costs little. */
+typedef struct ms_gauge_pace {
+    int64_t fill_bytes_per_s;
+    int64_t least_ns;
+    int64_t most_ns;
+    int64_t still_ns; /* private: the least now; 0 at first */
+} ms_gauge_pace;
+
+/* Read the gauges. One that cannot be read tells nothing: its cgroup is gone, and who finds that out is elsewhere.
+ * Returns after how many nanoseconds to read again, or 0: one of them has something to tell. Opens nothing, allocates
+ * nothing. Not thread-safe for the same gauges. Needs no GIL. */
+int64_t ms_gauge_read(ms_gauge *gauges, int count, ms_gauge_pace *pace);

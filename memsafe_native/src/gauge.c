@@ -1,0 +1,125 @@
+/* Gauges: see cdef/gauge.h. */
+#include <stdbool.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ms.h"
+#include "gauge.h"
+
+enum {
+    FILE_BYTES = 8192, /* memory.stat has some 2 KiB; the keys that are looked for stand in its first half */
+    NEAR_DIVISOR = 10, /* what only adds is read where without it the next read would come this much sooner */
+    MOVED_DIVISOR = 64,
+    NS_PER_S = 1000000000
+};
+
+/* The file that was read last: its numbers often stand together. */
+typedef struct text {
+    int fd;
+    char bytes[FILE_BYTES];
+} text;
+
+static bool load(text *file, int fd)
+{
+    if (file->fd == fd)
+        return true;
+    file->fd = -1;
+    ssize_t size = pread(fd, file->bytes, sizeof file->bytes - 1, 0);
+    if (size <= 0)
+        return false;
+    file->bytes[size] = '\0';
+    file->fd = fd;
+    return true;
+}
+
+/* Returns where the number begins, or NULL. */
+static const char *find(const char *bytes, const char *key)
+{
+    size_t size = strlen(key);
+    while (bytes && strncmp(bytes, key, size) != 0) {
+        bytes = strchr(bytes, '\n');
+        if (bytes)
+            bytes++;
+    }
+    return bytes ? bytes + size : NULL;
+}
+
+static bool read_term(text *file, const ms_gauge_term *term, int64_t *value)
+{
+    if (!load(file, term->fd))
+        return false;
+    const char *digit = find(file->bytes, term->key);
+    while (digit && (*digit == ' ' || *digit == '\t' || *digit == ':'))
+        digit++;
+    if (!digit || *digit < '0' || *digit > '9')
+        return false;
+    int64_t number = 0;
+    for (; *digit >= '0' && *digit <= '9'; digit++)
+        if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *digit - '0', &number))
+            return false;
+    return !__builtin_mul_overflow(number, term->scale, value);
+}
+
+/* After how long what is left could be down to what is to be told; 0: it is. */
+static int64_t delay_ns(int64_t left_bytes, const ms_gauge *gauge, const ms_gauge_pace *pace)
+{
+    if (left_bytes <= gauge->tell_bytes)
+        return 0;
+    double delay = (double)(left_bytes - gauge->tell_bytes) / (double)pace->fill_bytes_per_s * NS_PER_S;
+    if (delay >= (double)pace->most_ns)
+        return pace->most_ns;
+    return delay < 1 ? 1 : (int64_t)delay;
+}
+
+/* Returns false where it cannot be read. */
+static bool read_left(text *file, const ms_gauge *gauge, const ms_gauge_pace *pace, int64_t *left_bytes)
+{
+    int64_t left = gauge->base_bytes;
+    for (int i = 0; i < MS_GAUGE_TERMS && gauge->terms[i].fd >= 0; i++) {
+        int64_t value;
+        if (i > 0 && gauge->terms[i].scale > 0 && delay_ns(left, gauge, pace) >= pace->most_ns / NEAR_DIVISOR)
+            break;
+        if (!read_term(file, &gauge->terms[i], &value) || __builtin_add_overflow(left, value, &left))
+            return false;
+    }
+    *left_bytes = left;
+    return true;
+}
+
+/* Whether it lost a share of what may be lost since it was read last. */
+static bool moved(const ms_gauge *gauge, int64_t left_bytes)
+{
+    return gauge->seen_bytes == 0 || gauge->seen_bytes - left_bytes > (left_bytes - gauge->tell_bytes) / MOVED_DIVISOR;
+}
+
+/* Returns the least delay now: what begins to fill while nothing moved is seen after MS_GAUGE_STILL times the least. */
+static int64_t slow_down(ms_gauge_pace *pace, bool any_moved)
+{
+    if (any_moved || pace->still_ns < pace->least_ns)
+        pace->still_ns = pace->least_ns;
+    else if ((pace->still_ns *= 2) > pace->least_ns * MS_GAUGE_STILL)
+        pace->still_ns = pace->least_ns * MS_GAUGE_STILL;
+    return pace->still_ns < pace->most_ns ? pace->still_ns : pace->most_ns;
+}
+
+int64_t ms_gauge_read(ms_gauge *gauges, int count, ms_gauge_pace *pace)
+{
+    text file = {.fd = -1};
+    int64_t next_ns = pace->most_ns;
+    bool any_moved = false;
+    for (int i = 0; i < count; i++) {
+        int64_t left_bytes;
+        file.fd = -1; /* between two gauges time passes: it is read anew */
+        if (!read_left(&file, &gauges[i], pace, &left_bytes))
+            continue;
+        int64_t one_ns = delay_ns(left_bytes, &gauges[i], pace);
+        if (one_ns == 0)
+            return 0;
+        if (one_ns < next_ns)
+            next_ns = one_ns;
+        any_moved |= moved(&gauges[i], left_bytes);
+        gauges[i].seen_bytes = left_bytes;
+    }
+    int64_t least_ns = slow_down(pace, any_moved);
+    return next_ns > least_ns ? next_ns : least_ns;
+}
