@@ -442,7 +442,7 @@ with memsafe.guard_python_heap(budget):
         while True:
             kept.append(bytes(10_000))
     except MemoryError:
-        assert 90 << 20 < budget.used_bytes <= 100 << 20
+        assert 90 << 20 < budget.used_bytes <= (100 << 20) + 4096, "a block may be larger than was asked for"
     kept.clear()
     assert budget.used_bytes < 20 << 20
 assert budget.used_bytes == 0
