@@ -283,6 +283,9 @@ def it_is_left_by_the_thread_that_entered():
     with guard_python_heap(Budget(name="other"), enforce=False) as other:  # in the place of the one that ended
         full(other)
         assert not refused(lambda: bytes(20 * MIB)), "this thread is inside of nothing any more"
+        with guard_python_heap(other.budget):
+            assert refused(lambda: bytes(20 * MIB))
+        assert not refused(lambda: bytes(20 * MIB)), "nor after a block that it entered and left"
 
 
 def compile_exec_and_eval_stay_what_they_are():

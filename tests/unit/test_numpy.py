@@ -232,6 +232,16 @@ def test_a_growth_is_no_peak_of_what_was_freed_before():
     del array
 
 
+def test_arrays_of_two_budgets_that_never_lived_at_once_are_no_peak():
+    root = Budget(name="root")
+    inner = root.child("inner").numpy()
+    with root.child("outer").numpy():
+        with inner:
+            np.empty(80, "u1")
+        np.empty(80, "u1")
+    assert root.peak_bytes == 80
+
+
 def test_a_freed_array_leaves_no_room_beyond_what_was_decided_since():
     budget = Budget(name="db")
     handler = budget.numpy()

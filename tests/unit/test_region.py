@@ -586,6 +586,22 @@ def test_a_part_of_a_region_is_not_kept_out_of_children(advice):
         region.advise(advice, 0, PAGE)
 
 
+def test_a_fork_from_within_a_commit_leaves_a_region_that_can_be_closed_in_both():
+    script = """
+import os, memsafe
+budget = memsafe.Budget(soft_limit=4096)
+region = budget.map(1 << 20, committed=False)
+pids = []
+budget.on_soft_limit(lambda budget: pids.append(os.fork()))
+region.commit()
+region.close()
+if pids == [0]:
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+"""
+    in_a_child(script)
+
+
 def test_forks_amid_commits_leave_a_region_that_works_in_the_child():
     script = """
 import os, threading, memsafe
