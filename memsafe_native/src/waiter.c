@@ -36,13 +36,13 @@ typedef struct slot {
 } slot;
 
 /* What is read each time that the timer fires before its time. */
-typedef struct watch {
+typedef struct gauging {
     int timer_fd;
     int count;
     int64_t until_ns; /* when the timer was to fire */
     ms_gauge_pace pace;
     ms_gauge gauges[MS_GAUGES];
-} watch;
+} gauging;
 
 struct ms_waiter {
     pthread_mutex_t lock; /* guards slots, signalled and watch; never taken in a forked child */
@@ -53,7 +53,7 @@ struct ms_waiter {
     int stop_fd;
     int signalled; /* notify_fd was written and nothing was taken since */
     int capacity;
-    watch watch;
+    gauging watch;
     slot slots[];
 };
 
@@ -138,7 +138,7 @@ static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
 }
 
 /* Look again later, where the timer fired for the gauges alone and none has anything to tell. Returns whether. */
-static int goes_on(watch *watch, const slot *source, int64_t at_ns)
+static int goes_on(gauging *watch, const slot *source, int64_t at_ns)
 {
     if (watch->count == 0 || watch->timer_fd != source->fd || at_ns >= watch->until_ns)
         return 0;
@@ -443,7 +443,7 @@ static int set_look(ms_waiter *waiter, const ms_waiter_look *look)
         return -EINVAL;
     int reads = look->gauge_count > 0 && look->pace.least_ns < look->timer_ns;
     pthread_mutex_lock(&waiter->lock);
-    watch *watch = &waiter->watch;
+    gauging *watch = &waiter->watch;
     watch->timer_fd = look->timer_fd;
     watch->until_ns = now_ns() + look->timer_ns;
     watch->pace = look->pace;
