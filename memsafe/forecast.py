@@ -72,9 +72,9 @@ class DirtyMeter:
 
     Beginning write-protects all private memory (some milliseconds per GiB, during which no memory can be mapped);
     then each page's first write takes a fault of about a microsecond. ``soft-dirty`` uses bits of the page tables that
-    belong to the process: CRIU, if it takes incremental images of it, loses track; a mapping that grows, as the heap may,
-    counts whole. ``pagemap-scan`` (userfaultfd, Linux 6.7) divides huge pages that are written. One meter at a time in a
-    process, for any thread; a forked child has none.
+    belong to the process: CRIU, if it takes incremental images of it, loses track; a mapping that grows, as the heap
+    may, counts whole. ``pagemap-scan`` (userfaultfd, Linux 6.7) divides huge pages that are written. One meter at a
+    time in a process, for any thread; a forked child has none.
 
     Args:
         method: Which one; None: soft-dirty, else pagemap-scan, else minor-faults.
