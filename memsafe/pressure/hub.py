@@ -13,7 +13,7 @@ from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
 from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
-from memsafe.pressure.waiter import Look, Waiter
+from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -55,16 +55,17 @@ class Hub:
         self._poll_after_s: float | None = None
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
+        self._alarm_fd = -1
         self._waiter = Waiter()
         try:
+            self._alarm_fd = open_timer()
+            os.set_blocking(self._alarm_fd, True)
             for source in self._lasting:
                 source.open(self._waiter, next(self._tokens))
-            self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between = Look(self._polling.timer_fd, self._files, self._reserve, self._alarm_fd)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
-            for source in self._lasting:
-                source.close(self._waiter)
-            self._waiter.close()
+            self.close()
             raise
 
     @property
@@ -153,15 +154,29 @@ class Hub:
         self._limits_seen = limits
         return True
 
-    def wait(self, rest_s: float = 0.0) -> list[Report]:
-        """Wait for signals, or for wake(); in the monitor's thread.
+    def poll_within(self, delay_s: float) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins at the latest."""
+        self._poll_after_s = delay_s if self._poll_after_s is None else min(delay_s, self._poll_after_s)
+
+    def wait(self, rest_s: float = 0.0, *, alarm_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake().
 
         Args:
             rest_s: How long to let signals gather first.
+            alarm_s: Let await_alarm() return when the next wait() does not begin within so long after this one. 0: the
+                alarm is left alone.
         """
-        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s, alarm_s=alarm_s)
         self._poll_after_s = None
         return self._waiter.wait(self._between)
+
+    def await_alarm(self) -> None:
+        """Block until the alarm fires; in a thread of its own, which must have ended before close()."""
+        os.read(self._alarm_fd, 8)
+
+    def alarm(self, delay_s: float) -> None:
+        """Let the alarm fire after *delay_s*; from any thread."""
+        set_timer(self._alarm_fd, delay_s)
 
     def reading(self) -> AbstractContextManager[None]:
         """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
@@ -201,6 +216,9 @@ class Hub:
             source.close(None if forked else self._waiter, reason)
         self._waiter.close()
         self._files.close()
+        alarm_fd, self._alarm_fd = self._alarm_fd, -1
+        if alarm_fd >= 0:
+            os.close(alarm_fd)
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)
