@@ -344,6 +344,10 @@ def monitored(machine, clock, budget):
     return PressureMonitor(budget, root=machine.root, clock=clock, thresholds=QUIET)
 
 
+def missing_bytes(left_bytes):
+    return int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - left_bytes
+
+
 def test_at_low_a_budget_is_reclaimed_to_its_soft_limit(machine, clock, budget):
     cache = Cache(budget, "30 MiB")
     with monitored(machine, clock, budget) as monitor:
@@ -361,8 +365,7 @@ def test_at_low_a_budget_without_soft_limit_gives_what_is_missing(machine, clock
         use(machine, 18 * MIB)
         monitor.simulate(NORMAL)
         monitor.check()
-    missing = int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - 18 * MIB
-    assert cache.asked == [missing]
+    assert cache.asked == [missing_bytes(18 * MIB)]
     cache.held.release()
 
 
@@ -373,6 +376,106 @@ def test_at_critical_a_budget_is_reclaimed_as_far_as_it_goes(machine, clock, bud
     assert (second.asked, first.asked) == ([20 * MIB], [8 * MIB])
     assert budget.used_bytes == 0
     first.held.release(), second.held.release()
+
+
+class RealCache(Cache):
+    """Also takes memory of the machine, which has it back when it is shed."""
+
+    def __init__(self, machine, budget, size, priority):
+        super().__init__(budget, size, priority)
+        self.machine = machine
+
+    def shed(self, need_bytes):
+        freed_bytes = super().shed(need_bytes)
+        self.machine.cgroup("/app").usage -= freed_bytes
+        return freed_bytes
+
+
+@pytest.fixture
+def caches(machine):
+    """Three of 20 MiB, the cheapest first."""
+    with Budget(name="db") as db:
+        made = [RealCache(machine, db.child(name), "20 MiB", priority) for priority, name in enumerate("abc")]
+        yield made
+        for cache in made:
+            cache.held.release()
+
+
+def test_at_low_only_so_much_is_shed_as_is_missing_by_priority(machine, clock, caches):
+    use(machine, 7 * MIB)
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        assert monitor.check() == LOW
+    assert [cache.asked for cache in caches] == [[missing_bytes(7 * MIB)], [], []]
+
+
+def test_at_critical_each_gives_all_it_has_until_the_headroom_is_back(machine, clock, caches):
+    use(machine, 1 * MIB)
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        heard = listen(monitor, CRITICAL)
+        assert monitor.check() == CRITICAL
+    assert [cache.asked for cache in caches] == [[60 * MIB], [40 * MIB], []], "21 MiB left are too few, 41 enough"
+    assert [cache.held.size_bytes for cache in caches] == [0, 0, 20 * MIB]
+    assert heard[0].available_bytes == 1 * MIB, "what it was when it was decided"
+
+
+def test_a_cache_that_frees_nothing_is_passed_over(machine, clock, caches):
+    budget = caches[0].held.budget.parent
+    budget.reclaimer(lambda need_bytes: 0, priority=-1)
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+    assert [cache.asked for cache in caches] == [[missing_bytes(15 * MIB)], [], []]
+
+
+def test_above_its_soft_limit_a_budget_keeps_what_headroom_does_not_need(machine, clock, caches):
+    budget = caches[0].held.budget.parent
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert budget.used_bytes == 60 * MIB - missing_bytes(15 * MIB)
+        budget.soft_limit_bytes = 10 * MIB
+        monitor.check()
+        assert budget.used_bytes == 10 * MIB, "passing it is a cause of its own"
+
+
+def test_a_shortage_that_comes_again_is_answered_at_once_though_the_level_never_fell(machine, clock, caches):
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        for _ in range(2):
+            use(machine, 1 * MIB)
+            assert monitor.check() == CRITICAL
+        assert [cache.held.size_bytes for cache in caches] == [0, 0, 0]
+
+
+def test_low_that_could_not_be_met_does_not_delay_critical(machine, clock):
+    asked = []
+    with Budget(name="db") as budget, budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
+        budget.reclaimer(lambda need_bytes: asked.append(need_bytes) or 0)
+        use(machine, 1 * MIB)
+        monitor.check()
+        clock.now_s += 1
+        use(machine, 15 * MIB)
+        assert monitor.check() == CRITICAL, "it has not cooled down, but it is LOW that is answered"
+        use(machine, 1 * MIB)
+        monitor.check()
+        monitor.check()
+    assert asked == [30 * MIB, missing_bytes(15 * MIB), 30 * MIB]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), SystemExit(3)])
+def test_a_reclaimer_that_fails_does_not_end_the_thread_or_keep_callbacks_from_running(
+    machine, clock, budget, caplog, error
+):
+    @budget.reclaimer
+    def fail(need_bytes):
+        raise error
+
+    with budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
+        heard = listen(monitor, CRITICAL)
+        monitor.simulate(CRITICAL)
+        monitor.simulate(NORMAL)
+        monitor.simulate(CRITICAL)
+        assert len(heard) == 2
+    assert "fail" in caplog.text
 
 
 def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machine, clock, budget, monkeypatch):
@@ -400,24 +503,12 @@ def test_a_budget_is_asked_again_while_the_cause_lasts(machine, clock, budget):
         monitor.check()
         cache.held.grow("5 MiB")
         monitor.check()
-        missing = int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - 15 * MIB
+        missing = missing_bytes(15 * MIB)
         assert cache.asked == [missing]
         clock.now_s += 1
         monitor.check()
         assert cache.asked == [missing, 15 * MIB - missing], "the soft limit is met first this time"
     cache.held.release()
-
-
-def test_a_failing_reclaimer_does_not_keep_the_callbacks_from_running(machine, clock, budget, caplog):
-    @budget.reclaimer
-    def fail(need_bytes):
-        raise OSError("no")
-
-    with budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
-        heard = listen(monitor, CRITICAL)
-        monitor.simulate(CRITICAL)
-        assert len(heard) == 1
-    assert "fail" in caplog.text
 
 
 def test_passing_the_soft_limit_of_the_budget_raises_low_without_a_look_by_the_clock(machine, clock, budget):
