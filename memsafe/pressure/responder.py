@@ -96,7 +96,7 @@ class _Need:
         if self._follows_headroom and seen_bytes is not None:
             self._shortage_bytes = self._look()
             if self._shortage_bytes > 0 and used_bytes < seen_bytes:
-                give_back()  # what was freed may still lie in the allocators, where no headroom tells of it
+                give_back(collects=False)  # it may still lie in the allocators, where no headroom tells of it
                 self._shortage_bytes = self._look()
         return self._asked_bytes(used_bytes)
 

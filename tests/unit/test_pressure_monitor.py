@@ -6,12 +6,15 @@ import itertools
 import logging
 import os
 import select
+import selectors
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 import memsafe
 from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
@@ -482,7 +485,7 @@ def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machi
     order = []
     cache = Cache(budget, "30 MiB")
     budget.reclaimer(lambda need_bytes: order.append("reclaim") or 0, priority=-1)
-    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda: order.append("trim"))
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda **_: order.append("trim"))
     monitor = monitored(machine, clock, budget)
     monitor.on(LOW, lambda event: order.append("callback"))
     with monitor:
@@ -582,7 +585,10 @@ def new_loops():
     return [asyncio.new_event_loop, uvloop.new_event_loop]
 
 
-@pytest.mark.parametrize("new_loop", new_loops(), ids=["asyncio", "uvloop"])
+on_each_loop = pytest.mark.parametrize("new_loop", new_loops(), ids=["asyncio", "uvloop"])
+
+
+@on_each_loop
 def test_events_are_an_async_iterator_that_ends_with_the_monitor(machine, clock, new_loop):
     async def read(monitor):
         stream = monitor.events()
@@ -625,15 +631,129 @@ def test_a_stream_may_be_ended_by_its_reader(monitor):
     assert asyncio.run(read()) == ("ended", [])
 
 
-def test_a_stream_of_a_closed_loop_does_no_harm(monitor):
+@on_each_loop
+def test_a_loop_that_was_closed_with_its_stream_open_does_no_harm(monitor, new_loop):
     async def make():
-        return monitor.events()
+        stream = monitor.events()
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        return stream, waiting  # cancelled by the runner
 
-    stream = asyncio.run(make())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        stream, waiting = runner.run(make())
+    assert waiting.cancelled()
     heard = listen(monitor, LOW)
     monitor.simulate(LOW)
+    monitor.close()
     assert len(heard) == 1
     del stream
+
+
+@on_each_loop
+def test_a_reader_that_is_cancelled_loses_nothing(monitor, new_loop):
+    async def read():
+        stream = monitor.events()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        monitor.simulate(LOW)  # handed over to the loop, which has not run since
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return (await anext(stream)).level
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == LOW
+
+
+@on_each_loop
+def test_a_reader_that_waits_is_told_when_the_monitor_closes(monitor, new_loop):
+    async def read():
+        stream = monitor.events()
+        waiting = [asyncio.ensure_future(anext(stream, "ended")) for _ in range(2)]
+        await asyncio.sleep(0)
+        monitor.close()
+        return await asyncio.gather(*waiting)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == ["ended", "ended"]
+
+
+def test_loops_in_several_threads_all_hear(monitor):
+    ready, heard = threading.Barrier(5), []
+
+    async def read():
+        stream = monitor.events()
+        ready.wait(30)
+        heard.append([(await anext(stream)).level for _ in range(3)])
+
+    def run(new_loop):
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(read())
+
+    threads = [threading.Thread(target=run, args=(new_loop,)) for new_loop in new_loops() * 2]
+    for thread in threads:
+        thread.start()
+    ready.wait(30)
+    for level in (LOW, CRITICAL, NORMAL):
+        monitor.simulate(level)
+    for thread in threads:
+        thread.join(30)
+    assert heard == [[LOW, CRITICAL, NORMAL]] * 4
+
+
+@on_each_loop
+def test_the_descriptor_wakes_a_reader_of_a_loop(monitor, new_loop):
+    async def read():
+        loop, news, fd = asyncio.get_running_loop(), asyncio.Queue(), monitor.fileno()
+        loop.add_reader(fd, lambda: news.put_nowait((os.eventfd_read(fd), monitor.level)))
+        monitor.simulate(LOW)
+        told = [await news.get()]
+        monitor.simulate(CRITICAL)
+        told.append(await news.get())
+        loop.remove_reader(fd)
+        return told
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == [(1, LOW), (1, CRITICAL)]
+
+
+def test_the_descriptor_wakes_trio(monitor):
+    async def read():
+        fd, told = monitor.fileno(), []
+        for level in (LOW, CRITICAL):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.lowlevel.wait_readable, fd)
+                await trio.testing.wait_all_tasks_blocked()
+                monitor.simulate(level)
+            told.append((os.eventfd_read(fd), monitor.level))
+        return told
+
+    assert trio.run(read) == [(1, LOW), (1, CRITICAL)]
+
+
+@pytest.mark.parametrize("selector", [selectors.SelectSelector, selectors.PollSelector, selectors.EpollSelector])
+def test_the_descriptor_wakes_a_loop_of_ones_own(monitor, selector):
+    with selector() as loop:
+        loop.register(monitor.fileno(), selectors.EVENT_READ)
+        assert loop.select(0) == []
+        drill = threading.Thread(target=monitor.simulate, args=(CRITICAL,))
+        drill.start()
+        ((key, _),) = loop.select(30)
+        assert (os.eventfd_read(key.fd), monitor.level) == (1, CRITICAL)
+        assert loop.select(0) == []
+        drill.join(30)
+
+
+def test_a_drill_is_refused_before_the_start_and_after_the_end(machine, clock):
+    monitor = monitored(machine, clock, None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not run"):
+            monitor.simulate(LOW)
+        with monitor:
+            monitor.simulate(CRITICAL)
+        assert monitor.level == CRITICAL
 
 
 def test_a_lagging_stream_keeps_the_newest(monitor):
