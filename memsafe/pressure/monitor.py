@@ -397,11 +397,12 @@ class PressureMonitor:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         wants_look = any(request.level is None and request.callback is None for request in requests)
         with self._surviving(hub):
-            self._look(hub, reports, wants_look, deputy)
-        for request in requests:
-            if request.level is not None:
-                with self._surviving(hub):
+            has_looked = self._look(hub, reports, wants_look, deputy)
+            for request in requests:
+                if request.level is not None:
                     self._drill(hub, request.level, deputy)
+            if not has_looked:
+                hub.provide()  # waking up has given it back
         for request in requests:
             # Unless an announcement came in between, which the callback has heard.
             if request.callback and request.missed and request.missed is self._last_event:
@@ -413,7 +414,8 @@ class PressureMonitor:
     def _stand_in(self, hub: Hub, is_first: bool) -> None:
         """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
         with self._surviving(hub):
-            self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first)
+            if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
+                hub.provide()
 
     @contextmanager
     def _surviving(self, hub: Hub) -> Iterator[None]:
@@ -424,19 +426,25 @@ class PressureMonitor:
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
 
-    def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> None:
-        """Look at the machine if there is reason to, and act on it; without *deputy*, in its thread."""
+    def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> bool:
+        """Look at the machine if there is reason to, and act on it; whether there was reason.
+
+        Args:
+            hub: Where the sources are.
+            reports: What it heard.
+            wants_look: Even if it heard nothing.
+            deputy: Who has the lead while callbacks run; None: this is its thread, which runs none.
+        """
         with hub.reading():
             heard, causes = hub.hear(reports)
             status = status_once(self._root) if heard or wants_look else None
         if status is None:
-            hub.provide()  # waking up has given it back
-            return
+            return False
         raised = self._decide(status, heard, causes)
         if deputy is not None:
             self._answer(deputy, raised)
             if deputy.has_led:
-                return  # it has looked since, and has done all that follows
+                return True  # it has looked since, and has done all that follows
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
@@ -444,6 +452,7 @@ class PressureMonitor:
         hub.provide(status)
         if self.level == PressureLevel.NORMAL:
             self._take_reserve(status)
+        return True
 
     def _decide(self, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> Judgement:
         judgement = levels.judge(status, self._thresholds, causes)
