@@ -72,17 +72,21 @@ class PressureMonitor:
     not used. What the kernel signals is a wake-up: the level follows from the headroom of every limit on the process
     (see Thresholds), except that stalls and OOMs raise it by themselves.
 
-    Callbacks, reclaimers and event streams are served by one thread of the monitor's own, never two at once. When a
-    level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
-    a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
-    At CRITICAL the reserve is given back before all that.
+    When a level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
+    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is a budget: at CRITICAL
+    always, at LOW when reclaimers freed something. At CRITICAL the reserve is given back before all that.
+
+    All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
+    the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
+    logged with its stack. Callbacks hear of it afterwards, as one change.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
     Args:
-        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises, and again each second while the
-            cause lasts: at LOW down to its soft limit (without one, by what is missing), at CRITICAL as far as it goes.
+        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises and while the cause lasts: at LOW
+            by what is missing, but not below its soft limit; at CRITICAL each reclaimer is asked for all. It stops
+            between two reclaimers when the headroom is back; what is not told by headroom (a stall, an OOM, the soft
+            limit, a drill) is answered in full: at LOW down to the soft limit, at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
