@@ -228,6 +228,8 @@ class PressureMonitor:
         self._thread = None
         self._requests = []
         self._streams = weakref.WeakSet()
+        if self._deputy is not None:
+            self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
 
@@ -375,7 +377,7 @@ class PressureMonitor:
                 deputy.has_led = False
                 before = self.level
                 self._turn(hub, deputy, reports, requests)
-                if deputy.has_led:
+                if deputy.has_led and not self._stopping:
                     hub.wake()  # it may have been woken for a request
                 rest_s = _REST_S if self.level is before and not requests else 0.0
         finally:

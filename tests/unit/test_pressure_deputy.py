@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -304,3 +306,30 @@ def test_it_takes_turns_with_the_deputy_a_hundred_times(machine, clock, monkeypa
             for level in (CRITICAL, LOW):
                 monitor.simulate(level)
     assert heard == [CRITICAL, LOW] * 50
+
+
+FORK = """
+import os
+from memsafe import PressureLevel, PressureMonitor, Thresholds
+statuses = []
+with PressureMonitor(thresholds=Thresholds(poll_s_min=0.001, poll_s_max=0.001)) as monitor:
+    @monitor.on(PressureLevel.LOW)
+    def fork(event):
+        deputy = monitor._deputy
+        while not deputy.has_led:
+            pass
+        for _ in range(5):  # while the deputy has the lead, and while it has not
+            child = os.fork()
+            if child == 0:
+                return  # the thread ends, and as it is the only one there, the process
+            statuses.append(os.waitpid(child, 0)[1])
+    monitor.simulate(PressureLevel.LOW)
+    monitor.simulate(PressureLevel.CRITICAL)
+assert statuses == [0] * 10, statuses
+"""
+
+
+def test_a_callback_may_fork_while_the_deputy_has_the_lead():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
