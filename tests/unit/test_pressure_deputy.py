@@ -163,22 +163,15 @@ def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, 
         drill.join(30)
 
 
-def test_the_deputy_rests_while_the_other_waits(machine, clock, monkeypatch):
+def test_an_alarm_that_comes_too_late_finds_the_other_waiting_and_is_not_set_again(machine, clock, monkeypatch):
     monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.001)
     alarms, alarm = threading.Semaphore(0), Hub.alarm
     monkeypatch.setattr(Hub, "alarm", lambda hub, delay_s: (alarms.release(), alarm(hub, delay_s)))
     with monitored(machine, clock, thresholds=QUIET) as monitor:
-        deputy = monitor._deputy
-
-        @monitor.on(LOW)
-        def wait_for_the_deputy(event):
-            while not deputy.has_led:
-                pass
-
-        monitor.simulate(LOW)
         monitor.check()
+        monitor._hub.alarm(0)
         count = 0
-        while alarms.acquire(timeout=0.1):  # each millisecond there would be one
+        while count < 20 and alarms.acquire(timeout=0.1):  # each millisecond there would be one
             count += 1
         assert count < 20
 
@@ -262,6 +255,24 @@ def test_what_came_and_passed_while_a_callback_ran_is_told_to_loops_only(machine
         while monitor.level != NORMAL:
             leave(machine, 100 * MIB)
             clock.now_s += 1
+
+
+def test_what_passed_while_a_callback_ran_is_told_as_one_change_from_what_was_told_last(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        calm = []
+        monitor.on(NORMAL, calm.append)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        leave(machine, 1 * MIB)
+        while monitor.level != CRITICAL:
+            pass
+        leave(machine, 100 * MIB)
+        while monitor.level != NORMAL:
+            clock.now_s += 1
+        block.going_on.set()
+        monitor.check()
+    assert [(event.previous, event.level) for event in calm] == [(LOW, NORMAL)]
 
 
 def test_a_rise_while_a_late_callback_ran_is_told_when_that_ends(machine, clock):
