@@ -151,6 +151,31 @@ def test_a_reclaimer_that_hangs_is_reported_while_it_runs(machine, clock, block,
         drill.join(30)
 
 
+def test_one_that_hangs_is_reported_though_the_alarm_came_before_the_wait_was_over(
+    machine, clock, block, hear_log, monkeypatch
+):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    log, wait = hear_log(), Hub.wait
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+
+        def wait_and_be_late(hub, rest_s=0.0, *, alarm_s=0.0):
+            reports = wait(hub, rest_s)  # without an alarm after it
+            if alarm_s and not block.entered.is_set():
+                hub.alarm(0)
+                while not monitor._deputy._has_missed:
+                    pass
+            return reports
+
+        monkeypatch.setattr(Hub, "wait", wait_and_be_late)
+        monitor.check()  # the wait that it was in is the last true one
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        block.going_on.set()
+        drill.join(30)
+
+
 def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, hear_log, monkeypatch):
     monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.1)  # the deputy has had its first look by then
     log = hear_log()
