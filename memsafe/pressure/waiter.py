@@ -53,12 +53,14 @@ class Reading:
     Attributes:
         base_bytes: What is added to them.
         tell_bytes: The timer fires at once when no more is left than this.
+        added_bytes: What the terms that only add make now.
         terms: A descriptor, what its line begins with (empty: the file is one number), and what to multiply it by;
             at most three, those that only add last.
     """
 
     base_bytes: int
     tell_bytes: int
+    added_bytes: int
     terms: tuple[tuple[int, bytes, int], ...]
 
 
@@ -95,7 +97,8 @@ class Look:
         count = 0
         for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
             gauge = self._gauges[count - 1]
-            gauge.base_bytes, gauge.tell_bytes, gauge.seen_bytes = reading.base_bytes, reading.tell_bytes, 0
+            gauge.base_bytes, gauge.tell_bytes = reading.base_bytes, reading.tell_bytes
+            gauge.added_bytes, gauge.seen_bytes = reading.added_bytes, 0
             for index in range(lib.MS_GAUGE_TERMS):
                 gauge.terms[index].fd = -1
             for index, (fd, key, scale) in enumerate(reading.terms):
