@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -61,6 +62,9 @@ class Trial:
         self.until_s = time.monotonic() + cell.patience_s
         sys.stdout.flush()
         sys.stderr.flush()
+        # What the child inherits is not charged to its cgroup; a collection there would copy and charge all of it.
+        gc.collect()
+        gc.freeze()
         self._pid = os.fork()
         if self._pid == 0:
             live(cell, self._place, self._journal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import threading
 import time
 import traceback
@@ -20,8 +21,9 @@ from benchmarks.survival.place import Place
 from memsafe import Budget
 
 _BLOCKS = 128
-# Longer than a monitor, in whose sight nothing moves, takes to slow its polling down as far as it goes.
-_SETTLE_S = 0.7
+# Nothing moves for longer than a monitor takes to slow its polling down as far as it goes; and by chance up to a second
+# longer, or a loop that looks each 100 ms would always look at the same moment of a run.
+_SETTLE_S, _SETTLE_BY_CHANCE_S = 0.6, 1.0
 
 
 def _mapped(size_bytes: int) -> mmap.mmap:
@@ -39,8 +41,12 @@ def _address(mapped: mmap.mmap) -> int:
         del view
 
 
+def _settle() -> None:
+    time.sleep(_SETTLE_S + _SETTLE_BY_CHANCE_S * random.random())
+
+
 class Cache:
-    """Blocks that could be had again, the least recently used first; each in a mapping of its own, known to a budget."""
+    """Blocks that could be had again, the least recently used first; each a mapping of its own, known to a budget."""
 
     def __init__(self, budget: Budget, journal: Journal, size_bytes: int) -> None:
         self._budget = budget
@@ -132,14 +138,14 @@ class Program:
     def take(self) -> None:
         """Take memory until the demand is met."""
         cell, journal = self.cell, self.journal
-        time.sleep(_SETTLE_S)
+        _settle()
         left_bytes = self._place.left_bytes()
         demand_bytes = cell.demand_bytes(left_bytes)
         hoard = HOARDS[cell.kind](demand_bytes, cell.chunk_bytes)
         journal[Mark.LEFT], journal[Mark.DEMAND] = left_bytes, demand_bytes
         if cell.rate is not None:
             self._grow(hoard, 0, left_bytes - cell.pace_from_bytes, None)
-            time.sleep(_SETTLE_S)
+            _settle()
         self._grow(hoard, journal[Mark.TAKEN], demand_bytes, cell.rate)
 
     def _grow(self, hoard: Hoard, taken_bytes: int, until_bytes: int, rate: int | None) -> None:
@@ -161,6 +167,7 @@ def live(cell: Cell, place: Place, journal: Journal) -> NoReturn:
 
     try:
         place.enter()
+        random.seed()  # a forked child has its parent's
         program = Program(cell, place, journal)
         with RESPONDERS[cell.responder](program):
             program.take()
