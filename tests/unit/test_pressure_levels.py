@@ -7,6 +7,7 @@ from memsafe.pressure.levels import (
     RECOVERY_S,
     Cause,
     Ladder,
+    Needs,
     PressureEvent,
     PressureLevel,
     Thresholds,
@@ -21,7 +22,7 @@ MIB = 1024**2
 GIB = 1024**3
 NORMAL, LOW, CRITICAL = PressureLevel
 DEFAULTS = Thresholds()
-SOME = Cause(LOW, "psi.some", "stalled", needs_short_headroom=True)
+SOME = Cause(LOW, "psi.some", "stalled", Needs.SHORT_HEADROOM)
 OOM = Cause(CRITICAL, "memory.events", "oom +1")
 
 

@@ -11,6 +11,7 @@ from memsafe._kernel import cgroup
 from memsafe.errors import KernelError
 from memsafe.pressure import sources
 from memsafe.pressure.hub import Hub
+from memsafe.pressure.levels import Needs
 from memsafe.pressure.sources import CgroupEvents, OomNotice, StallTrigger
 from memsafe.testing import FakeKernel
 
@@ -46,7 +47,7 @@ def test_a_signal_without_growth_of_the_stall_is_a_false_one(machine):
     file.write_text(pressure(5_100_000, 9_200_000))
     assert some.hear() is None
     cause = full.hear()
-    assert (cause.level, cause.source, cause.needs_short_headroom) == (PressureLevel.CRITICAL, "psi.full", True)
+    assert (cause.level, cause.source, cause.needs) == (PressureLevel.CRITICAL, "psi.full", Needs.SHORT_HEADROOM)
     assert "200 ms" in cause.detail
     file.write_text(pressure(5_400_000, 9_200_000))
     assert some.hear().level == PressureLevel.LOW
