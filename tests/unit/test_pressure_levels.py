@@ -100,6 +100,15 @@ def test_a_stall_counts_only_where_headroom_is_short():
     assert judgement.detail.startswith("stalled; 400 MiB")
 
 
+@pytest.mark.parametrize(("left", "raised"), [(154 * MIB, NORMAL), (153 * MIB, CRITICAL)])
+def test_a_reclaim_that_frees_nothing_counts_only_where_low_has_begun(left, raised):
+    # The kernel says so of page cache that is being written back, too.
+    judgement = judged(constraint(GIB, left), causes=[Cause(CRITICAL, "pressure_level.critical", "no", Needs.LOW)])
+    assert judgement.raised == raised
+    assert judgement.source == ("pressure_level.critical" if raised else None)
+    assert judged(causes=[Cause(CRITICAL, "pressure_level.critical", "no", Needs.LOW)]).raised == NORMAL
+
+
 def test_a_stall_counts_where_the_headroom_is_unknown():
     unknown = Constraint("memory.max", "/app", GIB, None, None, None, "kill")
     assert judged(unknown).raised == NORMAL
