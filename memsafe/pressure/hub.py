@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -9,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
@@ -82,7 +84,9 @@ class Hub:
         self._debounce = Debounce(min(_FLOOD_REST_S, thresholds.poll_s_min))
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
+        self._is_robbed = False
         self._waiter = Waiter()
+        self._bell = Owned(self._waiter.fileno())
         try:
             for source in self._lasting:
                 source.open(self._waiter, next(self._tokens))
@@ -148,6 +152,9 @@ class Hub:
         Returns:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
+        for source in self._chosen:
+            if source.used and not source.is_intact:
+                self._lose(source, KernelError(errno.EBADF, "wait for it", "somebody else has closed its descriptor"))
         limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
         has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
@@ -185,12 +192,20 @@ class Hub:
 
         Args:
             rest_s: How long to let signals gather first; longer in a flood of them.
+
+        Raises:
+            KernelError: EBADF: what the waiter needs was closed by somebody else, by os.closerange() say. All that is
+                left is to close() it.
         """
         rest_s = self._debounce.rest_s(rest_s)
         rested_ns = time.monotonic_ns() + int(rest_s * 1e9)
         self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
         self._poll_after_s = None
-        reports = self._waiter.wait(self._between)
+        try:
+            reports = self._waiter.wait(self._between)
+        except KernelError:
+            self._is_robbed = True
+            raise
         if not any(each.first_ns < rested_ns for each in reports if each.token != self._polling.token):
             self._debounce.ended()
         return reports
@@ -224,15 +239,21 @@ class Hub:
 
     def wake(self) -> None:
         """End a wait() without a signal; from any thread."""
-        os.eventfd_write(self._waiter.fileno(), 1)
+        if self._bell.is_ours():
+            os.eventfd_write(self._bell.fd, 1)
 
     def close(self, *, forked: bool = False) -> None:
-        """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
+        """Close every descriptor and join the native thread; in a forked child, which has none, only close.
+
+        After a wait() that failed, what is not known to be ours still is left alone.
+        """
         reason = "the monitor belongs to the parent process" if forked else "closed"
+        native = None if forked or self._is_robbed else self._waiter
         for source in (*self._chosen, *self._lasting):
-            source.close(None if forked else self._waiter, reason)
+            source.close(native, reason)
         self._waiter.close()
-        self._files.close()
+        if not self._is_robbed:
+            self._files.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

@@ -10,6 +10,7 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import levels
 from memsafe.pressure.emergency import EmergencyReserve
@@ -127,6 +128,7 @@ class PressureMonitor:
         self._stopping = True
         self._thread: threading.Thread | None = None
         self._changed_fd = -1
+        self._changed: Owned | None = None
         self._changes = 0
         self._changes_wanted = False
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
@@ -187,6 +189,7 @@ class PressureMonitor:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._changed = Owned(self._changed_fd)
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
@@ -204,9 +207,9 @@ class PressureMonitor:
         if not forked:
             self._give_reserve()
         self._source_statuses = hub.statuses
-        changed_fd, self._changed_fd = self._changed_fd, -1
-        if changed_fd >= 0:
-            os.close(changed_fd)
+        self._changed_fd = -1
+        if self._changed is not None:
+            self._changed.close()
 
     def _abandon(self) -> None:
         """Become inert in a forked child: the threads do not exist there, and the lock may be held for ever."""
@@ -355,6 +358,8 @@ class PressureMonitor:
                 before = self.level
                 self._turn(hub, reports, requests)
                 rest_s = _REST_S if self.level is before and not requests else 0.0
+        except KernelError:
+            _log.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
         finally:
             self._end(hub, requests)
 
