@@ -73,17 +73,21 @@ class PressureMonitor:
     not used. What the kernel signals is a wake-up: the level follows from the headroom of every limit on the process
     (see Thresholds), except that stalls and OOMs raise it by themselves.
 
-    Callbacks, reclaimers and event streams are served by one thread of the monitor's own, never two at once. When a
-    level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
-    a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
-    At CRITICAL the reserve is given back before all that.
+    When a level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
+    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is a budget: at CRITICAL
+    always, at LOW when reclaimers freed something. At CRITICAL the reserve is given back before all that.
+
+    All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
+    the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
+    logged with its stack. Callbacks hear of it afterwards, as one change.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
     Args:
-        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises, and again each second while the
-            cause lasts: at LOW down to its soft limit (without one, by what is missing), at CRITICAL as far as it goes.
+        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises and while the cause lasts: at LOW
+            by what is missing, but not below its soft limit; at CRITICAL each reclaimer is asked for all. It stops
+            between two reclaimers when the headroom is back; what is not told by headroom (a stall, an OOM, the soft
+            limit, a drill) is answered in full: at LOW down to the soft limit, at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
@@ -402,11 +406,12 @@ class PressureMonitor:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         wants_look = any(request.level is None and request.callback is None for request in requests)
         with self._surviving(hub):
-            self._look(hub, reports, wants_look, deputy)
-        for request in requests:
-            if request.level is not None:
-                with self._surviving(hub):
+            has_looked = self._look(hub, reports, wants_look, deputy)
+            for request in requests:
+                if request.level is not None:
                     self._drill(hub, request.level, deputy)
+            if not has_looked:
+                hub.provide()  # waking up has given it back
         for request in requests:
             # Unless an announcement came in between, which the callback has heard.
             if request.callback and request.missed and request.missed is self._last_event:
@@ -418,7 +423,8 @@ class PressureMonitor:
     def _stand_in(self, hub: Hub, is_first: bool) -> None:
         """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
         with self._surviving(hub):
-            self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first)
+            if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
+                hub.provide()
 
     @contextmanager
     def _surviving(self, hub: Hub) -> Iterator[None]:
@@ -429,19 +435,25 @@ class PressureMonitor:
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
 
-    def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> None:
-        """Look at the machine if there is reason to, and act on it; without *deputy*, in its thread."""
+    def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> bool:
+        """Look at the machine if there is reason to, and act on it; whether there was reason.
+
+        Args:
+            hub: Where the sources are.
+            reports: What it heard.
+            wants_look: Even if it heard nothing.
+            deputy: Who has the lead while callbacks run; None: this is its thread, which runs none.
+        """
         with hub.reading():
             heard, causes = hub.hear(reports)
             status = status_once(self._root) if heard or wants_look else None
         if status is None:
-            hub.provide()  # waking up has given it back
-            return
+            return False
         raised = self._decide(status, heard, causes)
         if deputy is not None:
             self._answer(deputy, raised)
             if deputy.has_led:
-                return  # it has looked since, and has done all that follows
+                return True  # it has looked since, and has done all that follows
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
@@ -449,6 +461,7 @@ class PressureMonitor:
         hub.provide(status)
         if self.level == PressureLevel.NORMAL:
             self._take_reserve(status)
+        return True
 
     def _decide(self, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> Judgement:
         judgement = levels.judge(status, self._thresholds, causes)
