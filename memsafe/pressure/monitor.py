@@ -241,6 +241,8 @@ class PressureMonitor:
         self._thread = None
         self._requests = []
         self._streams = weakref.WeakSet()
+        if self._deputy is not None:
+            self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
 
@@ -389,7 +391,7 @@ class PressureMonitor:
                 before = self.level
                 self._has_answered = False
                 self._turn(hub, deputy, reports, requests)
-                if deputy.has_led:
+                if deputy.has_led and not self._stopping:
                     hub.wake()  # it may have been woken for a request
                 idle = self.level is before and not requests and not self._has_answered
                 rest_s = _REST_S if idle else 0.0
