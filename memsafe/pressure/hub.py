@@ -252,8 +252,7 @@ class Hub:
         for source in (*self._chosen, *self._lasting):
             source.close(native, reason)
         self._waiter.close()
-        if not self._is_robbed:
-            self._files.close()
+        self._files.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

@@ -321,6 +321,7 @@ def test_reclaim_of_page_cache_that_the_kernel_calls_low_raises_nothing(v1_group
     assert found["low_events"] > 50
     assert found["levels"] == []
     assert found["looks"] < 50
+    assert sum(found["signals"].values()) < found["low_events"] / 2, found
 
 
 def writes_files_without_other_memory(group, path):
