@@ -383,8 +383,10 @@ def test_a_source_whose_descriptor_was_closed_is_lost_and_opened_again(machine, 
         monitor.check()
         assert f"{source.name} is lost: wait for it" in caplog.text
         again = next(each for each in monitor.sources if (each.name, each.path) == (source.name, source.path))
-        monitor.check()
         assert again.used
+        monitor.check()
+        assert all(each.is_intact for each in monitor._hub._chosen if each.used)
+        assert caplog.text.count("is lost") == 1
 
 
 def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):

@@ -1,5 +1,6 @@
 """PressureMonitor where cgroup v2 has the memory controller."""
 
+import dataclasses
 import errno
 import json
 import mmap
@@ -16,6 +17,7 @@ import pytest
 import memsafe
 from memsafe import PressureLevel
 from memsafe._kernel import notify
+from memsafe.pressure import levels
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.kernel.guest import child
@@ -132,11 +134,13 @@ def test_low_is_heard_before_memory_high_throttles(group):
 def watch_beside(code, *args, deaf=False):
     """Run *code* in a process of its own, watched; every level that is announced, until it has ended.
 
-    A deaf monitor takes no headroom for too little: only what the kernel says by itself raises a level.
+    A deaf monitor judges no limits: only what the kernel says by itself raises a level.
     """
     heard = []
-    deafness = dict.fromkeys(("low_ratio", "low_bytes_min", "critical_ratio", "critical_bytes_min"), 0)
-    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(**deafness) if deaf else None) as monitor:
+    if deaf:
+        judge = levels.judge
+        levels.judge = lambda status, *others: judge(dataclasses.replace(status, constraints=()), *others)
+    with memsafe.PressureMonitor() as monitor:
         monitor.on(PressureLevel.LOW, lambda event: heard.append([event.level.name, event.source, event.detail]))
         done = subprocess.run([sys.executable, "-c", code, *args], check=False)
         monitor.check()
@@ -313,6 +317,7 @@ def test_an_oom_here_or_above_is_critical(group, whose):
     assert (told["status"], level, source) == (-9, "CRITICAL", "memory.events")
     assert detail.startswith("oom +1")
     assert f" in /{whose_limit.path.relative_to('/sys/fs/cgroup')};" in detail
+    assert whose_limit.flat("memory.events")["oom_kill"] == 1
 
 
 KILLED_FROM_WITHOUT = """
