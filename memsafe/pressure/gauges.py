@@ -58,7 +58,8 @@ class Gauge(Source):
         if tell_bytes is None:
             return None
         terms = tuple((self._fds[path].fd, key, scale) for path, key, scale in self._terms)
-        return Reading(self._base_bytes, tell_bytes, terms)
+        cache_bytes = (constraint.reclaimable_bytes or 0) + constraint.active_file_bytes
+        return Reading(self._base_bytes, tell_bytes, cache_bytes, terms)
 
     def _arm(self) -> int:
         try:

@@ -16,7 +16,7 @@ from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
 from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
-from memsafe.pressure.waiter import Look, Waiter
+from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -85,17 +85,18 @@ class Hub:
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
         self._is_robbed = False
+        self._alarm: Owned | None = None
         self._waiter = Waiter()
         self._bell = Owned(self._waiter.fileno())
         try:
+            self._alarm = Owned(open_timer())
+            os.set_blocking(self._alarm.fd, True)
             for source in self._lasting:
                 source.open(self._waiter, next(self._tokens))
-            self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between = Look(self._polling.timer_fd, self._files, self._reserve, self._alarm.fd)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
-            for source in self._lasting:
-                source.close(self._waiter)
-            self._waiter.close()
+            self.close()
             raise
 
     @property
@@ -187,11 +188,17 @@ class Hub:
         self._limits_seen = limits
         return True
 
-    def wait(self, rest_s: float = 0.0) -> list[Report]:
-        """Wait for signals, or for wake(); in the monitor's thread.
+    def poll_within(self, delay_s: float) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins at the latest."""
+        self._poll_after_s = delay_s if self._poll_after_s is None else min(delay_s, self._poll_after_s)
+
+    def wait(self, rest_s: float = 0.0, *, alarm_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake().
 
         Args:
             rest_s: How long to let signals gather first; longer in a flood of them.
+            alarm_s: Let await_alarm() return when the next wait() does not begin within so long after this one. 0: the
+                alarm is left alone.
 
         Raises:
             KernelError: EBADF: what the waiter needs was closed by somebody else, by os.closerange() say. All that is
@@ -199,7 +206,7 @@ class Hub:
         """
         rest_s = self._debounce.rest_s(rest_s)
         rested_ns = time.monotonic_ns() + int(rest_s * 1e9)
-        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s, alarm_s=alarm_s)
         self._poll_after_s = None
         try:
             reports = self._waiter.wait(self._between)
@@ -209,6 +216,26 @@ class Hub:
         if not any(each.first_ns < rested_ns for each in reports if each.token != self._polling.token):
             self._debounce.ended()
         return reports
+
+    def await_alarm(self) -> bool:
+        """Block until the alarm fires; in a thread of its own, which must have ended before close().
+
+        Returns:
+            False where it will not fire any more: somebody else has closed it.
+        """
+        assert self._alarm is not None
+        try:
+            os.read(self._alarm.fd, 8)
+        except OSError:
+            return False
+        return True
+
+    def alarm(self, delay_s: float) -> bool:
+        """Let the alarm fire after *delay_s*; from any thread. False where somebody else has closed it."""
+        if self._alarm is None or not self._alarm.is_ours():
+            return False
+        set_timer(self._alarm.fd, delay_s)
+        return True
 
     def reading(self) -> AbstractContextManager[None]:
         """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
@@ -253,6 +280,8 @@ class Hub:
             source.close(native, reason)
         self._waiter.close()
         self._files.close()
+        if self._alarm is not None:
+            self._alarm.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

@@ -54,6 +54,8 @@ typedef struct ms_waiter_look {
     int32_t gauge_count; /* when one has something to tell. At most MS_GAUGES, else -EINVAL */
     ms_gauge_pace pace;
     const ms_kept_set *kept; /* read by ms_kept_read when there was something to take; NULL: none */
+    int alarm_fd;     /* of ms_timer_open: stopped while the call lasts, and set to fire alarm_ns after it, for */
+    int64_t alarm_ns; /* whoever wants to know that the caller is long in coming back. 0: it is not touched */
 } ms_waiter_look;
 
 /* As ms_waiter_take, but first wait until ms_waiter_fileno is readable, and do what look says; look may be NULL.

@@ -495,12 +495,16 @@ int ms_timer_open(void)
     return fd < 0 ? -errno : fd;
 }
 
-int ms_timer_set(int fd, int64_t delay_ns)
+/* 0 disarms it. */
+static int set_or_disarm(int fd, int64_t delay_ns)
 {
-    if (delay_ns < 1)
-        delay_ns = 1; /* 0 would disarm it */
     struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
     return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}
+
+int ms_timer_set(int fd, int64_t delay_ns)
+{
+    return set_or_disarm(fd, delay_ns < 1 ? 1 : delay_ns);
 }
 
 /* --- waiting ------------------------------------------------------------------------------------------------------ */
@@ -562,13 +566,9 @@ static int patience_ms(const ms_waiter *waiter)
     return left_ms < INT_MAX ? (int)left_ms : INT_MAX;
 }
 
-int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+static int wait_and_take(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
-    if (is_foreign(waiter))
-        return -ECHILD;
-    if (is_robbed(waiter))
-        return -EBADF;
     if (look) {
         int result = set_look(waiter, look);
         if (result < 0)
@@ -583,5 +583,21 @@ int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_repo
     int taken = ms_waiter_take(waiter, reports, capacity);
     if (taken > 0 && look && look->kept)
         ms_kept_read(look->kept);
+    return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    int watched = look && look->alarm_ns > 0;
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (is_robbed(waiter))
+        return -EBADF;
+    /* Should setting it fail, only a warning of what is slow is lost. */
+    if (watched)
+        set_or_disarm(look->alarm_fd, 0);
+    int taken = wait_and_take(waiter, look, reports, capacity);
+    if (watched && taken != -EBADF)
+        set_or_disarm(look->alarm_fd, look->alarm_ns);
     return taken;
 }

@@ -228,8 +228,8 @@ class Counted:
         hub, look = monitor._hub, monitor_module.status_once
         wait = hub.wait
 
-        def counted_wait(rest_s):
-            reports = wait(rest_s)
+        def counted_wait(rest_s, **alarm):
+            reports = wait(rest_s, **alarm)
             names = {source.token: source.name for source in hub._chosen if source.used}
             for report in reports:
                 if report.token in names:
