@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from memsafe._kernel import cgroup, notify, psi, systemd
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import waiter
 from memsafe.pressure.levels import Cause, Needs, PressureLevel, Thresholds
@@ -75,6 +76,7 @@ class Source(ABC):
         self.token = 0
         self.stands_in_for: frozenset[tuple[object, ...]] = frozenset()
         self._fd = -1
+        self._owned: Owned | None = None
         self._reason = "not tried yet"
 
     @property
@@ -86,6 +88,11 @@ class Source(ABC):
         return self._fd >= 0
 
     @property
+    def is_intact(self) -> bool:
+        """Whether its descriptor is still its own: a signal of one that somebody else has closed never comes."""
+        return self._owned is not None and self._owned.is_ours()
+
+    @property
     def status(self) -> SourceStatus:
         return SourceStatus(self.name, self.path, self.used, self.purpose if self.used else self._reason)
 
@@ -93,6 +100,7 @@ class Source(ABC):
         """Begin to wait for it under *token*; where it cannot be had, keep the reason."""
         try:
             self._fd = self._arm()
+            self._owned = Owned(self._fd)
             try:
                 self._attach(native, token)
             except KernelError:
@@ -137,8 +145,9 @@ class Source(ABC):
         """Return the descriptor, ready to signal."""
 
     def _close_fd(self) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        self._fd = -1
+        if self._owned is not None:
+            self._owned.close()
 
 
 class Unavailable(Source):
