@@ -11,9 +11,10 @@ from memsafe._kernel import kept
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
-from memsafe.pressure.levels import PressureLevel
+from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
     from memsafe.budget import Budget
-    from memsafe.pressure.levels import Cause, Thresholds
+    from memsafe.pressure.emergency import EmergencyReserve
+    from memsafe.pressure.levels import Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
     from memsafe.status import Constraint, MemoryStatus
@@ -94,9 +96,10 @@ class Hub:
     def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
         for constraint in status.constraints:
             gauge = self._gauges.get(gauges.limit_of(constraint))
-            if gauge is None or self._is_told_by_kernel(constraint):
+            if gauge is None:
                 continue
-            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
+            rests = self._is_told_by_kernel(constraint)
+            if (reading := gauge.reading(constraint, self._thresholds, rests=rests)) is not None:
                 yield reading
 
     def _is_told_by_kernel(self, constraint: Constraint) -> bool:
@@ -153,6 +156,13 @@ class Hub:
         self._limits_seen = limits
         return True
 
+    def give(self, reserve: EmergencyReserve) -> None:
+        """Let *reserve* be given back by the native thread as soon as it sees that CRITICAL begins.
+
+        What it saw is a cause of CRITICAL in the next hear(): with the reserve given back, there may be more again.
+        """
+        self._waiter.give(reserve)
+
     def wait(self, rest_s: float = 0.0) -> list[Report]:
         """Wait for signals, or for wake(); in the monitor's thread.
 
@@ -188,6 +198,11 @@ class Hub:
                 self._lose(source, error)
         if self._watermark is not None and (cause := self._watermark.standing()) is not None:
             causes.append(cause)
+        if self._between.gave is not None:
+            token, left_bytes = self._between.gave
+            name = by_token[token].name if token in by_token else self._polling.name
+            detail = f"the emergency reserve was given back when {format_size(left_bytes)} were left"
+            causes.append(Cause(PressureLevel.CRITICAL, name, detail))
         return heard, causes
 
     def wake(self) -> None:
