@@ -1,11 +1,13 @@
 /* The native waiter: see cdef/waiter.h for the contract. */
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -21,7 +23,8 @@
 enum {
     CAPACITY_MAX = 4096,
     EVENTS_PER_WAIT = 32,
-    STREAM_READS_PER_WAIT = 16 /* a writer that never stops must not keep the thread from the other sources */
+    STREAM_READS_PER_WAIT = 16, /* a writer that never stops must not keep the thread from the other sources */
+    GRACE_MS = 1000             /* a timer that is so late was not heard */
 };
 
 #define STOP   UINT64_MAX
@@ -42,6 +45,7 @@ typedef struct slot {
 typedef struct gauging {
     int timer_fd; /* of Python's next look */
     int count;
+    int64_t until_ns; /* when that timer was to fire */
     bool has_told;
     uint64_t gave_for; /* a gauge's token; 0: nothing was given since it was asked for */
     int64_t gave_at_bytes;
@@ -51,15 +55,27 @@ typedef struct gauging {
     ms_gauge gauges[MS_GAUGES];
 } gauging;
 
+/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
+ * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
+ * not told from each other. */
+typedef struct file_id {
+    dev_t device;
+    ino_t inode;
+} file_id;
+
+enum { EPOLL, NOTIFY, STOPPER, TIMER, OWN_FDS };
+
 struct ms_waiter {
-    pthread_mutex_t lock; /* guards slots, signalled, watch and reserve; never taken in a forked child */
+    pthread_mutex_t lock; /* guards slots, signalled, robbed, watch and reserve; never taken in a forked child */
     pthread_t thread;
     pid_t pid;
     int epoll_fd;
     int notify_fd;
     int stop_fd;
-    int gauge_fd;  /* a timer: when to read the gauges */
+    int gauge_fd; /* a timer: when to read the gauges */
+    file_id ids[OWN_FDS];
     int signalled; /* notify_fd was written and nothing was taken since */
+    int robbed;    /* a descriptor was closed by somebody else: the thread ends */
     int capacity;
     int follows_cpu; /* 0, or -errno */
     ms_cpuwatch cpuwatch;
@@ -78,6 +94,29 @@ static int64_t now_ns(void)
 static int is_foreign(const ms_waiter *waiter)
 {
     return waiter->pid != getpid();
+}
+
+/* --- descriptors that are still ours ------------------------------------------------------------------------------ */
+
+static int identify(int fd, file_id *id)
+{
+    struct stat found;
+    if (fstat(fd, &found) < 0)
+        return -errno;
+    *id = (file_id){found.st_dev, found.st_ino};
+    return 0;
+}
+
+static int is_ours(int fd, const file_id *id)
+{
+    file_id now = {0};
+    return identify(fd, &now) == 0 && now.device == id->device && now.inode == id->inode;
+}
+
+static int has_all(const ms_waiter *waiter)
+{
+    return is_ours(waiter->epoll_fd, &waiter->ids[EPOLL]) && is_ours(waiter->notify_fd, &waiter->ids[NOTIFY]) &&
+           is_ours(waiter->stop_fd, &waiter->ids[STOPPER]) && is_ours(waiter->gauge_fd, &waiter->ids[TIMER]);
 }
 
 /* --- reading a source, so that it can fire again ------------------------------------------------------------------ */
@@ -156,8 +195,8 @@ static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at
         return 0;
     uint64_t events = 0;
     int result = drain(source, event->events, &events);
-    if (result < 0)
-        epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
+    if (result < 0 && epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL) < 0)
+        waiter->robbed = 1; /* its file is open elsewhere, but no longer here: it would signal for ever */
     if (result == 0 && events == 0)
         return 0;
     record(source, events, -result, at_ns);
@@ -170,6 +209,10 @@ static void signal_reader(ms_waiter *waiter)
     const uint64_t one = 1;
     if (waiter->signalled)
         return;
+    if (!is_ours(waiter->notify_fd, &waiter->ids[NOTIFY])) {
+        waiter->robbed = 1;
+        return;
+    }
     /* The write can fail only when the counter is full, and then the descriptor is readable already. */
     waiter->signalled = write(waiter->notify_fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
 }
@@ -187,7 +230,10 @@ static void tell(ms_waiter *waiter, int64_t at_ns)
 static void read_after(ms_waiter *waiter, int64_t at_ns, int64_t delay_ns)
 {
     waiter->watch.next_at_ns = at_ns + delay_ns;
-    (void)ms_timer_set(waiter->gauge_fd, delay_ns);
+    if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
+        (void)ms_timer_set(waiter->gauge_fd, delay_ns);
+    else
+        waiter->robbed = 1;
 }
 
 static bool holds_reserve(const ms_waiter *waiter)
@@ -197,11 +243,11 @@ static bool holds_reserve(const ms_waiter *waiter)
 
 /* Read the gauges, all or those that do not rest, and do what they ask for. pre: the lock is held. Returns after how
  * much CPU time they could have something more to tell. */
-static int64_t look(ms_waiter *waiter, bool all)
+static int64_t read_gauges(ms_waiter *waiter, bool all)
 {
     gauging *watch = &waiter->watch;
     int64_t at_ns = now_ns();
-    if (watch->count == 0)
+    if (watch->count == 0 || waiter->robbed)
         return INT64_MAX;
     watch->read_at_ns = at_ns;
     ms_gauge_sight sight = ms_gauge_read(watch->gauges, watch->count, all, &watch->pace);
@@ -229,7 +275,7 @@ static int64_t look_as_cpu_time_passes(void *owner)
     pthread_mutex_lock(&waiter->lock);
     const gauging *watch = &waiter->watch;
     bool is_early = now_ns() - watch->read_at_ns < watch->pace.least_ns;
-    int64_t next_ns = is_early ? watch->pace.least_ns : look(waiter, true);
+    int64_t next_ns = is_early ? watch->pace.least_ns : read_gauges(waiter, true);
     pthread_mutex_unlock(&waiter->lock);
     return next_ns;
 }
@@ -242,16 +288,18 @@ static void handle_all(ms_waiter *waiter, const struct epoll_event *events, int 
     int fresh = 0;
     for (int i = 0; i < count; i++) {
         uint64_t ignored;
-        if (events[i].data.u64 == GAUGES)
+        if (events[i].data.u64 != GAUGES)
+            fresh |= handle(waiter, &events[i], at_ns);
+        else if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
             is_time = drain_counter(waiter->gauge_fd, &ignored) == 0;
         else
-            fresh |= handle(waiter, &events[i], at_ns);
+            waiter->robbed = 1;
     }
     if (fresh)
         signal_reader(waiter);
     /* Whatever happened: if it happened because there is nothing left, Python may come too late. */
     if (is_time || fresh)
-        look(waiter, fresh);
+        read_gauges(waiter, fresh);
 }
 
 static void *run(void *argument)
@@ -268,44 +316,59 @@ static void *run(void *argument)
                 return NULL;
         pthread_mutex_lock(&waiter->lock);
         handle_all(waiter, events, ready);
+        int robbed = waiter->robbed;
         pthread_mutex_unlock(&waiter->lock);
+        if (robbed)
+            return NULL;
     }
 }
 
 /* --- open and close ----------------------------------------------------------------------------------------------- */
 
+static void close_fds(const ms_waiter *waiter)
+{
+    const int fds[OWN_FDS] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd, waiter->gauge_fd};
+    for (int i = 0; i < OWN_FDS; i++)
+        if (fds[i] >= 0 && is_ours(fds[i], &waiter->ids[i]))
+            close(fds[i]);
+}
+
+/* pre: nobody else uses the waiter. */
 static void free_waiter(ms_waiter *waiter)
 {
-    const int fds[] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd, waiter->gauge_fd};
-    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
-        if (fds[i] >= 0)
-            close(fds[i]);
+    close_fds(waiter);
     if (waiter->reserve)
         ms_emergency_unref(waiter->reserve);
     free(waiter);
 }
 
-/* Returns 0, or -errno: why there is no such descriptor, or why it cannot be waited for. */
+/* Take a new descriptor as one of our own. */
+static int own(ms_waiter *waiter, int which, int fd, int *own_fd)
+{
+    if (fd < 0)
+        return -errno;
+    *own_fd = fd;
+    return identify(fd, &waiter->ids[which]);
+}
+
 static int wait_for(const ms_waiter *waiter, int fd, uint64_t token)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = token};
-    return fd < 0 || epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+    return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
 static int open_fds(ms_waiter *waiter)
 {
-    waiter->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (waiter->epoll_fd < 0)
-        return -errno;
-    waiter->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (waiter->notify_fd < 0)
-        return -errno;
-    waiter->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int result = wait_for(waiter, waiter->stop_fd, STOP);
-    if (result < 0)
-        return result;
-    waiter->gauge_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    return wait_for(waiter, waiter->gauge_fd, GAUGES);
+    int result = own(waiter, EPOLL, epoll_create1(EPOLL_CLOEXEC), &waiter->epoll_fd);
+    if (result == 0)
+        result = own(waiter, NOTIFY, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->notify_fd);
+    if (result == 0)
+        result = own(waiter, STOPPER, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->stop_fd);
+    if (result == 0)
+        result = own(waiter, TIMER, ms_timer_open(), &waiter->gauge_fd);
+    if (result == 0)
+        result = wait_for(waiter, waiter->stop_fd, STOP);
+    return result < 0 ? result : wait_for(waiter, waiter->gauge_fd, GAUGES);
 }
 
 int ms_waiter_open(int capacity, ms_waiter **waiter)
@@ -334,6 +397,26 @@ int ms_waiter_open(int capacity, ms_waiter **waiter)
     return 0;
 }
 
+/* Give up a waiter whose thread perhaps cannot be told to end: it may wait for ever on a set that nothing is in any
+ * longer. What it may still touch stays; a few KiB and a sleeping thread. */
+static void leave(ms_waiter *waiter)
+{
+    const uint64_t one = 1;
+    pthread_mutex_lock(&waiter->lock);
+    waiter->robbed = 1;
+    for (int i = 0; i < waiter->capacity; i++)
+        waiter->slots[i].fd = -1;
+    waiter->watch.count = 0;
+    if (waiter->reserve)
+        ms_emergency_unref(waiter->reserve);
+    waiter->reserve = NULL;
+    if (is_ours(waiter->stop_fd, &waiter->ids[STOPPER]))
+        (void)!write(waiter->stop_fd, &one, sizeof one);
+    pthread_mutex_unlock(&waiter->lock);
+    pthread_detach(waiter->thread);
+    close_fds(waiter);
+}
+
 void ms_waiter_close(ms_waiter *waiter)
 {
     const uint64_t one = 1;
@@ -341,6 +424,10 @@ void ms_waiter_close(ms_waiter *waiter)
      * all that it may do is close its own descriptors. */
     if (!is_foreign(waiter)) {
         ms_cpuwatch_remove(&waiter->cpuwatch);
+        if (!has_all(waiter)) {
+            leave(waiter);
+            return;
+        }
         while (write(waiter->stop_fd, &one, sizeof one) < 0 && errno == EINTR)
             ;
         pthread_join(waiter->thread, NULL);
@@ -471,7 +558,7 @@ static int take_locked(ms_waiter *waiter, ms_waiter_report *reports, int capacit
     return taken;
 }
 
-static int take(ms_waiter *waiter, ms_waiter_look *asked, ms_waiter_report *reports, int capacity)
+static int take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     if (is_foreign(waiter))
         return -ECHILD;
@@ -479,9 +566,9 @@ static int take(ms_waiter *waiter, ms_waiter_look *asked, ms_waiter_report *repo
         return -EINVAL;
     pthread_mutex_lock(&waiter->lock);
     int taken = take_locked(waiter, reports, capacity);
-    if (asked) {
-        asked->gave_for = waiter->watch.gave_for;
-        asked->gave_at_bytes = waiter->watch.gave_at_bytes;
+    if (look) {
+        look->gave_for = waiter->watch.gave_for;
+        look->gave_at_bytes = waiter->watch.gave_at_bytes;
         waiter->watch.gave_for = 0;
     }
     pthread_mutex_unlock(&waiter->lock);
@@ -501,12 +588,16 @@ int ms_timer_open(void)
     return fd < 0 ? -errno : fd;
 }
 
-int ms_timer_set(int fd, int64_t delay_ns)
+/* 0 disarms it. */
+static int set_or_disarm(int fd, int64_t delay_ns)
 {
-    if (delay_ns < 1)
-        delay_ns = 1; /* 0 would disarm it */
     struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
     return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}
+
+int ms_timer_set(int fd, int64_t delay_ns)
+{
+    return set_or_disarm(fd, delay_ns < 1 ? 1 : delay_ns);
 }
 
 /* --- waiting ------------------------------------------------------------------------------------------------------ */
@@ -527,6 +618,7 @@ static int set_look(ms_waiter *waiter, const ms_waiter_look *wanted)
     pthread_mutex_lock(&waiter->lock);
     gauging *watch = &waiter->watch;
     watch->timer_fd = wanted->timer_fd;
+    watch->until_ns = now_ns() + wanted->timer_ns;
     watch->has_told = false;
     watch->pace = wanted->pace;
     watch->count = wanted->gauge_count;
@@ -570,21 +662,57 @@ int ms_waiter_drop_gauges(ms_waiter *waiter)
     return 0;
 }
 
-int ms_waiter_wait(ms_waiter *waiter, ms_waiter_look *asked, ms_waiter_report *reports, int capacity)
+static int is_robbed(ms_waiter *waiter)
+{
+    pthread_mutex_lock(&waiter->lock);
+    int robbed = waiter->robbed;
+    pthread_mutex_unlock(&waiter->lock);
+    return robbed || !has_all(waiter);
+}
+
+/* How long it may take until the timer makes the thread signal, in ms for poll(); -1: nobody knows. */
+static int patience_ms(const ms_waiter *waiter)
+{
+    int64_t until_ns = waiter->watch.until_ns;
+    if (until_ns == 0)
+        return -1;
+    int64_t left_ns = until_ns - now_ns();
+    int64_t left_ms = GRACE_MS + (left_ns > 0 ? left_ns / 1000000 : 0);
+    return left_ms < INT_MAX ? (int)left_ms : INT_MAX;
+}
+
+static int wait_and_take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
-    if (is_foreign(waiter))
-        return -ECHILD;
-    if (asked) {
-        int result = set_look(waiter, asked);
+    if (look) {
+        int result = set_look(waiter, look);
         if (result < 0)
             return result;
-        rest(asked->rest_ns);
+        rest(look->rest_ns);
     }
-    if (poll(&news, 1, -1) < 0)
+    int ready = poll(&news, 1, patience_ms(waiter));
+    if (ready < 0)
         return -errno;
-    int taken = take(waiter, asked, reports, capacity);
-    if (taken > 0 && asked && asked->kept)
-        ms_kept_read(asked->kept);
+    if (ready == 0 || (news.revents & POLLNVAL))
+        return is_robbed(waiter) ? -EBADF : 0;
+    int taken = take(waiter, look, reports, capacity);
+    if (taken > 0 && look && look->kept)
+        ms_kept_read(look->kept);
+    return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    int watched = look && look->alarm_ns > 0;
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (is_robbed(waiter))
+        return -EBADF;
+    /* Should setting it fail, only a warning of what is slow is lost. */
+    if (watched)
+        set_or_disarm(look->alarm_fd, 0);
+    int taken = wait_and_take(waiter, look, reports, capacity);
+    if (watched && taken != -EBADF)
+        set_or_disarm(look->alarm_fd, look->alarm_ns);
     return taken;
 }
