@@ -9,6 +9,7 @@ from memsafe._kernel import cgroup, files, notify
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import levels
+from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.sources import Source, Unavailable
 from memsafe.pressure.waiter import Reading
 
@@ -49,17 +50,29 @@ class Gauge(Source):
     def is_intact(self) -> bool:
         return all(owned.is_ours() for owned in self._fds.values())
 
-    def reading(self, constraint: Constraint, thresholds: Thresholds) -> Reading | None:
-        """Return what is to be read until the next level begins; None where there is none above."""
+    def reading(self, constraint: Constraint, thresholds: Thresholds, *, rests: bool = False) -> Reading | None:
+        """Return what is to be read until the next level begins; None where there is none above.
+
+        Args:
+            constraint: As of the last look.
+            thresholds: Where the levels begin.
+            rests: The kernel tells by itself.
+        """
         left_bytes = levels.available_bytes(constraint)
         if left_bytes is None:
             return None
         tell_bytes = levels.next_level_bytes(left_bytes, thresholds, constraint.limit_bytes)
         if tell_bytes is None:
             return None
-        terms = tuple((self._fds[path].fd, key, scale) for path, key, scale in self._terms)
-        cache_bytes = (constraint.reclaimable_bytes or 0) + constraint.active_file_bytes
-        return Reading(self._base_bytes, tell_bytes, cache_bytes, terms)
+        return Reading(
+            token=self.token,
+            base_bytes=self._base_bytes,
+            tell_bytes=tell_bytes,
+            give_bytes=thresholds.begins_at(PressureLevel.CRITICAL, constraint.limit_bytes),
+            added_bytes=(constraint.reclaimable_bytes or 0) + constraint.active_file_bytes,
+            terms=tuple((self._fds[path].fd, key, scale) for path, key, scale in self._terms),
+            rests=rests,
+        )
 
     def _arm(self) -> int:
         try:
@@ -83,6 +96,30 @@ class Gauge(Source):
             self._fds.popitem()[1].close()
 
 
+class CpuTime(Source):
+    """The gauges, read by the native thread that follows the CPU time; without it they are as time passes."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu_time", None, "polls what is left after so much CPU time as filling it would take")
+
+    @property
+    def is_intact(self) -> bool:
+        return True
+
+    def _arm(self) -> int:
+        return -1  # it is the waiter's own: there is nothing to wait for
+
+    def _attach(self, native: Waiter, token: int) -> None:
+        del token  # nothing is reported under it
+        native.require_cpu_time()
+
+    def _detach(self, native: Waiter) -> None:
+        """Nothing: it ends with the waiter."""
+
+    def _close_fd(self) -> None:
+        """Nothing: it has none."""
+
+
 def limit_of(constraint: Constraint) -> tuple[object, ...]:
     """Return what tells a limit from the others."""
     return (constraint.kind, constraint.path, constraint.limit_bytes)
@@ -94,6 +131,7 @@ def choose(root: Root, status: MemoryStatus) -> Iterator[Source]:
         yield Unavailable("headroom", None, "a copy of a machine's files may be replaced behind a descriptor's back")
     else:
         yield from of(root, status)
+        yield CpuTime()
 
 
 def of(root: Root, status: MemoryStatus) -> Iterator[Source]:

@@ -14,9 +14,10 @@ from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
-from memsafe.pressure.levels import PressureLevel
+from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
     from memsafe.budget import Budget
-    from memsafe.pressure.levels import Cause, Thresholds
+    from memsafe.pressure.emergency import EmergencyReserve
+    from memsafe.pressure.levels import Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
     from memsafe.status import Constraint, MemoryStatus
@@ -36,7 +38,7 @@ _log = logging.getLogger("memsafe.pressure")
 _PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
 
 
-# In a flood of signals, one look in so long; no less often than what has no signals is polled.
+# In a flood of signals, one look in so long; the native thread reads the gauges meanwhile.
 _FLOOD_REST_S = 0.01
 
 
@@ -81,7 +83,7 @@ class Hub:
         self._polling = sources.Polling()
         self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
-        self._debounce = Debounce(min(_FLOOD_REST_S, thresholds.poll_s_min))
+        self._debounce = Debounce(_FLOOD_REST_S)
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
         self._is_robbed = False
@@ -126,9 +128,10 @@ class Hub:
     def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
         for constraint in status.constraints:
             gauge = self._gauges.get(gauges.limit_of(constraint))
-            if gauge is None or self._is_told_by_kernel(constraint):
+            if gauge is None:
                 continue
-            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
+            rests = self._is_told_by_kernel(constraint)
+            if (reading := gauge.reading(constraint, self._thresholds, rests=rests)) is not None:
                 yield reading
 
     def _is_told_by_kernel(self, constraint: Constraint) -> bool:
@@ -187,6 +190,13 @@ class Hub:
         self._gauges = {each.limit: each for each in self._chosen if isinstance(each, Gauge) and each.used}
         self._limits_seen = limits
         return True
+
+    def give(self, reserve: EmergencyReserve) -> None:
+        """Let *reserve* be given back by the native thread as soon as it sees that CRITICAL begins.
+
+        What it saw is a cause of CRITICAL in the next hear(): with the reserve given back, there may be more again.
+        """
+        self._waiter.give(reserve)
 
     def poll_within(self, delay_s: float) -> None:
         """Let the timer signal *delay_s* after the next wait() begins at the latest."""
@@ -262,6 +272,11 @@ class Hub:
                 self._lose(source, error)
         if self._watermark is not None and (cause := self._watermark.standing()) is not None:
             causes.append(cause)
+        if self._between.gave is not None:
+            token, left_bytes = self._between.gave
+            name = by_token[token].name if token in by_token else self._polling.name
+            detail = f"the emergency reserve was given back when {format_size(left_bytes)} were left"
+            causes.append(Cause(PressureLevel.CRITICAL, name, detail))
         return heard, causes
 
     def wake(self) -> None:

@@ -215,6 +215,8 @@ class PressureMonitor:
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
+            if self._reserve is not None:
+                hub.give(self._reserve)
             self._take_reserve(status)
         except BaseException:
             self._shut(hub)

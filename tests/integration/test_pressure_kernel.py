@@ -166,7 +166,7 @@ def is_warned_by_gauges_alone(group):
 
 def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
     found = scenario.run(is_warned_by_gauges_alone, v1_group)
-    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "cpu_time", "polling"}
     assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
     assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
 

@@ -327,7 +327,7 @@ if child == 0:
         except KernelError as error:
             assert error.errno == errno.ECHILD
     waiter.close()
-    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 3 else 2)
+    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 4 else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os.eventfd_write(counter, 1)
 (report,) = waiter.wait()
