@@ -516,7 +516,7 @@ class PressureMonitor:
     def _set_timer(self, hub: Hub, status: MemoryStatus, within_s: float | None = None) -> None:
         """Set when to look again: at the latest *within_s*, a cause that headroom says nothing of may pass."""
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards(status))
         hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
     def _take_reserve(self, status: MemoryStatus) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from memsafe import PressureMonitor, Thresholds, memory_status
+from memsafe import EmergencyReserve, PressureMonitor, Thresholds, memory_status
 from memsafe._kernel.kept import KeptFiles
 from memsafe._native import ffi, lib
 from memsafe.pressure import gauges, levels
@@ -238,29 +238,120 @@ def test_gauges_that_were_dropped_are_not_read_again(look, files):
     waiter.close()
 
 
+def test_what_rests_is_read_as_the_processors_time_passes(look, files):
+    usage = files("usage", "900\n")
+    waiter = Waiter(capacity=2)
+    waiter.require_cpu_time()
+    waiter.add(look.native.timer_fd, How.COUNTER, 5)
+    look.pace(SECOND_NS, 0.0001, 3600)
+    look.read([reading_of(1000, 100, 0, ((usage, b"", -1),), rests=True)])
+    look.set(timer_s=3600)
+    os.eventfd_write(waiter.fileno(), 1)
+    assert waiter.wait(look) == []
+    while not (told := waiter.take()):
+        pass  # this is what takes time
+    assert [report.token for report in told] == [5]
+    waiter.close()
+
+
+@pytest.mark.parametrize("has_told", [False, True])
+def test_the_thread_gives_the_reserve_back_while_nobody_waits(look, files, tmp_path, has_told):
+    usage = files("usage", "0  \n")
+    waiter = Waiter(capacity=2)
+    waiter.add(look.native.timer_fd, How.COUNTER, 5)
+    look.pace(SECOND_NS, 0.0001, 0.001)
+    with EmergencyReserve("64 KiB") as reserve:
+        waiter.give(reserve)
+        reading = reading_of(1000, 100, 0, ((usage, b"", -1),), token=7, give_bytes=50)
+        look.read([reading])
+        look.set(timer_s=3600)
+        os.eventfd_write(waiter.fileno(), 1)
+        assert (waiter.wait(look), look.gave) == ([], None)
+        if has_told:
+            (tmp_path / "usage").write_text("900\n")
+            while not waiter.take():
+                pass
+            assert reserve.held_bytes == 64 * 1024
+        (tmp_path / "usage").write_text("960\n")
+        while reserve.held_bytes:
+            pass
+        look.set()
+        assert [report.token for report in waiter.wait(look)] == [5]
+        assert look.gave == (7, 40)
+        os.eventfd_write(waiter.fileno(), 1)
+        assert (waiter.wait(look), look.gave) == ([], None), "it is told once"
+        waiter.close()
+
+
 # --- of a machine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["v2", "v1", "hybrid"])
-@pytest.mark.parametrize("mode", [0, 2])
-def test_a_gauge_says_what_a_look_at_all_files_says(tmp_path, look, layout, mode):
-    machine = FakeKernel(tmp_path, layout=layout)
-    machine.overcommit.mode = mode
-    for path in ("/pod", "/pod/app"):
-        machine.cgroup(path, limit=900 * MIB, usage=700 * MIB, inactive_file=50 * MIB, active_file=40 * MIB)
-    machine.cgroup("/pod/app", limit=128 * MIB, usage=100 * MIB, inactive_file=9 * MIB, active_file=5 * MIB).join()
+AT_THE_END = Thresholds(low_ratio=0, low_bytes_min=0, critical_ratio=0, critical_bytes_min=0)
+
+
+def left_by_gauges(machine, look):
+    """What every gauge says is left under its limit, and what levels.available_bytes() says."""
     status = memory_status(root=machine.root)
-    constraints = {gauges.limit_of(constraint): constraint for constraint in status.constraints}
+    constraints = dict(gauges.limits(status))
     found = {}
     for gauge in gauges.of(machine.root, status):
         if not isinstance(gauge, Gauge):
             continue
         gauge._fd = gauge._arm()
-        reading = replace(gauge.reading(constraints[gauge.limit], Thresholds()), added_bytes=2**62)  # read it all
-        found[gauge.limit] = read(look, reading) + reading.tell_bytes
+        left = [
+            read(look, replace(reading, added_bytes=2**62)) + reading.tell_bytes  # read it all
+            for reading in gauge.readings(constraints[gauge.limit], AT_THE_END, status.swap)
+        ]
+        found[gauge.limit] = min(left, default=0)  # at the end there is nothing to watch for
         gauge._close_fd()
-    assert found == {limit: levels.available_bytes(constraint) for limit, constraint in constraints.items()}
+    return found, {limit: levels.available_bytes(constraint) for limit, constraint in constraints.items()}
+
+
+@pytest.fixture(params=["v2", "v1", "hybrid"])
+def machine(tmp_path, request):
+    kernel = FakeKernel(tmp_path, layout=request.param)
+    for path in ("/pod", "/pod/app"):
+        kernel.cgroup(path, limit=900 * MIB, usage=700 * MIB, inactive_file=50 * MIB, active_file=40 * MIB)
+    kernel.cgroup("/pod/app", limit=128 * MIB, usage=100 * MIB, inactive_file=9 * MIB, active_file=5 * MIB).join()
+    return kernel
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+def test_a_gauge_says_what_a_look_at_all_files_says(machine, look, mode):
+    machine.overcommit.mode = mode
+    found, expected = left_by_gauges(machine, look)
+    assert found == expected
     assert {kind for kind, _, _ in found} >= {"physical"} | ({"commit"} if mode == 2 else set())
+
+
+def test_a_gauge_of_a_process_limit_does_too(machine, look):
+    machine.process.set(data_limit=256 * MIB, address_space_limit=1024 * MIB, data_vm=100 * MIB, total_vm=300 * MIB)
+    found, expected = left_by_gauges(machine, look)
+    assert found == expected
+    assert found["rlimit_data", None, 256 * MIB] == 156 * MIB
+    assert found["rlimit_as", None, 1024 * MIB] == 724 * MIB
+
+
+@pytest.mark.parametrize("swapped", [0, 20 * MIB, 30 * MIB, 90 * MIB])
+@pytest.mark.parametrize("swap_limit", [0, 30 * MIB, 60 * MIB, None])
+def test_a_gauge_of_what_swap_counts_in_does_too(machine, look, swapped, swap_limit):
+    if machine.layout != "v2" and swap_limit is not None:
+        swapped = min(swapped, swap_limit + 28 * MIB)  # v1's limit of both is never passed
+    machine.machine.set(swap_total=1024 * MIB, swap_free=40 * MIB, available=3072 * MIB)
+    machine.cgroup("/pod/app").set(swap=swapped, swap_limit=swap_limit)
+    machine.cgroup("/pod").set(swap=swapped, swap_limit=swap_limit)
+    found, expected = left_by_gauges(machine, look)
+    assert found == expected
+
+
+def test_a_v1_limit_of_memory_and_swap_that_is_that_of_memory_has_a_gauge_of_its_own(tmp_path, look):
+    machine = FakeKernel(tmp_path, layout="v1")
+    machine.machine.set(swap_total=1024 * MIB, swap_free=1000 * MIB)
+    machine.cgroup("/app", limit=128 * MIB, usage=60 * MIB, swap=40 * MIB, swap_limit=0).join()
+    found, expected = left_by_gauges(machine, look)
+    assert found == expected
+    assert found["memory.limit_in_bytes", "/app", 128 * MIB] == 68 * MIB
+    assert found["memory.memsw.limit_in_bytes", "/app", 128 * MIB] == 28 * MIB
 
 
 def test_a_copy_of_a_machine_has_none_and_says_so(tmp_path):
