@@ -131,8 +131,8 @@ class Deputy:
         if self._has_ended:
             return
         self._has_ended = True
-        self._hub.alarm(0)
-        self._thread.join()
+        if self._hub.alarm(0):  # else nothing wakes it
+            self._thread.join()
 
     def _return(self) -> None:
         if not self._lead.acquire(blocking=False):
@@ -142,8 +142,7 @@ class Deputy:
             self._is_wanted_back = False
 
     def _run(self) -> None:
-        while True:
-            self._hub.await_alarm()
+        while self._hub.await_alarm() and not self._has_ended:
             is_first = True
             while not self._has_ended and self._lead.acquire(blocking=False):
                 try:

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -174,6 +175,39 @@ def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
     os.close(read_fd)
 
 
+def test_a_trigger_that_hangs_up_is_lost_once_and_the_others_go_on(waiter, counter):
+    ours, theirs = socket.socketpair()
+    waiter.add(ours.fileno(), How.TRIGGER, 1)
+    waiter.add(counter, How.COUNTER, 2)
+    theirs.close()
+    (report,) = waiter.wait()
+    assert (report.token, report.lost_errno) == (1, errno.ENODEV)
+    for _ in range(3):
+        os.eventfd_write(counter, 1)
+        collect(waiter, 2, 1)
+    waiter.remove(1)
+    ours.close()
+
+
+def test_of_a_descriptor_that_is_another_files_now_nothing_is_read_and_nothing_spins(waiter, counter, tmp_path):
+    waiter.add(counter, How.COUNTER, 1)
+    copy = os.dup(counter)  # as a child that was forked has one: so the file still signals
+    taken, mine = os.pipe2(os.O_NONBLOCK)
+    os.write(mine, b"somebody's")
+    os.dup2(taken, counter)
+    os.eventfd_write(copy, 1)
+    (report,) = waiter.wait()
+    assert (report.token, report.lost_errno) == (1, errno.EBADF)
+    # Nothing can take it out of the epoll set, so the native thread has ended.
+    with pytest.raises(KernelError) as robbed:
+        waiter.wait()
+    assert robbed.value.errno == errno.EBADF
+    assert os.read(taken, 64) == b"somebody's"
+    waiter.close()
+    for fd in (copy, taken, mine):
+        os.close(fd)
+
+
 def test_a_removed_source_is_silent_and_its_token_is_free(waiter, counter):
     waiter.add(counter, How.COUNTER, 1)
     os.eventfd_write(counter, 1)
@@ -293,7 +327,7 @@ if child == 0:
         except KernelError as error:
             assert error.errno == errno.ECHILD
     waiter.close()
-    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 3 else 2)
+    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 4 else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os.eventfd_write(counter, 1)
 (report,) = waiter.wait()
