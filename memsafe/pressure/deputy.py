@@ -117,8 +117,15 @@ class Deputy:
         finally:
             self._lead.release()
 
+    def abandon(self) -> None:
+        """Forget the thread in a forked child, which has none; it may have had the lead."""
+        self._has_ended = True
+        self._lead = threading.Lock()
+
     def end(self) -> None:
-        """Join the thread; in the monitor's, with the lead."""
+        """Join the thread. Twice is a no-op."""
+        if self._has_ended:
+            return
         self._has_ended = True
         if self._hub.alarm(0):  # else nothing wakes it
             self._thread.join()
@@ -133,7 +140,7 @@ class Deputy:
     def _run(self) -> None:
         while self._hub.await_alarm() and not self._has_ended:
             is_first = True
-            while self._lead.acquire(blocking=False):
+            while not self._has_ended and self._lead.acquire(blocking=False):
                 try:
                     self._lead_once(is_first)
                 finally:
@@ -142,6 +149,8 @@ class Deputy:
                     break
                 self._report()
                 is_first = False
+            if self._has_ended:
+                return
             # It is back, and may go away again in this turn; or it was only slow in looking.
             if not self._is_waiting:
                 self._hub.alarm(STAND_IN_S)

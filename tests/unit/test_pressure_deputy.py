@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -149,6 +151,38 @@ def test_a_reclaimer_that_hangs_is_reported_while_it_runs(machine, clock, block,
         drill.join(30)
 
 
+def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, hear_log, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.1)  # the deputy has had its first look by then
+    log = hear_log()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        assert "has run for 0.1 s" in log.lines[0]
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_the_deputy_rests_while_the_other_waits(machine, clock, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.001)
+    alarms, alarm = threading.Semaphore(0), Hub.alarm
+    monkeypatch.setattr(Hub, "alarm", lambda hub, delay_s: (alarms.release(), alarm(hub, delay_s)))
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        deputy = monitor._deputy
+
+        @monitor.on(LOW)
+        def wait_for_the_deputy(event):
+            while not deputy.has_led:
+                pass
+
+        monitor.simulate(LOW)
+        monitor.check()
+        count = 0
+        while alarms.acquire(timeout=0.1):  # each millisecond there would be one
+            count += 1
+        assert count < 20
+
+
 def test_a_quick_callback_is_not_reported(machine, clock, hear_log):
     log = hear_log()
     with monitored(machine, clock) as monitor:
@@ -230,6 +264,44 @@ def test_what_came_and_passed_while_a_callback_ran_is_told_to_loops_only(machine
             clock.now_s += 1
 
 
+def test_a_rise_while_a_late_callback_ran_is_told_when_that_ends(machine, clock):
+    heard = threading.Event()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        leave(machine, 15 * MIB)
+        monitor.check()
+
+        @monitor.on(LOW)
+        def late(event):
+            if event.level == CRITICAL:
+                heard.set()
+                return
+            leave(machine, 1 * MIB)
+            while monitor.level != CRITICAL:
+                pass
+
+        assert heard.wait(30)
+
+
+def test_what_the_deputy_saw_is_not_undone_by_an_older_look(machine, clock, block, monkeypatch):
+    seen, choose = [], Hub.choose
+
+    def note(hub, status):
+        seen.append(min(each.limit_bytes for each in status.constraints))
+        return choose(hub, status)
+
+    monkeypatch.setattr(Hub, "choose", note)
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        machine.cgroup("/app").limit = 2 * LIMIT
+        while seen[-1:] != [2 * LIMIT]:
+            pass
+        block.going_on.set()
+        monitor.check()
+    assert seen == sorted(seen)
+
+
 def test_a_budget_is_reclaimed_for_a_rise_that_came_while_a_callback_ran(machine, clock, block):
     asked = []
     with Budget(name="db") as budget, budget.reserve("8 MiB"), monitored(machine, clock, budget) as monitor:
@@ -304,3 +376,30 @@ def test_it_takes_turns_with_the_deputy_a_hundred_times(machine, clock, monkeypa
             for level in (CRITICAL, LOW):
                 monitor.simulate(level)
     assert heard == [CRITICAL, LOW] * 50
+
+
+FORK = """
+import os
+from memsafe import PressureLevel, PressureMonitor, Thresholds
+statuses = []
+with PressureMonitor(thresholds=Thresholds(poll_s_min=0.001, poll_s_max=0.001)) as monitor:
+    @monitor.on(PressureLevel.LOW)
+    def fork(event):
+        deputy = monitor._deputy
+        while not deputy.has_led:
+            pass
+        for _ in range(5):  # while the deputy has the lead, and while it has not
+            child = os.fork()
+            if child == 0:
+                return  # the thread ends, and as it is the only one there, the process
+            statuses.append(os.waitpid(child, 0)[1])
+    monitor.simulate(PressureLevel.LOW)
+    monitor.simulate(PressureLevel.CRITICAL)
+assert statuses == [0] * 10, statuses
+"""
+
+
+def test_a_callback_may_fork_while_the_deputy_has_the_lead():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

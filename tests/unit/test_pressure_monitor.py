@@ -926,14 +926,28 @@ def refuse(*_, **__):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.status_once", "threading.Thread.start"])
-def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
+def refuse_the_second(start=threading.Thread.start):
+    calls = itertools.count()
+    return lambda self: start(self) if next(calls) == 0 else refuse()
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"),
+    [
+        ("memsafe.pressure.monitor.status_once", refuse),
+        ("threading.Thread.start", refuse),
+        ("threading.Thread.start", refuse_the_second()),
+    ],
+)
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, fails):
+    threads = threading.active_count()
     before = sorted(os.listdir("/proc/self/fd"))
     monitor = monitored(machine, clock, None)
     with monkeypatch.context() as broken:
-        broken.setattr(what, refuse)
+        broken.setattr(what, fails)
         with pytest.raises(RuntimeError, match="new thread"):
             monitor.start()
+    assert threading.active_count() == threads
     assert sorted(os.listdir("/proc/self/fd")) == before
     monitor.close()
     with monitor:

@@ -143,6 +143,22 @@ def test_a_look_sets_the_timer_and_reads_the_files(waiter, tmp_path):
     kept.close()
 
 
+def test_the_alarm_fires_after_a_wait_unless_the_next_one_begins_before(waiter):
+    alarm, kept = open_timer(), KeptFiles("/")
+    look = Look(-1, kept, BlockReserve(), alarm)
+
+    def rings(timeout_s):
+        return bool(select.select([alarm], [], [], timeout_s)[0])
+
+    for alarm_s, rung in ((1e-9, True), (3600, False), (0, False), (1e-9, True), (0, True)):
+        look.set(alarm_s=alarm_s)
+        os.eventfd_write(waiter.fileno(), 1)
+        waiter.wait(look)
+        assert rings(30 if rung else 0) == rung
+    os.close(alarm)
+    kept.close()
+
+
 def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     waiter.add(read_fd, How.STREAM, 1)
@@ -311,7 +327,7 @@ if child == 0:
         except KernelError as error:
             assert error.errno == errno.ECHILD
     waiter.close()
-    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 3 else 2)
+    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 4 else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os.eventfd_write(counter, 1)
 (report,) = waiter.wait()
