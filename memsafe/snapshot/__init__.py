@@ -5,7 +5,7 @@ from __future__ import annotations
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.fork import fork_snapshot
 from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult
-from memsafe.snapshot.writer import SnapshotWriter
+from memsafe.snapshot.writer import SnapshotWriter, Zstd
 
 __all__ = [
     "AtomicFile",
@@ -13,5 +13,6 @@ __all__ = [
     "SnapshotProgress",
     "SnapshotResult",
     "SnapshotWriter",
+    "Zstd",
     "fork_snapshot",
 ]
