@@ -13,6 +13,7 @@ import time
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -74,7 +75,9 @@ class Written(NamedTuple):
 class Checksum(Protocol):
     """A running checksum."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return what it is called."""
 
     def update(self, data: memoryview, /) -> None:
         """Take in *data*."""
@@ -167,17 +170,13 @@ def new_compressor(options: Zstd) -> Any:
 
 
 def _zstd() -> Any:
-    try:
-        from compression import zstd
-    except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise UnsupportedError(
-                "compress='zstd' needs Python 3.14's compression.zstd, or its backport for older ones: "
-                "pip install 'memsafe[zstd]'"
-            ) from None
-    return zstd
+    for module in ("compression.zstd", "backports.zstd"):
+        with suppress(ImportError):
+            return import_module(module)
+    raise UnsupportedError(
+        "compress='zstd' needs Python 3.14's compression.zstd, or its backport for older ones: "
+        "pip install 'memsafe[zstd]'"
+    )
 
 
 class Pace:
