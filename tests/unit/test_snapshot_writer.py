@@ -205,8 +205,8 @@ def test_arguments_that_make_no_sense_are_refused_at_once():
 
 
 def test_compression_that_is_not_installed_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     with pytest.raises(UnsupportedError, match=r"memsafe\[zstd\]"):
         WriterOptions.of(compress="zstd")
 
