@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -192,10 +193,8 @@ def a_disk_that_loses_a_page(path, when):
 
     def write(out):
         for _ in range(20):
-            try:
+            with suppress(OSError):
                 out.write(bytes(MIB))
-            except OSError:
-                pass
 
     return _failure(path, write)
 

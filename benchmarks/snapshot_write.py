@@ -1,0 +1,95 @@
+"""How fast a snapshot gets to disk, beside dd with fsync and a plain loop of writes, the same bytes in one run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pyperf import perf_counter
+
+from benchmarks.report import Options, Outcome, compare, main
+from benchmarks.rounds import Loop, alternate
+from memsafe import fork_snapshot, format_size
+from memsafe.snapshot import SnapshotWriter
+
+MIB = 1 << 20
+DD = "dd bs=1M conv=fsync"
+PLAIN = "os.write of 1 MiB, fsync"
+TARGET = "ratio ≤ 1.18 (85 % of dd's rate)"
+
+PIECES = {"1 MiB": MIB, "16 KiB": 16 << 10, "256 B": 256}
+
+
+def _timed_dd(source: Path, path: Path) -> float:
+    began_s = perf_counter()
+    subprocess.run(["dd", f"if={source}", f"of={path}", "bs=1M", "conv=fsync"], check=True, stderr=subprocess.DEVNULL)
+    return perf_counter() - began_s
+
+
+def _timed_plain(content: memoryview, path: Path) -> float:
+    began_s = perf_counter()
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for start in range(0, len(content), MIB):
+        os.write(fd, content[start : start + MIB])
+    os.fsync(fd)
+    os.close(fd)
+    return perf_counter() - began_s
+
+
+def _timed_snapshot(content: memoryview, path: Path, piece_bytes: int, options: dict[str, Any]) -> float:
+    def write(out: SnapshotWriter) -> None:
+        put = out.write
+        for start in range(0, len(content), piece_bytes):
+            put(content[start : start + piece_bytes])
+
+    began_s = perf_counter()
+    fork_snapshot(path, write, **options).wait()
+    return perf_counter() - began_s
+
+
+def contenders(folder: Path, size_bytes: int) -> dict[str, Loop]:
+    """Return what writes *size_bytes*, each to a new file that is removed in between."""
+    content = memoryview(os.urandom(size_bytes))
+    source = folder / "source"
+    source.write_bytes(content)
+    path = folder / "image"
+
+    def fresh(timed: Loop) -> Loop:
+        def loop(loops: int) -> float:
+            path.unlink(missing_ok=True)
+            os.sync()
+            return timed(loops)
+
+        return loop
+
+    def snapshot(piece_bytes: int, **options: Any) -> Loop:
+        return lambda _loops: _timed_snapshot(content, path, piece_bytes, options)
+
+    return {
+        DD: fresh(lambda _loops: _timed_dd(source, path)),
+        PLAIN: fresh(lambda _loops: _timed_plain(content, path)),
+        **{f"in pieces of {name}": fresh(snapshot(piece_bytes)) for name, piece_bytes in PIECES.items()},
+        "with crc32": fresh(snapshot(MIB, checksum="crc32")),
+        "with sha256": fresh(snapshot(MIB, checksum="sha256")),
+    }
+
+
+def measure(options: Options) -> Iterator[Outcome]:
+    for size_bytes in (32 * MIB,) if options.quick else (64 * MIB, 256 * MIB, 1024 * MIB):
+        with tempfile.TemporaryDirectory(prefix="memsafe-bench-", dir=os.environ.get("MEMSAFE_BENCH_DIR")) as folder:
+            seconds = alternate(contenders(Path(folder), size_bytes), rounds=options.rounds(9))
+        for name, ours in seconds.items():
+            if name in (DD, PLAIN):
+                continue
+            what = f"{format_size(size_bytes)} to disk, {name}"
+            yield compare(what, DD, ours, seconds[DD], target=TARGET)
+            yield compare(what, PLAIN, ours, seconds[PLAIN])
+
+
+if __name__ == "__main__":
+    sys.exit(main({"snapshot_write": measure}))
