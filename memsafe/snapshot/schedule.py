@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memsafe.errors import (
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("memsafe.snapshot")
 
-# How often to look whether there are enough changes, once a point's time has come, and at most in any case: whoever
-# counts changes must not have to wake anybody.
-_LOOK_S = 0.1
+# How often to look whether there are enough changes, once a point's time has come: a hundredth of that time, within
+# bounds. Whoever counts changes must not have to wake anybody.
+_LOOK_RATIO = 0.01
+_LOOK_S = 0.2
 _LOOK_S_MAX = 1.0
 
 _RUNS_REMEMBERED = 5
@@ -253,7 +255,7 @@ class SnapshotSchedule:
 
     def note_changes(self, count: int = 1) -> None:
         """Tell of *count* changes. Wakes nobody; from any thread, and from signal handlers."""
-        self._noted[threading.get_ident()] += count
+        self._noted[get_ident()] += count
 
     def note_saved(self) -> None:
         """Tell that an image as of now was made, or loaded, by other means: that counts as a success."""
@@ -295,8 +297,8 @@ class SnapshotSchedule:
             with suppress(Exception):  # taken in, and logged
                 self.save_now()
         now_s = self._clock()
-        left_s = min((self._left_s(point, now_s) for point in self._points), default=_LOOK_S_MAX)
-        return min(max(left_s, self._not_before_s - now_s, _LOOK_S), _LOOK_S_MAX)
+        look_s = [max(self._left_s(point, now_s), point.every_s * _LOOK_RATIO) for point in self._points]
+        return min(max(min(look_s, default=_LOOK_S_MAX), self._not_before_s - now_s, _LOOK_S), _LOOK_S_MAX)
 
     # What drives it.
 

@@ -189,11 +189,14 @@ def test_look_again_soon_where_changes_are_missing_and_never_later_than_in_a_sec
     clock.now_s += 9.5
     assert schedule.tick() == 0.5
     clock.now_s += 0.5
-    assert schedule.tick() == 0.1
+    assert schedule.tick() == 0.2
     schedule.note_changes(50)
     engine.refusal = OSError("no")
     assert schedule.tick() == 1  # it backs off
     assert make(points=()).tick() == 1
+    slow = make(points=[(60, 10**6)])
+    clock.now_s += 1000
+    assert slow.tick() == pytest.approx(0.6)
 
 
 def test_points_may_be_changed_and_may_be_none(make, clock, engine):
