@@ -68,7 +68,7 @@ def peak_of_256_mib(path, folder, limit_bytes, spared):
     used_bytes = int((group / "memory.usage_in_bytes").read_text())
     (group / "memory.max_usage_in_bytes").write_text("0")
     if spared:
-        result = memsafe.fork_snapshot(path, write).wait(PATIENCE_S)
+        result = memsafe.fork_snapshot(path, write, max_copy="32 MiB").wait(PATIENCE_S)
         assert result.size_bytes == 256 * MIB
     else:
         with open(path, "wb") as out:
