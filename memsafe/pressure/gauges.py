@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import cgroup, files, notify
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import levels
 from memsafe.pressure.sources import Source, Unavailable
@@ -38,11 +39,15 @@ class Gauge(Source):
         self.limit = limit_of(constraint)
         self._base_bytes = base_bytes
         self._terms = terms
-        self._fds: dict[str, int] = {}
+        self._fds: dict[str, Owned] = {}
 
     @property
     def key(self) -> tuple[object, ...]:
         return (*super().key, self.limit)
+
+    @property
+    def is_intact(self) -> bool:
+        return all(owned.is_ours() for owned in self._fds.values())
 
     def reading(self, constraint: Constraint, thresholds: Thresholds) -> Reading | None:
         """Return what is to be read until the next level begins; None where there is none above."""
@@ -52,18 +57,19 @@ class Gauge(Source):
         tell_bytes = levels.next_level_bytes(left_bytes, thresholds, constraint.limit_bytes)
         if tell_bytes is None:
             return None
-        terms = tuple((self._fds[path], key, scale) for path, key, scale in self._terms)
-        return Reading(self._base_bytes, tell_bytes, terms)
+        terms = tuple((self._fds[path].fd, key, scale) for path, key, scale in self._terms)
+        cache_bytes = (constraint.reclaimable_bytes or 0) + constraint.active_file_bytes
+        return Reading(self._base_bytes, tell_bytes, cache_bytes, terms)
 
     def _arm(self) -> int:
         try:
             for path, _, _ in self._terms:
                 if path not in self._fds:
-                    self._fds[path] = notify.open_read(path)
+                    self._fds[path] = Owned(notify.open_read(path))
         except KernelError:
             self._close_fd()
             raise
-        return self._fds[self._terms[0][0]]
+        return self._fds[self._terms[0][0]].fd
 
     def _attach(self, native: Waiter, token: int) -> None:
         """Nothing: it is read, not waited for."""
@@ -74,7 +80,7 @@ class Gauge(Source):
     def _close_fd(self) -> None:
         self._fd = -1
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            self._fds.popitem()[1].close()
 
 
 def limit_of(constraint: Constraint) -> tuple[object, ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
 from memsafe.pressure.levels import PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
-from memsafe.pressure.waiter import Look, Waiter
+from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -31,6 +34,31 @@ _log = logging.getLogger("memsafe.pressure")
 # So much must be left for memory to be taken for the next look: it must not be that which fills the cgroup, even if
 # others take more meanwhile. A sixteenth of the limit, within bounds.
 _PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
+
+
+# In a flood of signals, one look in so long; no less often than what has no signals is polled.
+_FLOOD_REST_S = 0.01
+
+
+class Debounce:
+    """How long to let signals gather before the next look: the longer a flood of them goes on, up to a bound.
+
+    A v1 cgroup whose use goes to and fro about a threshold signals a thousand times a second, one that thrashes
+    seven thousand times; each look costs the process some 300 us.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._rest_s = 0.0
+
+    def rest_s(self, least_s: float) -> float:
+        """Return it, at least *least_s*; with 0 nothing is waited for, and a flood begins anew."""
+        self._rest_s = max(least_s, min(2 * self._rest_s, self._most_s)) if least_s else 0.0
+        return self._rest_s
+
+    def ended(self) -> None:
+        """Nothing was signalled meanwhile: the flood is over."""
+        self._rest_s = 0.0
 
 
 class Hub:
@@ -53,18 +81,22 @@ class Hub:
         self._polling = sources.Polling()
         self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
+        self._debounce = Debounce(min(_FLOOD_REST_S, thresholds.poll_s_min))
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
+        self._is_robbed = False
+        self._alarm: Owned | None = None
         self._waiter = Waiter()
+        self._bell = Owned(self._waiter.fileno())
         try:
+            self._alarm = Owned(open_timer())
+            os.set_blocking(self._alarm.fd, True)
             for source in self._lasting:
                 source.open(self._waiter, next(self._tokens))
-            self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between = Look(self._polling.timer_fd, self._files, self._reserve, self._alarm.fd)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
-            for source in self._lasting:
-                source.close(self._waiter)
-            self._waiter.close()
+            self.close()
             raise
 
     @property
@@ -121,6 +153,9 @@ class Hub:
         Returns:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
+        for source in self._chosen:
+            if source.used and not source.is_intact:
+                self._lose(source, KernelError(errno.EBADF, "wait for it", "somebody else has closed its descriptor"))
         limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
         has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
@@ -153,15 +188,54 @@ class Hub:
         self._limits_seen = limits
         return True
 
-    def wait(self, rest_s: float = 0.0) -> list[Report]:
-        """Wait for signals, or for wake(); in the monitor's thread.
+    def poll_within(self, delay_s: float) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins at the latest."""
+        self._poll_after_s = delay_s if self._poll_after_s is None else min(delay_s, self._poll_after_s)
+
+    def wait(self, rest_s: float = 0.0, *, alarm_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake().
 
         Args:
-            rest_s: How long to let signals gather first.
+            rest_s: How long to let signals gather first; longer in a flood of them.
+            alarm_s: Let await_alarm() return when the next wait() does not begin within so long after this one. 0: the
+                alarm is left alone.
+
+        Raises:
+            KernelError: EBADF: what the waiter needs was closed by somebody else, by os.closerange() say. All that is
+                left is to close() it.
         """
-        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        rest_s = self._debounce.rest_s(rest_s)
+        rested_ns = time.monotonic_ns() + int(rest_s * 1e9)
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s, alarm_s=alarm_s)
         self._poll_after_s = None
-        return self._waiter.wait(self._between)
+        try:
+            reports = self._waiter.wait(self._between)
+        except KernelError:
+            self._is_robbed = True
+            raise
+        if not any(each.first_ns < rested_ns for each in reports if each.token != self._polling.token):
+            self._debounce.ended()
+        return reports
+
+    def await_alarm(self) -> bool:
+        """Block until the alarm fires; in a thread of its own, which must have ended before close().
+
+        Returns:
+            False where it will not fire any more: somebody else has closed it.
+        """
+        assert self._alarm is not None
+        try:
+            os.read(self._alarm.fd, 8)
+        except OSError:
+            return False
+        return True
+
+    def alarm(self, delay_s: float) -> bool:
+        """Let the alarm fire after *delay_s*; from any thread. False where somebody else has closed it."""
+        if self._alarm is None or not self._alarm.is_ours():
+            return False
+        set_timer(self._alarm.fd, delay_s)
+        return True
 
     def reading(self) -> AbstractContextManager[None]:
         """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
@@ -192,15 +266,23 @@ class Hub:
 
     def wake(self) -> None:
         """End a wait() without a signal; from any thread."""
-        os.eventfd_write(self._waiter.fileno(), 1)
+        if self._bell.is_ours():
+            os.eventfd_write(self._bell.fd, 1)
 
     def close(self, *, forked: bool = False) -> None:
-        """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
+        """Close every descriptor and join the native thread; in a forked child, which has none, only close.
+
+        After a wait() that failed, what is not known to be ours still is left alone.
+        """
         reason = "the monitor belongs to the parent process" if forked else "closed"
+        native = None if forked or self._is_robbed else self._waiter
         for source in (*self._chosen, *self._lasting):
-            source.close(None if forked else self._waiter, reason)
+            source.close(native, reason)
         self._waiter.close()
-        self._files.close()
+        if not self._is_robbed:
+            self._files.close()
+        if self._alarm is not None:
+            self._alarm.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

@@ -53,12 +53,14 @@ class Reading:
     Attributes:
         base_bytes: What is added to them.
         tell_bytes: The timer fires at once when no more is left than this.
+        added_bytes: What the terms that only add make now.
         terms: A descriptor, what its line begins with (empty: the file is one number), and what to multiply it by;
             at most three, those that only add last.
     """
 
     base_bytes: int
     tell_bytes: int
+    added_bytes: int
     terms: tuple[tuple[int, bytes, int], ...]
 
 
@@ -69,22 +71,33 @@ class Look:
         timer_fd: A timer of open_timer().
         kept: What is read when there is something to tell.
         reserve: What is given back when the wait ends, before anything is allocated.
+        alarm_fd: Another timer, which fires when no next wait follows for some time.
     """
 
-    def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve) -> None:
+    def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve, alarm_fd: int = -1) -> None:
         self._kept = kept
         self._reserve = reserve
         # Made now, as all that is needed under memory pressure.
         self._gauges: Any = ffi.new("ms_gauge[]", lib.MS_GAUGES)
         self.native: Any = ffi.new(
             "ms_waiter_look *",
-            {"timer_fd": timer_fd, "timer_ns": -1, "gauges": self._gauges, "kept": kept.native},
+            {
+                "timer_fd": timer_fd,
+                "timer_ns": -1,
+                "gauges": self._gauges,
+                "kept": kept.native,
+                "alarm_fd": alarm_fd,
+            },
         )
 
-    def set(self, *, timer_s: float | None = None, rest_s: float = 0.0) -> None:
-        """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*."""
+    def set(self, *, timer_s: float | None = None, rest_s: float = 0.0, alarm_s: float = 0.0) -> None:
+        """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*.
+
+        The alarm is stopped when the wait begins, and fires *alarm_s* after its end; 0: it is not touched.
+        """
         self.native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
         self.native.rest_ns = int(rest_s * 1e9)
+        self.native.alarm_ns = int(alarm_s * 1e9)
 
     def pace(self, fill_bytes_per_s: int, least_s: float, most_s: float) -> None:
         """Let gauges be read before so much growth could reach what they tell, within bounds."""
@@ -95,7 +108,8 @@ class Look:
         count = 0
         for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
             gauge = self._gauges[count - 1]
-            gauge.base_bytes, gauge.tell_bytes, gauge.seen_bytes = reading.base_bytes, reading.tell_bytes, 0
+            gauge.base_bytes, gauge.tell_bytes = reading.base_bytes, reading.tell_bytes
+            gauge.added_bytes, gauge.seen_bytes = reading.added_bytes, 0
             for index in range(lib.MS_GAUGE_TERMS):
                 gauge.terms[index].fd = -1
             for index, (fd, key, scale) in enumerate(reading.terms):

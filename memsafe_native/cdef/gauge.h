@@ -8,12 +8,14 @@ typedef struct ms_gauge_term {
     int64_t scale;
 } ms_gauge_term;
 
-/* left = base + the sum of scale times number. The terms that only add come last: they are not read where the others
- * show already that much is left. Two terms of one file stand next to each other: it is read once. */
+/* left = base + the sum of scale times number. The terms that only add come last, behind the first: they are not read
+ * where the others show already that enough is left, because memory.stat is what costs. Two terms of one file stand
+ * next to each other: it is read once. */
 typedef struct ms_gauge {
     int64_t base_bytes;
-    int64_t tell_bytes; /* somebody wants to know when no more is left than this */
-    int64_t seen_bytes; /* private: what was left when it was read last; 0 at first */
+    int64_t tell_bytes;  /* somebody wants to know when no more is left than this */
+    int64_t added_bytes; /* what the terms that only add made the last time that they were read */
+    int64_t seen_bytes;  /* private: what was left when it was read last; 0 at first */
     ms_gauge_term terms[MS_GAUGE_TERMS];
 } ms_gauge;
 

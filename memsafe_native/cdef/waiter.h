@@ -54,18 +54,22 @@ typedef struct ms_waiter_look {
     int32_t gauge_count; /* when one has something to tell. At most MS_GAUGES, else -EINVAL */
     ms_gauge_pace pace;
     const ms_kept_set *kept; /* read by ms_kept_read when there was something to take; NULL: none */
+    int alarm_fd;     /* of ms_timer_open: stopped while the call lasts, and set to fire alarm_ns after it, for */
+    int64_t alarm_ns; /* whoever wants to know that the caller is long in coming back. 0: it is not touched */
 } ms_waiter_look;
 
 /* As ms_waiter_take, but first wait until ms_waiter_fileno is readable, and do what look says; look may be NULL.
- * Returns as ms_waiter_take, perhaps 0; or -EINTR, or what setting the timer gave. Needs no GIL. Thread-safe where no
- * other call uses the same look or what it reads. */
+ * Returns as ms_waiter_take, perhaps 0; or -EINTR, or what setting the timer gave; -EBADF where a descriptor of the
+ * waiter's own was closed by somebody else, at the latest a second after the timer should have fired: all that is left
+ * then is to close it. Needs no GIL. Thread-safe where no other call uses the same look or what it reads. */
 int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity);
 
 /* Read no gauges any longer; afterwards their descriptors are not touched again.
  * Returns 0, -ECHILD. Thread-safe. Needs no GIL. */
 int ms_waiter_drop_gauges(ms_waiter *waiter);
 
-/* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors.
+/* Stop the thread, join it and free the waiter. In a forked child it only closes the child's descriptors. Where one of
+ * its own was closed by somebody else, the thread is not waited for, and the waiter is not freed: it may still run.
  * pre: no other call on this waiter is running or follows. Needs no GIL. */
 void ms_waiter_close(ms_waiter *waiter);
 

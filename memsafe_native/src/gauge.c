@@ -8,7 +8,6 @@
 
 enum {
     FILE_BYTES = 8192, /* memory.stat has some 2 KiB; the keys that are looked for stand in its first half */
-    NEAR_DIVISOR = 10, /* what only adds is read where without it the next read would come this much sooner */
     MOVED_DIVISOR = 64,
     NS_PER_S = 1000000000
 };
@@ -71,16 +70,36 @@ static int64_t delay_ns(int64_t left_bytes, const ms_gauge *gauge, const ms_gaug
     return delay < 1 ? 1 : (int64_t)delay;
 }
 
-/* Returns false where it cannot be read. */
-static bool read_left(text *file, const ms_gauge *gauge, const ms_gauge_pace *pace, int64_t *left_bytes)
+/* Whether what only adds need not be read: without it more is left than is to be told, and with as much of it as there
+ * was the last time, the next reading would not even come half as soon. */
+static bool is_enough(const ms_gauge *gauge, int64_t left_bytes)
 {
-    int64_t left = gauge->base_bytes;
-    for (int i = 0; i < MS_GAUGE_TERMS && gauge->terms[i].fd >= 0; i++) {
-        int64_t value;
-        if (i > 0 && gauge->terms[i].scale > 0 && delay_ns(left, gauge, pace) >= pace->most_ns / NEAR_DIVISOR)
-            break;
-        if (!read_term(file, &gauge->terms[i], &value) || __builtin_add_overflow(left, value, &left))
+    int64_t spare_bytes = left_bytes - gauge->tell_bytes;
+    return spare_bytes > 0 && gauge->added_bytes <= spare_bytes;
+}
+
+static bool add_terms(text *file, const ms_gauge_term *term, const ms_gauge_term *end, int64_t *sum)
+{
+    for (int64_t value; term < end && term->fd >= 0; term++)
+        if (!read_term(file, term, &value) || __builtin_add_overflow(*sum, value, sum))
             return false;
+    return true;
+}
+
+/* Returns false where it cannot be read. */
+static bool read_left(text *file, ms_gauge *gauge, int64_t *left_bytes)
+{
+    const ms_gauge_term *adding = gauge->terms, *end = gauge->terms + MS_GAUGE_TERMS;
+    int64_t left = gauge->base_bytes, added = 0;
+    do
+        adding++;
+    while (adding < end && adding->fd >= 0 && adding->scale < 0);
+    if (!add_terms(file, gauge->terms, adding, &left))
+        return false;
+    if (adding < end && (adding->fd == file->fd || !is_enough(gauge, left))) {
+        if (!add_terms(file, adding, end, &added) || __builtin_add_overflow(left, added, &left))
+            return false;
+        gauge->added_bytes = added;
     }
     *left_bytes = left;
     return true;
@@ -110,7 +129,7 @@ int64_t ms_gauge_read(ms_gauge *gauges, int count, ms_gauge_pace *pace)
     for (int i = 0; i < count; i++) {
         int64_t left_bytes;
         file.fd = -1; /* between two gauges time passes: it is read anew */
-        if (!read_left(&file, &gauges[i], pace, &left_bytes))
+        if (!read_left(&file, &gauges[i], &left_bytes))
             continue;
         int64_t one_ns = delay_ns(left_bytes, &gauges[i], pace);
         if (one_ns == 0)

@@ -1,11 +1,13 @@
 /* The native waiter: see cdef/waiter.h for the contract. */
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -19,6 +21,7 @@ enum {
     CAPACITY_MAX = 4096,
     EVENTS_PER_WAIT = 32,
     STREAM_READS_PER_WAIT = 16, /* a writer that never stops must not keep the thread from the other sources */
+    GRACE_MS = 1000,            /* a timer that is so late was not heard */
     STACK_BYTES = 256 * 1024    /* little is used, but glibc takes every library's static TLS out of it */
 };
 
@@ -44,14 +47,26 @@ typedef struct gauging {
     ms_gauge gauges[MS_GAUGES];
 } gauging;
 
+/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
+ * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
+ * not told from each other. */
+typedef struct file_id {
+    dev_t device;
+    ino_t inode;
+} file_id;
+
+enum { EPOLL, NOTIFY, STOPPER, OWN_FDS };
+
 struct ms_waiter {
-    pthread_mutex_t lock; /* guards slots, signalled and watch; never taken in a forked child */
+    pthread_mutex_t lock; /* guards slots, signalled, robbed and watch; never taken in a forked child */
     pthread_t thread;
     pid_t pid;
     int epoll_fd;
     int notify_fd;
     int stop_fd;
+    file_id ids[OWN_FDS];
     int signalled; /* notify_fd was written and nothing was taken since */
+    int robbed;    /* a descriptor was closed by somebody else: the thread ends */
     int capacity;
     gauging watch;
     slot slots[];
@@ -67,6 +82,29 @@ static int64_t now_ns(void)
 static int is_foreign(const ms_waiter *waiter)
 {
     return waiter->pid != getpid();
+}
+
+/* --- descriptors that are still ours ------------------------------------------------------------------------------ */
+
+static int identify(int fd, file_id *id)
+{
+    struct stat found;
+    if (fstat(fd, &found) < 0)
+        return -errno;
+    *id = (file_id){found.st_dev, found.st_ino};
+    return 0;
+}
+
+static int is_ours(int fd, const file_id *id)
+{
+    file_id now;
+    return identify(fd, &now) == 0 && now.device == id->device && now.inode == id->inode;
+}
+
+static int has_all(const ms_waiter *waiter)
+{
+    return is_ours(waiter->epoll_fd, &waiter->ids[EPOLL]) && is_ours(waiter->notify_fd, &waiter->ids[NOTIFY]) &&
+           is_ours(waiter->stop_fd, &waiter->ids[STOPPER]);
 }
 
 /* --- reading a source, so that it can fire again ------------------------------------------------------------------ */
@@ -156,8 +194,8 @@ static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at
         return 0;
     uint64_t events = 0;
     int result = drain(source, event->events, &events);
-    if (result < 0)
-        epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
+    if (result < 0 && epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL) < 0)
+        waiter->robbed = 1; /* its file is open elsewhere, but no longer here: it would signal for ever */
     if (result == 0 && (events == 0 || goes_on(&waiter->watch, source, at_ns)))
         return 0;
     record(source, events, -result, at_ns);
@@ -170,6 +208,10 @@ static void signal_reader(ms_waiter *waiter)
     const uint64_t one = 1;
     if (waiter->signalled)
         return;
+    if (!is_ours(waiter->notify_fd, &waiter->ids[NOTIFY])) {
+        waiter->robbed = 1;
+        return;
+    }
     /* The write can fail only when the counter is full, and then the descriptor is readable already. */
     waiter->signalled = write(waiter->notify_fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
 }
@@ -195,7 +237,10 @@ static void *run(void *argument)
         }
         if (fresh)
             signal_reader(waiter);
+        int robbed = waiter->robbed;
         pthread_mutex_unlock(&waiter->lock);
+        if (robbed)
+            return NULL;
     }
 }
 
@@ -220,27 +265,33 @@ static int start_thread(ms_waiter *waiter)
 
 /* --- open and close ----------------------------------------------------------------------------------------------- */
 
-static void free_waiter(ms_waiter *waiter)
+static void close_fds(const ms_waiter *waiter)
 {
-    const int fds[] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd};
-    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
-        if (fds[i] >= 0)
+    const int fds[OWN_FDS] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd};
+    for (int i = 0; i < OWN_FDS; i++)
+        if (fds[i] >= 0 && is_ours(fds[i], &waiter->ids[i]))
             close(fds[i]);
-    free(waiter);
+}
+
+/* Take a new descriptor as one of our own. */
+static int own(ms_waiter *waiter, int which, int fd, int *own_fd)
+{
+    if (fd < 0)
+        return -errno;
+    *own_fd = fd;
+    return identify(fd, &waiter->ids[which]);
 }
 
 static int open_fds(ms_waiter *waiter)
 {
     struct epoll_event stop = {.events = EPOLLIN, .data.u64 = STOP};
-    waiter->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (waiter->epoll_fd < 0)
-        return -errno;
-    waiter->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (waiter->notify_fd < 0)
-        return -errno;
-    waiter->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (waiter->stop_fd < 0)
-        return -errno;
+    int result = own(waiter, EPOLL, epoll_create1(EPOLL_CLOEXEC), &waiter->epoll_fd);
+    if (result == 0)
+        result = own(waiter, NOTIFY, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->notify_fd);
+    if (result == 0)
+        result = own(waiter, STOPPER, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->stop_fd);
+    if (result < 0)
+        return result;
     return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, waiter->stop_fd, &stop) < 0 ? -errno : 0;
 }
 
@@ -261,11 +312,29 @@ int ms_waiter_open(int capacity, ms_waiter **waiter)
     if (result == 0)
         result = start_thread(made);
     if (result < 0) {
-        free_waiter(made);
+        close_fds(made);
+        free(made);
         return result;
     }
     *waiter = made;
     return 0;
+}
+
+/* Give up a waiter whose thread perhaps cannot be told to end: it may wait for ever on a set that nothing is in any
+ * longer. What it may still touch stays; a few KiB and a sleeping thread. */
+static void leave(ms_waiter *waiter)
+{
+    const uint64_t one = 1;
+    pthread_mutex_lock(&waiter->lock);
+    waiter->robbed = 1;
+    for (int i = 0; i < waiter->capacity; i++)
+        waiter->slots[i].fd = -1;
+    waiter->watch.count = 0;
+    if (is_ours(waiter->stop_fd, &waiter->ids[STOPPER]))
+        (void)!write(waiter->stop_fd, &one, sizeof one);
+    pthread_mutex_unlock(&waiter->lock);
+    pthread_detach(waiter->thread);
+    close_fds(waiter);
 }
 
 void ms_waiter_close(ms_waiter *waiter)
@@ -274,12 +343,17 @@ void ms_waiter_close(ms_waiter *waiter)
     /* A forked child has no such thread, its copy of the lock may be held for ever, and its epoll set is the parent's:
      * all that it may do is close its own descriptors. */
     if (!is_foreign(waiter)) {
+        if (!has_all(waiter)) {
+            leave(waiter);
+            return;
+        }
         while (write(waiter->stop_fd, &one, sizeof one) < 0 && errno == EINTR)
             ;
         pthread_join(waiter->thread, NULL);
         pthread_mutex_destroy(&waiter->lock);
     }
-    free_waiter(waiter);
+    close_fds(waiter);
+    free(waiter);
 }
 
 /* --- sources ------------------------------------------------------------------------------------------------------ */
@@ -417,12 +491,16 @@ int ms_timer_open(void)
     return fd < 0 ? -errno : fd;
 }
 
-int ms_timer_set(int fd, int64_t delay_ns)
+/* 0 disarms it. */
+static int set_or_disarm(int fd, int64_t delay_ns)
 {
-    if (delay_ns < 1)
-        delay_ns = 1; /* 0 would disarm it */
     struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
     return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}
+
+int ms_timer_set(int fd, int64_t delay_ns)
+{
+    return set_or_disarm(fd, delay_ns < 1 ? 1 : delay_ns);
 }
 
 /* --- waiting ------------------------------------------------------------------------------------------------------ */
@@ -465,21 +543,57 @@ int ms_waiter_drop_gauges(ms_waiter *waiter)
     return 0;
 }
 
-int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+static int is_robbed(ms_waiter *waiter)
+{
+    pthread_mutex_lock(&waiter->lock);
+    int robbed = waiter->robbed;
+    pthread_mutex_unlock(&waiter->lock);
+    return robbed || !has_all(waiter);
+}
+
+/* How long it may take until the timer makes the thread signal, in ms for poll(); -1: nobody knows. */
+static int patience_ms(const ms_waiter *waiter)
+{
+    int64_t until_ns = waiter->watch.until_ns;
+    if (until_ns == 0)
+        return -1;
+    int64_t left_ns = until_ns - now_ns();
+    int64_t left_ms = GRACE_MS + (left_ns > 0 ? left_ns / 1000000 : 0);
+    return left_ms < INT_MAX ? (int)left_ms : INT_MAX;
+}
+
+static int wait_and_take(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
-    if (is_foreign(waiter))
-        return -ECHILD;
     if (look) {
         int result = set_look(waiter, look);
         if (result < 0)
             return result;
         rest(look->rest_ns);
     }
-    if (poll(&news, 1, -1) < 0)
+    int ready = poll(&news, 1, patience_ms(waiter));
+    if (ready < 0)
         return -errno;
+    if (ready == 0 || (news.revents & POLLNVAL))
+        return is_robbed(waiter) ? -EBADF : 0;
     int taken = ms_waiter_take(waiter, reports, capacity);
     if (taken > 0 && look && look->kept)
         ms_kept_read(look->kept);
+    return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    int watched = look && look->alarm_ns > 0;
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (is_robbed(waiter))
+        return -EBADF;
+    /* Should setting it fail, only a warning of what is slow is lost. */
+    if (watched)
+        set_or_disarm(look->alarm_fd, 0);
+    int taken = wait_and_take(waiter, look, reports, capacity);
+    if (watched && taken != -EBADF)
+        set_or_disarm(look->alarm_fd, look->alarm_ns);
     return taken;
 }

@@ -131,6 +131,22 @@ def test_at_critical_it_is_given_back_before_reclaimers_and_callbacks_and_taken_
     assert monitor.reserve.held_bytes == 0
 
 
+def test_between_two_criticals_without_a_calm_it_is_not_taken_and_is_given_once(machine, clock):
+    held = []
+    with watched(machine, clock) as monitor:
+        monitor.on(LOW, lambda event: held.append((event.level, monitor.reserve.held_bytes)))
+        for left_bytes in (1 * MIB, 15 * MIB, 1 * MIB):
+            leave(machine, left_bytes)
+            monitor.check()
+            clock.now_s += 11
+            monitor.check()
+        assert held == [(CRITICAL, 0), (LOW, 0), (CRITICAL, 0)]
+        leave(machine, 100 * MIB)
+        monitor.check()
+        clock.now_s += 11
+        assert (monitor.check(), monitor.reserve.held_bytes) == (NORMAL, 8 * MIB)
+
+
 def test_it_is_not_taken_where_that_would_bring_low_about(machine, clock):
     clear_bytes = int(QUIET.begins_at(LOW, LIMIT) * QUIET.clear_ratio)
     leave(machine, clear_bytes + 8 * MIB)
