@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from threading import get_ident
@@ -153,7 +153,7 @@ class SnapshotSchedule:
         self._on_end = on_end
         self._clock = clock
         self._retry_s, self._retry_max_s = retry_s, retry_max_s
-        self._runs: deque[SnapshotResult] = deque(maxlen=_RUNS_REMEMBERED)
+        self._runs: tuple[SnapshotResult, ...] = ()
         self._last_error: Exception | None = None
         self._consecutive_failures = 0
         self._deferred_by: Exception | None = None
@@ -239,7 +239,7 @@ class SnapshotSchedule:
         fork_snapshot's own assessment goes by the last one alone: ``assess_fork(duration_s=forecast.duration_s)``.
         """
         self._settle()
-        runs = list(self._runs)
+        runs = self._runs
         if not runs:
             return None
         copies = [run.peak_copy_bytes for run in runs if run.peak_copy_bytes is not None]
@@ -332,8 +332,6 @@ class SnapshotSchedule:
         atexit.unregister(self._stopped.set)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        if self._task is not None:
-            self._task.cancel()
         if (job := self._job) is not None:
             if cancel:
                 job.cancel()
@@ -420,7 +418,7 @@ class SnapshotSchedule:
                 return
             self._job = None
             try:
-                self._runs.append(job.wait(0))
+                self._runs = (*self._runs, job.wait(0))[-_RUNS_REMEMBERED:]
             except Exception as error:
                 self._take_in(error)
             else:

@@ -13,6 +13,7 @@ import time
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -108,12 +109,12 @@ class WriterOptions:
 
     Attributes:
         checksum: Which one of the file to take, or None.
-        zstd: How to compress, or None.
+        new_compressor: Makes what the file is compressed with, or None.
         max_bytes_per_s: How fast the file may be written at most, or None.
     """
 
     checksum: ChecksumName | None = None
-    zstd: Zstd | None = None
+    new_compressor: Callable[[], Any] | None = None
     max_bytes_per_s: int | None = None
 
     @classmethod
@@ -135,19 +136,17 @@ class WriterOptions:
         if rate == 0:
             raise ValueError("max_bytes_per_s must be above 0, or None for no limit")
         zstd = Zstd() if compress == "zstd" else compress
-        if zstd is not None:
-            if not isinstance(zstd, Zstd):
-                raise ValueError(f"compress must be 'zstd', a Zstd, or None: {zstd!r}")
-            new_compressor(zstd)  # tries the arguments, and loads what a forked child could not
-        return cls(checksum, zstd, rate)
+        if zstd is not None and not isinstance(zstd, Zstd):
+            raise ValueError(f"compress must be 'zstd', a Zstd, or None: {zstd!r}")
+        return cls(checksum, _packing(zstd) if zstd is not None else None, rate)
 
     def new_checksum(self) -> Checksum | None:
         """Return an empty checksum, or None."""
         return _CHECKSUMS[self.checksum]() if self.checksum is not None else None
 
 
-def new_compressor(options: Zstd) -> Any:
-    """Return a compressor of the standard library's, or of its backport.
+def _packing(options: Zstd) -> Callable[[], Any]:
+    """Return what makes a compressor of the standard library's, or of its backport; it imports nothing any more.
 
     Raises:
         ValueError: There is no such level, or no so many threads.
@@ -164,9 +163,10 @@ def new_compressor(options: Zstd) -> Any:
         fewest, most = parameter.nb_workers.bounds()
         if not fewest <= options.threads <= most:  # the library would take the nearest
             raise ValueError(f"from {fewest} to {most} threads")
-        return zstd.ZstdCompressor(options=settings)
+        zstd.ZstdCompressor(options=settings)
     except (ValueError, TypeError, zstd.ZstdError) as error:
         raise ValueError(f"{options} makes no sense: {error}") from None
+    return partial(zstd.ZstdCompressor, options=settings)
 
 
 def _zstd() -> Any:
@@ -274,7 +274,7 @@ class ImageFile(io.FileIO):
     @property
     def refuses_seek(self) -> str | None:
         """Why its bytes can only come one after the other; None where they need not."""
-        if self.options.zstd is not None:
+        if self.options.new_compressor is not None:
             return "the image is compressed as it is written"
         if self.options.checksum is not None:
             return f"the {self.options.checksum} is taken as the image is written"
@@ -353,9 +353,9 @@ class ImageFile(io.FileIO):
 class _Compressed(io.RawIOBase):
     """Packs what is written to it into an ImageFile."""
 
-    def __init__(self, image: ImageFile, options: Zstd) -> None:
+    def __init__(self, image: ImageFile, compressor: Any) -> None:
         self._image = image
-        self._compressor = new_compressor(options)
+        self._compressor = compressor
         self.taken_bytes = 0
 
     def writable(self) -> bool:
@@ -390,9 +390,9 @@ class SnapshotWriter(io.BufferedWriter):
 
     def __init__(self, image: ImageFile, report: Callable[[int, int], None]) -> None:
         """Write to *image*; progress goes to *report*."""
-        zstd = image.options.zstd
+        new_compressor = image.options.new_compressor
         self._image = image
-        self._compressed = _Compressed(image, zstd) if zstd is not None else None
+        self._compressed = _Compressed(image, new_compressor()) if new_compressor is not None else None
         self._report = report
         super().__init__(self._compressed or image, BUFFER_BYTES)
 

@@ -1,5 +1,6 @@
 """What `write` gets to write to, driven by hand as an engine without a child would: options, disk, cache, failures."""
 
+import builtins
 import errno
 import hashlib
 import io
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from memsafe import KernelError, UnsupportedError
+from memsafe.snapshot import writer as writer_module
 from memsafe.snapshot.writer import (
     BUFFER_BYTES,
     WINDOW_BYTES,
@@ -209,6 +211,24 @@ def test_compression_that_is_not_installed_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "backports.zstd", None)
     with pytest.raises(UnsupportedError, match=r"memsafe\[zstd\]"):
         WriterOptions.of(compress="zstd")
+
+
+def test_nothing_is_imported_after_the_options_are_known(fd, path, monkeypatch):
+    """In a forked child, whoever held the lock of an import may be gone."""
+    options = WriterOptions.of(compress="zstd", checksum="sha256")
+    image = ImageFile(fd, options)
+
+    def forbidden(*arguments):
+        raise AssertionError(f"import of {arguments[0]}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "import_module", forbidden)
+        patch.setattr(builtins, "__import__", forbidden)
+        out = SnapshotWriter(image, print)
+        out.write(b"content")
+        written = out.finish()
+    assert written.content_bytes == 7
+    assert unpacked(path) == b"content"
 
 
 def test_levels_and_threads_are_the_library_s(fd, path):
