@@ -16,6 +16,7 @@ import memsafe
 from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.snapshot import Zstd
 from tests.integration import scenario
+from tests.page_cache import skip_unless_droppable
 
 MIB = 1024 * 1024
 PATIENCE_S = 60
@@ -29,7 +30,8 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def folder_of_v1_cgroup():
+def folder_of_v1_cgroup(tmp_path):
+    skip_unless_droppable(tmp_path)
     groups = memory_cgroups()
     if not groups or groups[0].version != 1:
         pytest.skip("no v1 memory cgroup here; on v2 the kernel lab looks")

@@ -30,6 +30,7 @@ from memsafe.snapshot.writer import (
     Written,
     Zstd,
 )
+from tests.page_cache import resident_bytes, skip_unless_droppable
 
 MIB = 1024 * 1024
 
@@ -326,6 +327,35 @@ def test_advice_that_is_refused_costs_nothing(fd, path):
     out = writer(fd, FakeDisk({"drop": errno.EINVAL}))
     out.write(bytes(3 * WINDOW_BYTES))
     assert out.finish().content_bytes == 3 * WINDOW_BYTES
+
+
+def test_the_kernel_s_own_answers_are_passed_on(fd):
+    disk, pages = Disk(), writer_module._Range()
+    pages.add(0, MIB)
+    os.write(fd, bytes(MIB))
+    for wait in (False, True):
+        disk.write_back(fd, pages, wait=wait)
+    disk.drop(fd, pages)
+    disk.sync(fd)
+    read_fd, write_fd = os.pipe()
+    for wrong_fd, code in [(write_fd, errno.ESPIPE), (-1, errno.EBADF)]:
+        with pytest.raises(KernelError, match="sync_file_range") as raised:
+            disk.write_back(wrong_fd, pages, wait=True)
+        assert raised.value.errno == code
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_what_was_written_back_is_out_of_the_page_cache(fd, tmp_path):
+    skip_unless_droppable(tmp_path)
+    disk = FakeDisk()
+    for spared, left_bytes in [(disk, 2 * WINDOW_BYTES), (None, 0)]:
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        out = writer(fd, spared)
+        out.write(bytes(2 * WINDOW_BYTES))
+        out.finish()
+        assert resident_bytes(fd, 2 * WINDOW_BYTES) == pytest.approx(left_bytes, abs=MIB)
 
 
 # What the disk may answer.
