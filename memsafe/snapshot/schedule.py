@@ -251,6 +251,22 @@ class SnapshotSchedule:
             copy_bytes=max(copies, default=None),
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of that as plain data; exceptions as their text."""
+        result, error, deferred_by, forecast = self.last_result, self.last_error, self.deferred_by, self.forecast()
+        return {
+            "path": os.fsdecode(self.path),
+            "points": [list(point) for point in self._points],
+            "running": self.job is not None,
+            "changes_since": self.changes_since,
+            "next_attempt_in_s": self.next_attempt_in_s,
+            "consecutive_failures": self.consecutive_failures,
+            "last_error": str(error) if error is not None else None,
+            "deferred_by": str(deferred_by) if deferred_by is not None else None,
+            "last_result": result.as_dict() if result is not None else None,
+            "forecast": forecast.as_dict() if forecast is not None else None,
+        }
+
     # What the program tells, and asks for.
 
     def note_changes(self, count: int = 1) -> None:

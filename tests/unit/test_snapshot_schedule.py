@@ -1,6 +1,7 @@
 """Save points by a manual clock, with an engine that is driven by hand: no process is forked, nothing sleeps."""
 
 import asyncio
+import json
 import logging
 import sys
 import threading
@@ -460,6 +461,35 @@ def test_copies_that_nobody_measured_are_not_foretold(make, engine):
     schedule.save_now()
     engine.succeed(peak_copy_bytes=None)
     assert schedule.forecast().copy_bytes is None
+
+
+def test_its_state_is_plain_data(make, clock, engine):
+    schedule = make(points=[(60, 5)])
+    told = schedule.as_dict()
+    assert (told["last_result"], told["last_error"], told["deferred_by"], told["forecast"]) == (None,) * 4
+    schedule.note_changes(5)
+    engine.refusal = refused("defer")
+    with suppress(SnapshotRefusedError):
+        schedule.save_now()
+    engine.refusal = None
+    schedule.save_now()
+    engine.succeed()
+    schedule.note_changes(7)
+    schedule.save_now()
+    engine.fail()
+    told = json.loads(json.dumps(schedule.as_dict()))
+    assert told == {
+        "path": "dump.db",
+        "points": [[60, 5]],
+        "running": False,
+        "changes_since": 7,
+        "next_attempt_in_s": 60,
+        "consecutive_failures": 1,
+        "last_error": "the disk is full",
+        "deferred_by": None,
+        "last_result": json.loads(json.dumps(result().as_dict())),
+        "forecast": {"runs": 1, "duration_s": 2, "size_bytes": 100, "pause_s": 0.001, "copy_bytes": 10},
+    }
 
 
 # What drives it.
