@@ -14,17 +14,20 @@ from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
-from memsafe.pressure.levels import PressureLevel
+from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
     from memsafe.budget import Budget
-    from memsafe.pressure.levels import Cause, Thresholds
+    from memsafe.pressure.emergency import EmergencyReserve
+    from memsafe.pressure.gauges import Limit
+    from memsafe.pressure.levels import Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
     from memsafe.status import Constraint, MemoryStatus
@@ -36,7 +39,7 @@ _log = logging.getLogger("memsafe.pressure")
 _PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
 
 
-# In a flood of signals, one look in so long; no less often than what has no signals is polled.
+# In a flood of signals, one look in so long; the native thread reads the gauges meanwhile.
 _FLOOD_REST_S = 0.01
 
 
@@ -74,14 +77,14 @@ class Hub:
         self._tokens = itertools.count(1)
         self._chosen: list[Source] = []
         self._guarded: frozenset[str] = frozenset()  # the v1 cgroups whose usage thresholds are set
-        self._gauges: dict[tuple[object, ...], Gauge] = {}
+        self._gauges: dict[Limit, Gauge] = {}
         self._limits_seen: object = None
         self._has_lost = False
         self._has_plenty = False
         self._polling = sources.Polling()
         self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
-        self._debounce = Debounce(min(_FLOOD_REST_S, thresholds.poll_s_min))
+        self._debounce = Debounce(_FLOOD_REST_S)
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
         self._is_robbed = False
@@ -109,9 +112,14 @@ class Hub:
         """What each source is, and why where it is not used."""
         return tuple(source.status for source in (*self._chosen, *self._lasting))
 
-    def guards(self, constraint: Constraint) -> bool:
-        """Whether the kernel or a gauge tells when the next level under a limit begins, so that no look need."""
-        return self._is_told_by_kernel(constraint) or gauges.limit_of(constraint) in self._gauges
+    def guards(self, status: MemoryStatus) -> Callable[[Constraint], bool]:
+        """Return what says of a constraint whether the kernel or a gauge tells when its next level begins."""
+        unguarded = [
+            constraint
+            for limit, constraint in gauges.limits(status)
+            if limit not in self._gauges and not self._is_told_by_kernel(limit, constraint)
+        ]
+        return lambda constraint: not any(constraint is each for each in unguarded)
 
     def poll_after(self, delay_s: float, status: MemoryStatus | None = None) -> None:
         """Let the timer signal *delay_s* after the next wait() begins, or as soon as a gauge tells.
@@ -124,20 +132,20 @@ class Hub:
         self._between.read(self._readings(status) if status else ())
 
     def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
-        for constraint in status.constraints:
-            gauge = self._gauges.get(gauges.limit_of(constraint))
-            if gauge is None or self._is_told_by_kernel(constraint):
-                continue
-            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
-                yield reading
+        for limit, constraint in gauges.limits(status):
+            if (gauge := self._gauges.get(limit)) is not None:
+                rests = self._is_told_by_kernel(limit, constraint)
+                yield from gauge.readings(constraint, self._thresholds, status.swap, rests=rests)
 
-    def _is_told_by_kernel(self, constraint: Constraint) -> bool:
+    def _is_told_by_kernel(self, limit: Limit, constraint: Constraint) -> bool:
         # While a v1 cgroup's usage, which includes the file cache, is below the thresholds that the kernel was given.
-        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, constraint.limit_bytes)
+        what, path, limit_bytes = limit
+        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, limit_bytes)
         return (
-            constraint.path in self._guarded
+            what == "memory.limit_in_bytes"
+            and path in self._guarded
             and constraint.used_bytes is not None
-            and constraint.used_bytes < constraint.limit_bytes - low_bytes
+            and constraint.used_bytes < limit_bytes - low_bytes
         )
 
     def provide(self, status: MemoryStatus | None = None) -> None:
@@ -156,7 +164,8 @@ class Hub:
         for source in self._chosen:
             if source.used and not source.is_intact:
                 self._lose(source, KernelError(errno.EBADF, "wait for it", "somebody else has closed its descriptor"))
-        limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        limits: list[Limit] = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        limits += [(each.kind, each.path, each.limit_bytes) for each in status.swap.limits]
         has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
             return has_lost
@@ -187,6 +196,13 @@ class Hub:
         self._gauges = {each.limit: each for each in self._chosen if isinstance(each, Gauge) and each.used}
         self._limits_seen = limits
         return True
+
+    def give(self, reserve: EmergencyReserve) -> None:
+        """Let *reserve* be given back by the native thread as soon as it sees that CRITICAL begins.
+
+        What it saw is a cause of CRITICAL in the next hear(): with the reserve given back, there may be more again.
+        """
+        self._waiter.give(reserve)
 
     def poll_within(self, delay_s: float) -> None:
         """Let the timer signal *delay_s* after the next wait() begins at the latest."""
@@ -262,6 +278,11 @@ class Hub:
                 self._lose(source, error)
         if self._watermark is not None and (cause := self._watermark.standing()) is not None:
             causes.append(cause)
+        if self._between.gave is not None:
+            token, left_bytes = self._between.gave
+            name = by_token[token].name if token in by_token else self._polling.name
+            detail = f"the emergency reserve was given back when {format_size(left_bytes)} were left"
+            causes.append(Cause(PressureLevel.CRITICAL, name, detail))
         return heard, causes
 
     def wake(self) -> None:
@@ -279,8 +300,7 @@ class Hub:
         for source in (*self._chosen, *self._lasting):
             source.close(native, reason)
         self._waiter.close()
-        if not self._is_robbed:
-            self._files.close()
+        self._files.close()
         if self._alarm is not None:
             self._alarm.close()
 

@@ -94,7 +94,7 @@ class Thresholds:
     some_stall_us: int = 200_000
     full_stall_us: int = 400_000
     stall_headroom_ratio: float = 0.5
-    poll_s_min: float = 0.01
+    poll_s_min: float = 0.001
     poll_s_max: float = 5.0
     fill_bytes_per_s: int = 4 * GIB
 

@@ -215,6 +215,8 @@ class PressureMonitor:
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
+            if self._reserve is not None:
+                hub.give(self._reserve)
             self._take_reserve(status)
         except BaseException:
             self._shut(hub)
@@ -241,6 +243,8 @@ class PressureMonitor:
         self._thread = None
         self._requests = []
         self._streams = weakref.WeakSet()
+        if self._deputy is not None:
+            self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
 
@@ -389,7 +393,7 @@ class PressureMonitor:
                 before = self.level
                 self._has_answered = False
                 self._turn(hub, deputy, reports, requests)
-                if deputy.has_led:
+                if deputy.has_led and not self._stopping:
                     hub.wake()  # it may have been woken for a request
                 idle = self.level is before and not requests and not self._has_answered
                 rest_s = _REST_S if idle else 0.0
@@ -512,7 +516,7 @@ class PressureMonitor:
     def _set_timer(self, hub: Hub, status: MemoryStatus, within_s: float | None = None) -> None:
         """Set when to look again: at the latest *within_s*, a cause that headroom says nothing of may pass."""
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards(status))
         hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
     def _take_reserve(self, status: MemoryStatus) -> None:

@@ -76,6 +76,7 @@ class Source(ABC):
         self.token = 0
         self.stands_in_for: frozenset[tuple[object, ...]] = frozenset()
         self._fd = -1
+        self._used = False
         self._owned: Owned | None = None
         self._reason = "not tried yet"
 
@@ -85,7 +86,7 @@ class Source(ABC):
 
     @property
     def used(self) -> bool:
-        return self._fd >= 0
+        return self._used
 
     @property
     def is_intact(self) -> bool:
@@ -111,7 +112,7 @@ class Source(ABC):
         except UnsupportedError as error:
             self._reason = str(error)
         else:
-            self.token = token
+            self.token, self._used = token, True
 
     def skip(self) -> None:
         """Leave it closed because the better source is used."""
@@ -124,7 +125,7 @@ class Source(ABC):
         if native is not None:
             self._detach(native)
         self._close_fd()
-        self._reason = reason
+        self._used, self._reason = False, reason
 
     def hear(self) -> Cause | None:
         """Return what its signal says by itself.
@@ -381,7 +382,7 @@ class BudgetWatermark(Source):
 
     def _passed(self, _: Budget) -> None:
         with self._lock:
-            if self.used:
+            if self._fd >= 0 and self.is_intact:
                 os.eventfd_write(self._fd, 1)
 
 

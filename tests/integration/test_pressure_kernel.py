@@ -16,6 +16,7 @@ import pytest
 
 from memsafe import EmergencyReserve, PressureLevel, PressureMonitor, Thresholds, memory_status
 from memsafe._kernel import cgroup, notify, psi, systemd
+from memsafe._native import ffi, lib
 from memsafe.errors import KernelError
 from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
@@ -166,7 +167,7 @@ def is_warned_by_gauges_alone(group):
 
 def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
     found = scenario.run(is_warned_by_gauges_alone, v1_group)
-    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "cpu_time", "polling"}
     assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
     assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
 
@@ -321,6 +322,7 @@ def test_reclaim_of_page_cache_that_the_kernel_calls_low_raises_nothing(v1_group
     assert found["low_events"] > 50
     assert found["levels"] == []
     assert found["looks"] < 50
+    assert sum(found["signals"].values()) < found["low_events"] / 2, found
 
 
 def writes_files_without_other_memory(group, path):
@@ -372,6 +374,59 @@ def test_reclaim_that_finds_nothing_is_critical_from_low(v1_group, tmp_path):
     ((source, detail),) = found["heard"]
     assert source == "pressure_level.critical"
     assert f"can be reclaimed in {cgroup.memory_cgroups()[0].path}/{v1_group.name}" in detail
+
+
+def follows_its_limit_by_gauges(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    sources.choose = lambda *_: []
+    filler, heard, came = Filler(), [], threading.Event()
+    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+        monitor.on(PressureLevel.LOW, lambda event: (heard.append(event.limit_bytes), came.set()))
+        Path(group, "memory.limit_in_bytes").write_text("96M")
+        monitor.check()
+        while not came.is_set() and own.usage_bytes() < 95 * MIB:
+            filler.take()
+        assert came.wait(30)
+    return {"limit": heard[0]}
+
+
+def test_a_gauge_follows_its_limit_from_the_next_look_on(v1_group):
+    assert scenario.run(follows_its_limit_by_gauges, v1_group)["limit"] == 96 * MIB
+
+
+def reads_a_gauge_of_a_removed_cgroup(group):
+    inner = Path(group, "inner")
+    inner.mkdir()
+    (inner / "memory.limit_in_bytes").write_text("100M")
+    (outer, *_) = cgroup.memory_cgroups()
+    join(str(inner))
+    sources.choose = lambda *_: []
+    told = []
+    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+        hub = monitor._hub
+        readings = list(hub._readings(memory_status()))
+        Path(outer.directory, "cgroup.procs").write_text(str(os.getpid()))
+        remove(inner)
+        for reading in readings:
+            hub._between.read([reading])
+            sight = lib.ms_gauge_read(hub._between.native.gauges, 1, 1, ffi.addressof(hub._between.native, "pace"))
+            told.append((sight.told, sight.short_of))
+        before = {source.path for source in monitor.sources if source.used}
+        level = monitor.check()
+        after = {source.path for source in monitor.sources if source.used}
+    return {
+        "told": told,
+        "level": level.name,
+        "gauges": [sum("inner" in (path or "") for path in paths) for paths in (before, after)],
+    }
+
+
+def test_a_gauge_whose_cgroup_is_removed_is_silent_and_the_next_look_lets_it_go(v1_group):
+    found = scenario.run(reads_a_gauge_of_a_removed_cgroup, v1_group)
+    assert len(found["told"]) >= 3, "of the inner cgroup, of the outer one, and of the machine"
+    assert set(map(tuple, found["told"])) == {(0, -1)}
+    assert (found["level"], found["gauges"]) == ("NORMAL", [1, 0])
 
 
 def acts_in_a_full_cgroup(group, gives):
@@ -544,22 +599,25 @@ def test_a_trigger_that_the_kernel_refuses_leaves_no_descriptor():
     assert os.listdir("/proc/self/fd") == before
 
 
-def loses_a_trigger(group):
+def loses_a_trigger(group, how):
     waiter = Waiter()
     trigger = notify.arm_stall_trigger(f"{group}/memory.pressure", "some", 200_000)
-    waiter.add(trigger, How.TRIGGER, 1)
+    waiter.add(trigger, How(how), 1)
     Path(group).rmdir()
     (report,) = waiter.wait()
+    again = waiter.take()
     waiter.close()
     os.close(trigger)
-    return {"lost": report.lost_errno}
+    return {"lost": report.lost_errno, "again": len(again)}
 
 
-def test_a_trigger_whose_cgroup_is_removed_is_lost(v2_group):
+@pytest.mark.parametrize("how", [How.TRIGGER, How.KERNFS])
+def test_a_descriptor_whose_cgroup_is_removed_is_lost_once(v2_group, how):
     if not (v2_group / "memory.pressure").exists():
         pytest.skip("cgroup2 has no memory.pressure here")
     os.close(armed(f"{v2_group}/memory.pressure"))
-    assert scenario.run(loses_a_trigger, v2_group)["lost"] == errno.ENODEV
+    found = scenario.run(loses_a_trigger, v2_group, int(how))
+    assert (found["lost"], found["again"]) == (errno.ENODEV, 0)
 
 
 def test_the_service_managers_trigger_stands_in_for_the_own_one_of_its_kind(monkeypatch):
