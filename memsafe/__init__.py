@@ -29,7 +29,9 @@ _MODULES = {
         "EmergencyReserve", "PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds",
     ),
     "memsafe.region": ("Region",),
-    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
+    "memsafe.snapshot": (
+        "SnapshotForecast", "SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotSchedule", "fork_snapshot",
+    ),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (

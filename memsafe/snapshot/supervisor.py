@@ -35,6 +35,7 @@ from memsafe.snapshot.child import SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
 from memsafe.snapshot.meter import Meter, oom_kills, risen
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+from memsafe.snapshot.writer import ImageFile
 
 if TYPE_CHECKING:
     from array import array
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
     from memsafe.snapshot.atomic import StrPath
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
 
 METHOD = "fork"
 
@@ -112,13 +113,13 @@ class Supervisor:
 
     # The caller's thread.
 
-    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int]) -> None:
+    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int], options: WriterOptions) -> None:
         """Start the thread, then fork: after the fork nothing that can fail is left to do.
 
         Raises:
             KernelError: fork failed, or no thread could be started.
         """
-        child = SnapshotChild(write, self._file.fd, self._report_write_fd)
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd)
         oom_score_adj = _child_oom_score_adj()
         try:
             _start(self._thread)
@@ -205,6 +206,7 @@ class Supervisor:
         error = self._verdict or self._failure(status)
         if error is not None:
             raise error
+        assert self._done is not None
         try:
             size_bytes = self._file.commit()
         except OSError as cause:
@@ -221,6 +223,8 @@ class Supervisor:
             duration_s=time.monotonic() - self._began_s,
             peak_copy_bytes=self.run.peak_copy_bytes,
             method=METHOD,
+            content_bytes=self._done.written.content_bytes,
+            checksum=self._done.written.checksum,
             warnings=tuple(self._warnings),
         )
 
