@@ -137,6 +137,8 @@ def _problems(path: Path, outcome: str, number: int) -> list[str]:
 
 def _trial(path: Path, fault: Fault, n: int) -> dict[str, object]:
     before = _descriptors()
+    died: list[str] = []
+    threading.excepthook = lambda told: died.append(f"the thread died of {told.exc_value!r}")
     _ask(fault.where, n, fault.what, fault.how)
     outcome = _snapshot(path)
     number = _ask()
@@ -146,7 +148,7 @@ def _trial(path: Path, fault: Fault, n: int) -> dict[str, object]:
     left_files = _others(path)
     if left_files and number not in _REMOVERS:
         problems.append(f"files are left: {left_files}")
-    return {"number": number, "outcome": outcome, "problems": problems + _after(path)}
+    return {"number": number, "outcome": outcome, "problems": died + problems + _after(path)}
 
 
 def _after(path: Path) -> list[str]:

@@ -129,7 +129,7 @@ class ReportReader:
     """The parent's side."""
 
     def __init__(self, fd: int) -> None:
-        """Read from *fd*, the read end of a non-blocking pipe."""
+        """Read from *fd*, the read end of a non-blocking pipe, which close() closes."""
         self._fd = fd
         self._buffer = bytearray()
         self.at_end = False
@@ -151,6 +151,13 @@ class ReportReader:
         while (frame := self._take()) is not None:
             reports.append(_decode(frame))
         return reports
+
+    def close(self) -> None:
+        """Listen no more; the writer is told. Twice is a no-op."""
+        fd, self._fd = self._fd, -1
+        self.at_end = True
+        if fd >= 0:
+            os.close(fd)
 
     def _take(self) -> bytes | None:
         if len(self._buffer) < _LENGTH.size:

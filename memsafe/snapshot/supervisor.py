@@ -175,10 +175,10 @@ class Supervisor:
             self._own_pidfd = _pidfd_of_self()
             resources.callback(os.close, self._own_pidfd)
             self._report_fd, self._report_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            resources.callback(os.close, self._report_fd)
+            self._reader = ReportReader(self._report_fd)
+            resources.callback(self._reader.close)
             self._write_end = resources.enter_context(ExitStack())
             self._write_end.callback(os.close, self._report_write_fd)
-            self._reader = ReportReader(self._report_fd)
             self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
             resources.callback(self._meter.close)
             self._oom_kills_before = oom_kills(self._bounds.root)
@@ -348,8 +348,12 @@ class Supervisor:
 
     def _kill(self) -> None:
         if self._pidfd >= 0:
-            with suppress(OSError):  # it ended by itself
+            try:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself
+                pass
+            except OSError:  # it has become another user's: its guard ends it when nobody listens
+                self._reader.close()
 
     def _has_ended(self) -> bool:
         poller = select.poll()
@@ -363,6 +367,10 @@ class Supervisor:
         try:
             return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         except ChildProcessError:
+            return None
+        except OSError:  # a sandbox that knows pidfds, but not P_PIDFD
+            with suppress(OSError):
+                os.waitpid(self._pid, 0)
             return None
 
     def _failure(self, status: os.waitid_result | None) -> SnapshotFailedError | None:
