@@ -43,7 +43,7 @@ KILL = 1000
 ERRORS = ("EIO", "ENOMEM", "ENOSPC", "EMFILE", "EINTR")
 
 _ASK = 0x4D534641
-_PATIENCE_S = 30
+_PATIENCE_S = 10
 _NEW = b"new" * 1000
 
 
@@ -108,8 +108,12 @@ def _snapshot(path: Path) -> str:
     return "result"
 
 
-def _descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
 
 
 def _problems(path: Path, outcome: str, number: int) -> list[str]:
@@ -123,7 +127,7 @@ def _problems(path: Path, outcome: str, number: int) -> list[str]:
         problems.append(f"the {'new' if content == _NEW else 'old'} file after {outcome}")
     if kind == "TimeoutError" or f"after {_PATIENCE_S} s" in text:
         problems.append(f"it hung: {outcome}")
-    if kind == "MemoryError" and number != _MMAP:
+    if kind == "MemoryError" and call_names().get(number) != "mmap":
         problems.append(outcome)
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
@@ -143,11 +147,14 @@ def _trial(path: Path, fault: Fault, n: int) -> dict[str, object]:
     outcome = _snapshot(path)
     number = _ask()
     problems = _problems(path, outcome, number)
-    if (left := _descriptors() - before) != set():
-        problems.append(f"descriptors are left: {[os.readlink(f'/proc/self/fd/{fd}') for fd in left]}")
-    left_files = _others(path)
-    if left_files and number not in _REMOVERS:
-        problems.append(f"files are left: {left_files}")
+    left = [target for fd, target in _descriptors().items() if before.get(fd) != target]
+    if call_names().get(number) in ("fstat", "newfstatat"):
+        # Whose number it is cannot be told: kept.c rather loses a descriptor than closes a stranger's.
+        left = [target for target in left if not target.startswith(("/proc/", "/sys/"))]
+    if left:
+        problems.append(f"descriptors are left: {left}")
+    if _others(path):
+        problems.append(f"files are left: {_others(path)}")
     return {"number": number, "outcome": outcome, "problems": died + problems + _after(path)}
 
 
@@ -179,8 +186,8 @@ def _in_process(path: Path, fault: Fault, n: int) -> dict[str, object] | None:
     heard = bool(select.select([read_fd], [], [], 2 * _PATIENCE_S)[0])
     data = os.read(read_fd, 1 << 20) if heard else b""
     os.close(read_fd)
+    number = _ask() if not heard else -1
     if not heard:
-        _ask()
         os.kill(pid, signal.SIGKILL)
     status = os.waitid(os.P_PID, pid, os.WEXITED)
     if data:
@@ -188,7 +195,8 @@ def _in_process(path: Path, fault: Fault, n: int) -> dict[str, object] | None:
     killed = (status.si_code, status.si_status) == (os.CLD_KILLED, signal.SIGKILL)
     if heard and killed and fault.what == "SIGKILL":
         return None
-    return {"number": _ask(), "outcome": "", "problems": [f"it ended as {status}" if heard else "it hung"]}
+    number = max(number, _ask())
+    return {"number": number, "outcome": "", "problems": [f"it ended as {status}" if heard else "it hung"]}
 
 
 def _one(folder: Path, fault: Fault, n: int) -> dict[str, object]:
@@ -220,9 +228,10 @@ def _wait_for_orphans() -> list[str]:
     return problems
 
 
-def _sweep(folder: Path, fault: Fault) -> None:
+def _sweep(folder: Path, fault: Fault, first: int) -> None:
     """Fail the n-th call, until three in a row find none to fail: threads do not take turns in the same way always."""
-    first = 2 if fault.where == "job's thread" else 1  # see _FIRST
+    if fault.where == "job's thread":
+        first = max(first, _FIRST_OF_THREAD)
     spared = 0
     for n in itertools.count(first):
         began_s = time.monotonic()
@@ -235,18 +244,17 @@ def _sweep(folder: Path, fault: Fault) -> None:
 
 # 1 is the mmap for the first Python frame of the thread. Where it fails, CPython 3.11 ends the thread without a word,
 # and Thread.start() waits for ever.
-_FIRST = 2
-_MMAP = 9
-_REMOVERS: set[int] = set()
+_FIRST_OF_THREAD = 2
 
 
-def _worker(folder: Path, fault: Fault) -> None:
+def _worker(folder: Path, fault: Fault, first: int) -> None:
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     if fault.named:
         atomic.os = _WithoutTmpfile()  # type: ignore[assignment]
+    call_names()
     for _ in range(2):  # what is imported and cached is so before
         memsafe.fork_snapshot(folder / "warm", _write).wait()
-    _sweep(folder, fault)
+    _sweep(folder, fault, first)
 
 
 class _WithoutTmpfile:
@@ -281,25 +289,27 @@ def build(folder: Path) -> Path:
     return tracer
 
 
-def run(tracer: Path, folder: Path, fault: Fault) -> list[dict]:
+def run(tracer: Path, folder: Path, fault: Fault, first: int = 1) -> list[dict]:
     """Sweep through one kind of fault; returns a report for each n."""
     work = Path(tempfile.mkdtemp(dir=folder))
-    command = [tracer, sys.executable, "-m", "tests.snapshot_faults", "--worker", json.dumps(fault), work]
+    command = [tracer, sys.executable, "-m", "tests.snapshot_faults", "--worker", json.dumps(fault), str(first), work]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{fault}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert done.stderr == "", done.stderr
+    sys.stderr.write(done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="only what the tests run")
     parser.add_argument("--only", default="", help="kinds of fault whose description contains this")
+    parser.add_argument("--first", type=int, default=1, help="the first n")
     parser.add_argument("--verbose", action="store_true", help="show each fault and its outcome")
     arguments = parser.parse_args()
     if arguments.worker:
-        _worker(Path(arguments.worker[1]), Fault(*json.loads(arguments.worker[0])))
+        fault, first, folder = arguments.worker
+        _worker(Path(folder), Fault(*json.loads(fault)), int(first))
         return 0
     survived, outcomes, bad, began_s = 0, Counter(), [], time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -308,7 +318,11 @@ def main() -> int:
         for fault in QUICK if arguments.quick else every():
             if arguments.only not in str(fault):
                 continue
-            reports = [report for report in run(tracer, folder, fault) if report["number"] >= 0]
+            reports = [
+                report
+                for report in run(tracer, folder, fault, arguments.first)
+                if report["number"] >= 0 or report["problems"]
+            ]
             good = [report for report in reports if not report["problems"]]
             print(f"{fault!s:60}{len(good):5} of {len(reports):5} survived", flush=True)
             survived += len(good)

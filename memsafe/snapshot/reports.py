@@ -9,6 +9,7 @@ import select
 import struct
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -157,7 +158,8 @@ class ReportReader:
         fd, self._fd = self._fd, -1
         self.at_end = True
         if fd >= 0:
-            os.close(fd)
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
 
     def _take(self) -> bytes | None:
         if len(self._buffer) < _LENGTH.size:

@@ -9,7 +9,8 @@
  *   n      the first call to fail, counted from 1; 0 ends it, and returns what was done: 0, or the number of the first
  *          call that failed, plus 1
  *   what   the errno, or KILL: the call's whole process is killed instead
- *   how    the n-th alone; it, and everywhere all later ones of the same name; it and all later ones that are counted
+ *   how    the n-th alone; it, and everywhere all later ones of the same name; it and all later ones that are counted,
+ *          but those without which nothing can be taken away (see NEEDED)
  *
  * It ends when the last process has, with the program's exit status. x86-64 only. */
 #include <errno.h>
@@ -66,6 +67,9 @@ static const int NEVER[] = {
     SYS_madvise,
     SYS_mprotect,
 };
+/* To reap, to remove a name, and to tell whose a descriptor is before it is closed (kept.c). */
+static const int NEEDED[] = {SYS_waitid, SYS_wait4, SYS_unlinkat, SYS_fstat, SYS_newfstatat};
+
 #define NEVER_COUNT (sizeof NEVER / sizeof NEVER[0])
 
 static struct {
@@ -125,6 +129,14 @@ static enum where where_is(pid_t thread)
     return thread == process ? CHILD : BESIDE_CHILD;
 }
 
+static int is_needed(long number)
+{
+    for (size_t i = 0; i < sizeof NEEDED / sizeof NEEDED[0]; i++)
+        if (NEEDED[i] == number)
+            return 1;
+    return 0;
+}
+
 static int is_due(pid_t thread, long number)
 {
     if (!plan.n)
@@ -134,7 +146,9 @@ static int is_due(pid_t thread, long number)
     if (where_is(thread) != plan.where)
         return 0;
     plan.seen++;
-    return plan.how == ALL ? plan.seen >= plan.n : plan.seen == plan.n;
+    if (plan.seen <= plan.n)
+        return plan.seen == plan.n;
+    return plan.how == ALL && !is_needed(number);
 }
 
 /* Make the call return at once; what it was asked for is not done. */
