@@ -54,6 +54,10 @@ _OOM_SCORE_ADJ_ABOVE = 1000
 _OOM_SCORE_ADJ_MAX = 1000
 
 
+# Only for the case that the native fork could not set the eventfd.
+_LOOK_FOR_FORK_MS = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What ends a child that would otherwise go on."""
@@ -196,8 +200,8 @@ class Supervisor:
         poller.register(self._wake_fd, select.POLLIN)
         try:
             while not (self._was_forked() or self._given_up):
-                poller.poll()
-                os.eventfd_read(self._wake_fd)
+                if poller.poll(_LOOK_FOR_FORK_MS):
+                    os.eventfd_read(self._wake_fd)
         except OSError:
             # The native fork sets the eventfd before any Python can run; this is set by Python, so an interrupt in the
             # right place could prevent it. It takes both.

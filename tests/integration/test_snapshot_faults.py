@@ -1,5 +1,6 @@
 """Snapshots that go wrong: at the path there is the old file or the complete new one, and nothing else is left."""
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -531,3 +532,135 @@ def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(pa
     assert got["error"] == "SnapshotFailedError"
     assert "may not survive a power cut" in got["message"]
     assert got["content"] == "new"
+
+
+# Everything else that may come between.
+
+
+def no_zombies_wanted(path):
+    """SA_NOCLDWAIT: children end without becoming zombies, though SIGCHLD is heard."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    action = ctypes.create_string_buffer(152)  # struct sigaction: the handler, the mask, the flags, the restorer
+    assert libc.sigaction(signal.SIGCHLD, None, action) == 0
+    no_cld_wait = 2
+    ctypes.c_int.from_buffer(action, 8 + 128).value |= no_cld_wait
+    assert libc.sigaction(signal.SIGCHLD, action, None) == 0
+    good = outcome(memsafe.fork_snapshot(path, hello))
+    bad = outcome(memsafe.fork_snapshot(path, lambda out: os._exit(0)))
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    job.cancel()
+    ended = outcome(job)
+    gate.close()
+    return {"good": good, "bad": bad, "ended": ended}
+
+
+def test_where_children_are_reaped_by_the_kernel_their_outcomes_are_told_all_the_same(path):
+    got = scenario.run(no_zombies_wanted, path)
+    assert got["good"]["result"]["size_bytes"] == 3
+    assert got["bad"]["error"] == "SnapshotFailedError"
+    assert got["ended"]["error"] == "SnapshotCancelledError"
+
+
+def storm(path, rounds):
+    heard = []
+    signal.signal(signal.SIGALRM, lambda *_: heard.append(os.getpid()))
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(os.getpid()))
+    stop = threading.Event()
+    main, own = threading.main_thread().ident, os.getpid()
+
+    def keep_signalling():
+        while not stop.wait(0.001):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    def write(out):
+        out.write(b"new")
+        out.flush()
+        out.write(b"" if set(heard) <= {own} else b"the parent's handler ran here")
+
+    thread = threading.Thread(target=keep_signalling)
+    thread.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    outcomes = [outcome(memsafe.fork_snapshot(path, write)) for _ in range(rounds)]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    stop.set()
+    thread.join()
+    return {"sizes": [got.get("result", got).get("size_bytes", got) for got in outcomes], "heard": len(heard)}
+
+
+def test_snapshots_go_on_in_a_storm_of_signals_and_none_of_them_reaches_a_child(path):
+    got = scenario.run(storm, path, 40)
+    assert set(got["sizes"]) == {3}
+    assert got["heard"] > 40
+
+
+def interrupted_everywhere(path, step):
+    """Raise KeyboardInterrupt at the n-th bytecode of memsafe's own in the calling thread, for every step-th n."""
+    package = os.path.dirname(memsafe.__file__)
+    outcomes = []
+    memsafe.fork_snapshot(path, hello).wait(PATIENCE_S)  # what is imported and cached is so before
+    n = 0
+    while outcomes[-1:] != ["done"]:
+        n += step
+        before = _open_files()
+        outcomes.append(_interrupted_at(n, path, package))
+        _let_the_thread_end()
+        left = [target for fd, target in _open_files().items() if before.get(fd) != target]
+        if left or temporaries(path) or content(path) not in ("old", "new"):
+            return {"n": n, "left": left, "temporaries": temporaries(path), "content": content(path)}
+        again = outcome(memsafe.fork_snapshot(path, hello))
+        if "result" not in again:
+            return {"n": n, "again": again}
+        Path(path).write_text("old")
+    return {"points": n, "outcomes": sorted(set(outcomes))}
+
+
+def _interrupted_at(n, path, package):
+    left = n
+
+    def count(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return count
+
+    gate = Gate()  # a child that nobody ends waits for ever
+    try:
+        sys.settrace(count)
+        try:
+            job = memsafe.fork_snapshot(path, gated(gate))
+        finally:
+            sys.settrace(None)
+        gate.open()
+        job.wait(PATIENCE_S)
+    except KeyboardInterrupt:
+        return "interrupted"
+    finally:
+        gate.close()
+    return "done"
+
+
+def _let_the_thread_end():
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-snapshot":
+            thread.join(PATIENCE_S)
+
+
+def _open_files():
+    found = {}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+def test_an_interrupt_at_any_bytecode_leaves_no_child_file_or_descriptor_and_the_next_one_works(path):
+    got = scenario.run(interrupted_everywhere, path, 7)
+    assert got.get("outcomes") == ["done", "interrupted"], got
+    assert got["points"] > 300

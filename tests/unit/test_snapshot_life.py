@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from memsafe.errors import SnapshotCancelledError, SnapshotFailedError, SnapshotOverrunError
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 
+RESULT = SnapshotResult("dump.db", 1, 0.1, 0.2, None, "by hand")
 LIVE = ("preparing", "running")
 ENDS = {"failed": SnapshotFailedError, "overrun": SnapshotOverrunError, "cancelled": SnapshotCancelledError}
 
@@ -71,8 +72,8 @@ class Life(RuleBasedStateMachine):
     def settle(self, fails):
         kind = self.verdict or ("failed" if fails else None)
         if kind is None:
-            self.outcome = SnapshotResult("dump.db", 1, 0.1, 0.2, None, "by hand")
-            self.run.resolve(self.outcome)
+            self.outcome = RESULT
+            self.run.resolve(RESULT)
         else:
             self.outcome = error_of(kind)
             self.run.reject(self.outcome)
@@ -82,11 +83,9 @@ class Life(RuleBasedStateMachine):
     def settle_at_the_wrong_time(self, image):
         if self.state == "settling":
             return
+        settle, outcome = (self.run.resolve, RESULT) if image else (self.run.reject, SnapshotFailedError("x"))
         with pytest.raises(AssertionError):
-            if image:
-                self.run.resolve(SnapshotResult("dump.db", 1, 0.1, 0.2, None, "by hand"))
-            else:
-                self.run.reject(SnapshotFailedError("x"))
+            settle(outcome)
 
     # The owner.
 
