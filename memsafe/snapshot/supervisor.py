@@ -151,7 +151,8 @@ class Supervisor:
 
     def _wake(self) -> None:
         if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+            with suppress(OSError):  # it refuses only when it is set already
+                os.eventfd_write(self._wake_fd, 1)
 
     # The job's thread.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dis
 import errno
 import functools
 import mmap
@@ -595,8 +596,8 @@ def test_snapshots_go_on_in_a_storm_of_signals_and_none_of_them_reaches_a_child(
 
 
 def interrupted_everywhere(path, step):
-    """Raise KeyboardInterrupt at the n-th bytecode of memsafe's own in the calling thread, for every step-th n."""
-    package = os.path.dirname(memsafe.__file__)
+    """Raise KeyboardInterrupt at the n-th bytecode of memsafe.snapshot in the calling thread, for every step-th n."""
+    package = os.path.dirname(memsafe.snapshot.__file__)
     outcomes = []
     memsafe.fork_snapshot(path, hello).wait(PATIENCE_S)  # what is imported and cached is so before
     n = 0
@@ -616,14 +617,15 @@ def interrupted_everywhere(path, step):
 
 
 def _interrupted_at(n, path, package):
-    left = n
+    left, own = n, os.getpid()
 
     def count(frame, event, _):
         nonlocal left
-        if not frame.f_code.co_filename.startswith(package):
+        if os.getpid() != own or not frame.f_code.co_filename.startswith(package):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        # Signals are looked for after calls and at jumps back, never between a value and its return.
+        if event == "opcode" and not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN"):
             left -= 1
             if left == 0:
                 sys.settrace(None)
