@@ -315,7 +315,7 @@ class Supervisor:
     def _measure(self) -> None:
         try:
             measured = self._meter.measure(self._pid)
-        except KernelError as error:
+        except OSError as error:
             if self._has_ended() or is_missing(error):
                 return
             self._meter.stop()

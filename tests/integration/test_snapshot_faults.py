@@ -9,8 +9,10 @@ import mmap
 import os
 import resource
 import select
+import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +24,7 @@ import pytest
 import memsafe
 from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.testing import FakeKernel
+from tests import snapshot_faults
 from tests.integration import scenario
 from tests.integration.snapshots import MIB, PATIENCE_S, Gate, content, describe, gated, hello, outcome, temporaries
 
@@ -533,6 +536,83 @@ def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(pa
     assert got["error"] == "SnapshotFailedError"
     assert "may not survive a power cut" in got["message"]
     assert got["content"] == "new"
+
+
+# Every system call.
+
+
+@pytest.fixture(scope="module")
+def tracer(tmp_path_factory):
+    if os.uname().machine != "x86_64":
+        pytest.skip("tests/native/syscall_faults.c knows the registers of x86-64 alone")
+    if shutil.which(snapshot_faults.COMPILER) is None:
+        pytest.skip(f"no C compiler: {snapshot_faults.COMPILER}")
+    program = snapshot_faults.build(tmp_path_factory.mktemp("tracer"))
+    done = subprocess.run([program, "true"], capture_output=True, text=True)
+    if "not permitted" in done.stderr:
+        pytest.skip(f"no tracing of children here: {done.stderr}")
+    return program
+
+
+@pytest.mark.parametrize("fault", snapshot_faults.QUICK, ids=str)
+def test_whichever_system_call_fails_it_is_the_old_file_or_the_new_one_and_nothing_is_left(tracer, tmp_path, fault):
+    reports = snapshot_faults.run(tracer, tmp_path, fault)
+    assert [report for report in reports if report["problems"]] == []
+    failed = [report for report in reports if report["number"] >= 0]
+    assert len(failed) >= 10
+    names = {snapshot_faults.call_names()[report["number"]] for report in failed}
+    assert names >= ({"write", "fsync"} if fault.where == "child" else {"fsync", "close"}), names
+
+
+# Who else is there.
+
+
+def pid_reused(path):
+    """The child is gone, and a stranger has its number, when the job's thread comes to end it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gate = Gate()
+    jobs, strangers = [], []
+
+    def write(out):
+        gate.wait()
+        out.progress(os.getpid(), 1)
+        gate.wait()
+        os._exit(0)
+
+    def on_progress(pid, _):
+        child = os.pidfd_open(pid)
+        gate.open()
+        select.select([child], [], [], PATIENCE_S)
+        os.close(child)
+        while strangers[-1:] != [pid]:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+            strangers.append(os.posix_spawn("/bin/sleep", ["sleep", "100"], {}))
+        jobs[0].cancel()
+
+    jobs.append(memsafe.fork_snapshot(path, write, on_progress=on_progress))
+    gate.open()
+    got = outcome(jobs[0])
+    gate.close()
+    stranger = os.pidfd_open(strangers[-1])
+    lives = not select.select([stranger], [], [], 0)[0]
+    os.close(stranger)
+    for pid in strangers:
+        os.kill(pid, signal.SIGKILL)
+    for pid in strangers:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+    return {**got, "lives": lives}
+
+
+def test_a_stranger_who_got_the_childs_number_is_not_killed_in_its_place(path):
+    if not os.path.exists("/proc/sys/kernel/ns_last_pid"):
+        pytest.skip("this kernel was built without CONFIG_CHECKPOINT_RESTORE: no number can be chosen")
+    prefix = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no pid namespace may be made")
+    got = scenario.run(pid_reused, path, prefix=prefix)
+    assert got["error"] == "SnapshotCancelledError"
+    assert got["lives"]
 
 
 # Everything else that may come between.
