@@ -5,7 +5,7 @@
  * The program asks by prctl(ASK, where, n, what, how), which goes no further than here:
  *
  *   where  whose calls count: that of the thread that asks, of the other threads of its process, of the first thread of
- *          its children, of their other threads, or of the other threads of its process once its child has ended
+ *          its children, of their other threads, or of the other threads of its process from their first waitid on
  *   n      the first call to fail, counted from 1; 0 ends it, and returns what was done: 0, or the number of the first
  *          call that failed, plus 1
  *   what   the errno, or KILL: the call's whole process is killed instead
@@ -77,8 +77,7 @@ static struct {
     enum how how;
     long n; /* 0: no faults are asked for */
     long seen;
-    pid_t child;
-    int child_ended;
+    int waited;
     int error;
     long failed; /* the number of the first call that failed, or -1 */
 } plan;
@@ -127,7 +126,7 @@ static enum where where_is(pid_t thread)
         return CALLER;
     pid_t process = process_of(thread);
     if (process == asker)
-        return plan.where == BESIDE_AT_END && plan.child_ended ? BESIDE_AT_END : BESIDE;
+        return plan.where == BESIDE_AT_END && plan.waited ? BESIDE_AT_END : BESIDE;
     return thread == process ? CHILD : BESIDE_CHILD;
 }
 
@@ -145,6 +144,8 @@ static int is_due(pid_t thread, long number)
         return 0;
     if (plan.how == SAME && plan.failed >= 0)
         return number == plan.failed;
+    if (number == SYS_waitid)
+        plan.waited |= where_is(thread) == BESIDE;
     if (where_is(thread) != plan.where)
         return 0;
     plan.seen++;
@@ -171,8 +172,7 @@ static long ask(pid_t thread, const struct user_regs_struct *registers)
     plan.error = (int)registers->r10;
     plan.how = (enum how)registers->r8;
     plan.seen = 0;
-    plan.child = 0;
-    plan.child_ended = 0;
+    plan.waited = 0;
     plan.failed = -1;
     return plan.n ? 0 : failed + 1;
 }
@@ -214,13 +214,6 @@ static void at_end_of_call(pid_t thread)
     ptrace(PTRACE_SETREGS, thread, NULL, &registers);
 }
 
-static void note_child(pid_t thread)
-{
-    unsigned long pid;
-    if (process_of(thread) == asker && !ptrace(PTRACE_GETEVENTMSG, thread, NULL, &pid))
-        plan.child = (pid_t)pid;
-}
-
 static void go_on(pid_t thread, int status)
 {
     enum __ptrace_request how = PTRACE_CONT;
@@ -229,8 +222,6 @@ static void go_on(pid_t thread, int status)
         how = at_call(thread);
     else if (event == PTRACE_EVENT_STOP && signo != SIGTRAP)
         how = PTRACE_LISTEN; /* it was stopped by a signal, and stays so */
-    else if (event == PTRACE_EVENT_FORK)
-        note_child(thread);
     else if (signo == (SIGTRAP | 0x80))
         at_end_of_call(thread);
     else if (!event)
@@ -278,8 +269,6 @@ int main(int count, char **arguments)
     while ((thread = waitpid(-1, &status, __WALL)) > 0) {
         if (WIFSTOPPED(status))
             go_on(thread, status);
-        else if (thread == plan.child)
-            plan.child_ended = 1;
         else if (thread == program)
             result = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     }
