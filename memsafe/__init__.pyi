@@ -47,6 +47,7 @@ from memsafe.snapshot import (
     SnapshotJob as SnapshotJob,
     SnapshotProgress as SnapshotProgress,
     SnapshotResult as SnapshotResult,
+    SnapshotState as SnapshotState,
     fork_snapshot as fork_snapshot,
 )
 from memsafe.spawn import Popen as Popen, run as run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.fork import fork_snapshot
-from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult
+from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotState
 from memsafe.snapshot.writer import SnapshotWriter
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SnapshotJob",
     "SnapshotProgress",
     "SnapshotResult",
+    "SnapshotState",
     "SnapshotWriter",
     "fork_snapshot",
 ]
