@@ -29,7 +29,10 @@ _MODULES = {
         "EmergencyReserve", "PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds",
     ),
     "memsafe.region": ("Region",),
-    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotState", "fork_snapshot"),
+    "memsafe.snapshot": (
+        "SnapshotForecast", "SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotSchedule", "SnapshotState",
+        "fork_snapshot",
+    ),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),
     "memsafe.status": (

@@ -44,9 +44,11 @@ from memsafe.pressure import (
 from memsafe.region import Region as Region
 from memsafe.sizes import format_size as format_size, parse_size as parse_size
 from memsafe.snapshot import (
+    SnapshotForecast as SnapshotForecast,
     SnapshotJob as SnapshotJob,
     SnapshotProgress as SnapshotProgress,
     SnapshotResult as SnapshotResult,
+    SnapshotSchedule as SnapshotSchedule,
     SnapshotState as SnapshotState,
     fork_snapshot as fork_snapshot,
 )
