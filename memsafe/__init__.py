@@ -30,7 +30,8 @@ _MODULES = {
     ),
     "memsafe.region": ("Region",),
     "memsafe.snapshot": (
-        "SnapshotForecast", "SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotSchedule", "fork_snapshot",
+        "SnapshotForecast", "SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotSchedule", "SnapshotState",
+        "fork_snapshot",
     ),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("Popen", "run"),

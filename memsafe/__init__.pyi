@@ -49,6 +49,7 @@ from memsafe.snapshot import (
     SnapshotProgress as SnapshotProgress,
     SnapshotResult as SnapshotResult,
     SnapshotSchedule as SnapshotSchedule,
+    SnapshotState as SnapshotState,
     fork_snapshot as fork_snapshot,
 )
 from memsafe.spawn import Popen as Popen, run as run

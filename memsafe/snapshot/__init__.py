@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.fork import fork_snapshot
-from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult
+from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotState
 from memsafe.snapshot.schedule import SavePoint, SnapshotForecast, SnapshotSchedule
 from memsafe.snapshot.writer import SnapshotWriter, Zstd
 
@@ -16,6 +16,7 @@ __all__ = [
     "SnapshotProgress",
     "SnapshotResult",
     "SnapshotSchedule",
+    "SnapshotState",
     "SnapshotWriter",
     "Zstd",
     "fork_snapshot",

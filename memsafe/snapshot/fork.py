@@ -5,6 +5,7 @@ the parent.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import time
@@ -100,8 +101,10 @@ def fork_snapshot(
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
     options = WriterOptions.of(checksum, compress, max_bytes_per_s)
-    claim = _slot.claim(path)
+    claim = _Claim(path)
+    supervisor: Supervisor | None = None
     try:
+        _slot.take(claim)
         assessment = assess(None, None, root, max_copy_bytes, 0, observations)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
@@ -109,13 +112,19 @@ def fork_snapshot(
                 f"the snapshot of {os.fsdecode(path)} was not begun ({assessment.decision}): {reasons}", assessment
             )
         sys.audit("os.fork")
-        supervisor = Supervisor(path, Bounds(max_copy_bytes, timeout_s, root), on_progress, _slot.release)
-        claim.run, claim.private_bytes = supervisor.run, assessment.private_bytes
+        claim.private_bytes = assessment.private_bytes
+        supervisor = Supervisor(
+            path, Bounds(max_copy_bytes, timeout_s, root), on_progress, functools.partial(_slot.release, claim)
+        )
+        claim.run = supervisor.run
+        supervisor.fork(write, kept, options)
+        return supervisor.job
     except BaseException:
-        _slot.release()
+        if supervisor is None:
+            _slot.release(claim)
+        else:
+            supervisor.give_up()
         raise
-    supervisor.fork(write, kept, options)
-    return supervisor.job
 
 
 class _Claim:
@@ -146,11 +155,10 @@ class _Slot:
         self._holder: dict[str, _Claim] = {}
         self._hooked = False
 
-    def claim(self, path: StrPath) -> _Claim:
-        claim = _Claim(path)
+    def take(self, claim: _Claim) -> None:
         holder = self._holder.setdefault("", claim)
         if holder is not claim:
-            running, asked = os.fsdecode(holder.path), os.fsdecode(path)
+            running, asked = os.fsdecode(holder.path), os.fsdecode(claim.path)
             raise SnapshotInProgressError(
                 f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
                 "cancel it; one fork snapshot at a time in a process"
@@ -160,13 +168,13 @@ class _Slot:
             # In a forked child: the parent's snapshot is none of its business.
             os.register_at_fork(after_in_child=self._holder.clear)
             self._hooked = True
-        return claim
 
-    def release(self, copy_bytes: int | None = None, complete: bool = False) -> None:
-        claim = self._holder.get("")
-        if claim is not None and copy_bytes is not None:
-            claim.saw(copy_bytes, complete)
-        self._holder.clear()
+    def release(self, claim: _Claim, copy_bytes: int | None = None, complete: bool = False) -> None:
+        """Let the next one begin. Does nothing where *claim* does not hold the slot, or no longer."""
+        if self._holder.get("") is claim:
+            if copy_bytes is not None:
+                claim.saw(copy_bytes, complete)
+            self._holder.clear()
 
     def end_at_exit(self) -> None:
         """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""

@@ -9,6 +9,7 @@ import select
 import struct
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -133,7 +134,7 @@ class ReportReader:
     """The parent's side."""
 
     def __init__(self, fd: int) -> None:
-        """Read from *fd*, the read end of a non-blocking pipe."""
+        """Read from *fd*, the read end of a non-blocking pipe, which close() closes."""
         self._fd = fd
         self._buffer = bytearray()
         self.at_end = False
@@ -155,6 +156,14 @@ class ReportReader:
         while (frame := self._take()) is not None:
             reports.append(_decode(frame))
         return reports
+
+    def close(self) -> None:
+        """Listen no more; the writer is told. Twice is a no-op."""
+        fd, self._fd = self._fd, -1
+        self.at_end = True
+        if fd >= 0:
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
 
     def _take(self) -> bytes | None:
         if len(self._buffer) < _LENGTH.size:
