@@ -29,7 +29,7 @@ def main() -> int:
     with Record(options.json) as record:
         try:
             if options.lab is None:
-                _run_here(_chosen(options, highs=(False,)), record)
+                _run_here(_chosen(options, highs=_highs_here(options)), record)
             else:
                 _run_in_the_lab(options, record)
         except (place.UnavailableError, kernels.UnavailableError, lab.BrokenError) as error:
@@ -68,6 +68,10 @@ class Record:
                 self._file.flush()
 
 
+def _highs_here(options: argparse.Namespace) -> list[bool]:
+    return options.high if place.version() == 2 else [False]  # v1 has none
+
+
 def _run_here(chosen: list[Cell], record: Record) -> None:
     for line in lab.lines_here(chosen):
         record.add(line)
@@ -92,7 +96,7 @@ def _run_in_the_lab(options: argparse.Namespace, record: Record) -> None:
             future.result()
 
 
-def _chosen(options: argparse.Namespace, *, highs: tuple[bool, ...], responders: list[str] | None = None) -> list[Cell]:
+def _chosen(options: argparse.Namespace, *, highs: list[bool], responders: list[str] | None = None) -> list[Cell]:
     def runs(responder: str) -> int:
         return options.runs if responder.startswith("memsafe") else min(options.runs, options.baseline_runs)
 

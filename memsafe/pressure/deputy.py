@@ -67,6 +67,7 @@ class Deputy:
         self._leader_id = 0
         self._is_wanted_back = False
         self._is_waiting = True
+        self._has_missed = False
         self._has_ended = False
         self._errand: _Errand | None = None
         self.has_led = False
@@ -85,9 +86,12 @@ class Deputy:
 
     def wait(self, rest_s: float) -> list[Report]:
         """Wait as Hub.wait(), in the monitor's thread: from its end on, that is watched."""
-        self._is_waiting = True
+        self._is_waiting, self._has_missed = True, False
         reports = self._hub.wait(rest_s, alarm_s=STAND_IN_S)
         self._is_waiting = False
+        # The alarm may have come before this thread had the GIL back.
+        if self._has_missed:
+            self._hub.alarm(STAND_IN_S)
         return reports
 
     @contextmanager
@@ -117,8 +121,15 @@ class Deputy:
         finally:
             self._lead.release()
 
+    def abandon(self) -> None:
+        """Forget the thread in a forked child, which has none; it may have had the lead."""
+        self._has_ended = True
+        self._lead = threading.Lock()
+
     def end(self) -> None:
-        """Join the thread; in the monitor's, with the lead."""
+        """Join the thread. Twice is a no-op."""
+        if self._has_ended:
+            return
         self._has_ended = True
         if self._hub.alarm(0):  # else nothing wakes it
             self._thread.join()
@@ -133,7 +144,7 @@ class Deputy:
     def _run(self) -> None:
         while self._hub.await_alarm() and not self._has_ended:
             is_first = True
-            while self._lead.acquire(blocking=False):
+            while not self._has_ended and self._lead.acquire(blocking=False):
                 try:
                     self._lead_once(is_first)
                 finally:
@@ -142,7 +153,11 @@ class Deputy:
                     break
                 self._report()
                 is_first = False
-            # It is back, and may go away again in this turn; or it was only slow in looking.
+            if self._has_ended:
+                return
+            # It is back, and may go away again in this turn; or it was only slow in looking. In this order: one of the
+            # two sees what the other has set.
+            self._has_missed = True
             if not self._is_waiting:
                 self._hub.alarm(STAND_IN_S)
 

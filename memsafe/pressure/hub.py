@@ -300,8 +300,7 @@ class Hub:
         for source in (*self._chosen, *self._lasting):
             source.close(native, reason)
         self._waiter.close()
-        if not self._is_robbed:
-            self._files.close()
+        self._files.close()
         if self._alarm is not None:
             self._alarm.close()
 

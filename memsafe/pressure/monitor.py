@@ -17,6 +17,7 @@ from memsafe.pressure import levels
 from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
+from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
 from memsafe.pressure.responder import Responder
 from memsafe.status import status_once
@@ -44,6 +45,8 @@ _SIMULATE = "simulate"
 
 # A v1 cgroup can signal a thousand times a second; while nothing changes, one look in so long is enough.
 _REST_S = 0.002
+# What was freed is given back to the kernel in a quiet moment: collecting garbage may take longer than memory to fill.
+_QUIET_S = 0.05
 
 
 class _Request:
@@ -74,8 +77,9 @@ class PressureMonitor:
     (see Thresholds), except that stalls and OOMs raise it by themselves.
 
     When a level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is a budget: at CRITICAL
-    always, at LOW when reclaimers freed something. At CRITICAL the reserve is given back before all that.
+    callbacks run, in the order of their registration; then the machine is looked at again. memsafe.trim() comes last,
+    where there is a budget: at CRITICAL always, at LOW when reclaimers freed something; in a quiet moment, because
+    collecting garbage may take longer than memory to fill. At CRITICAL the reserve is given back before all that.
 
     All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
     the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
@@ -92,6 +96,8 @@ class PressureMonitor:
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
             more than LOW begins at is left with it. Given back when the monitor closes.
+        hurry: Lower sys.setswitchinterval() to 0.5 ms while memory is short, and put it back after: busy threads have
+            shorter turns then, and reclaimers do not wait 5 ms for the GIL at each of their system calls.
         root: The directory that stands for "/": a tree of proc and sys files. Only polling works on a copy.
         clock: Seconds, never going back: time.monotonic.
 
@@ -110,6 +116,7 @@ class PressureMonitor:
         *,
         thresholds: Thresholds | None = None,
         reserve: EmergencyReserve | Size | None = None,
+        hurry: bool = True,
         root: Root = "/",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -118,6 +125,7 @@ class PressureMonitor:
         if reserve is not None and not isinstance(reserve, EmergencyReserve):
             reserve = EmergencyReserve(reserve, held=False)
         self._reserve = reserve
+        self._hurries = hurry
         self._root = root
         self._clock = clock
         self._responder = Responder(budget, clock, self._shortage_bytes)
@@ -125,6 +133,7 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._untold: tuple[PressureEvent, Judgement, tuple[tuple[PressureLevel, Callback], ...]] | None = None
         self._told = PressureLevel.NORMAL
+        self._wants_trim = self._has_answered = False
         self._source_statuses: tuple[SourceStatus, ...] = ()
         # Guards what other threads touch: the callbacks, the requests, the streams, the last event, the changes and
         # whether they are wanted, and whether the thread still takes requests.
@@ -217,6 +226,7 @@ class PressureMonitor:
         return hub
 
     def _shut(self, hub: Hub, *, forked: bool = False) -> None:
+        shorter_turns.release(self)
         self._hub = self._deputy = None
         hub.close(forked=forked)
         if not forked:
@@ -233,6 +243,8 @@ class PressureMonitor:
         self._thread = None
         self._requests = []
         self._streams = weakref.WeakSet()
+        if self._deputy is not None:
+            self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
 
@@ -379,10 +391,12 @@ class PressureMonitor:
                     requests, self._requests = self._requests, []
                 deputy.has_led = False
                 before = self.level
+                self._has_answered = False
                 self._turn(hub, deputy, reports, requests)
-                if deputy.has_led:
+                if deputy.has_led and not self._stopping:
                     hub.wake()  # it may have been woken for a request
-                rest_s = _REST_S if self.level is before and not requests else 0.0
+                idle = self.level is before and not requests and not self._has_answered
+                rest_s = _REST_S if idle else 0.0
         except KernelError:
             _log.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
         finally:
@@ -451,15 +465,21 @@ class PressureMonitor:
             status = status_once(self._root) if heard or wants_look else None
         if status is None:
             return False
-        raised = self._decide(status, heard, causes)
-        if deputy is not None:
-            self._answer(deputy, raised)
+        judgement = self._decide(status, heard, causes)
+        recovers = bool(causes)
+        # The figures are as old as the answer took: meanwhile memory may have filled up again.
+        while deputy is not None and (self._answer(deputy, judgement) or self._trim_if_quiet(deputy, judgement)):
+            self._has_answered = True
             if deputy.has_led:
                 return True  # it has looked since, and has done all that follows
+            with hub.reading():
+                _, causes = hub.hear([])
+                status = status_once(self._root)
+            judgement = self._decide(status, heard, causes)
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
-        self._set_timer(hub, status, within_s=levels.RECOVERY_S if causes else None)
+        self._set_timer(hub, status, within_s=_QUIET_S if self._wants_trim else levels.RECOVERY_S if recovers else None)
         hub.provide(status)
         if self.level == PressureLevel.NORMAL:
             self._take_reserve(status)
@@ -472,6 +492,10 @@ class PressureMonitor:
         if self._ladder.move(judgement.raised, judgement.held, now_s) != previous:
             woken_by = next((name for name in heard if name != "polling"), "polling")
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
+        if self.level == PressureLevel.NORMAL:
+            shorter_turns.release(self)
+        elif self._hurries and judgement.raised > PressureLevel.NORMAL:
+            shorter_turns.ask(self)
         return judgement
 
     def _drill(self, hub: Hub, level: PressureLevel, deputy: Deputy) -> None:
@@ -569,13 +593,30 @@ class PressureMonitor:
                 self._call(deputy, callback, event)
         # At CRITICAL always: the callbacks may have freed memory that no budget knows.
         if rose and (freed_bytes > 0 or event.level == PressureLevel.CRITICAL):
-            self._trim(deputy)
+            self._wants_trim = True
+            if judgement.source is not None:
+                self._trim(deputy)  # no headroom tells of a quiet moment
 
-    def _answer(self, deputy: Deputy, judgement: Judgement) -> None:
-        """Tell what there is to tell; where a cause only lasts, have the budget reclaimed again."""
+    def _answer(self, deputy: Deputy, judgement: Judgement) -> bool:
+        """Tell what there is to tell; where a cause only lasts, have the budget reclaimed again.
+
+        Returns:
+            Whether callbacks were called, or something was freed.
+        """
         is_due = self._responder.is_due(judgement.raised)
-        if not self._tell(deputy) and is_due and self._reclaim(deputy, judgement.raised, judgement) > 0:
-            self._trim(deputy)
+        if self._tell(deputy):
+            return True
+        if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:
+            return False
+        self._wants_trim = True
+        return True
+
+    def _trim_if_quiet(self, deputy: Deputy, judgement: Judgement) -> bool:
+        """Trim if that is wanted and nothing was answered in this turn, or nothing else can help; whether it was."""
+        if not self._wants_trim or (self._has_answered and judgement.raised < PressureLevel.CRITICAL):
+            return False
+        self._trim(deputy)
+        return True
 
     def _call(self, deputy: Deputy, callback: Callback, event: PressureEvent) -> None:
         with deputy.away("the callback %r for %s", callback, event.level.name):
@@ -592,6 +633,7 @@ class PressureMonitor:
             return self._responder.respond(level, judgement)
 
     def _trim(self, deputy: Deputy) -> None:
+        self._wants_trim = False
         if self._budget is not None:
             with deputy.away("giving memory back"):
                 self._responder.trim()
@@ -615,6 +657,7 @@ _monitors: weakref.WeakSet[PressureMonitor] = weakref.WeakSet()
 
 
 def _abandon_all() -> None:
+    shorter_turns.renew()
     for monitor in list(_monitors):
         monitor._abandon()
 

@@ -54,17 +54,27 @@ class Responder:
         if budget is None:
             return 0
         need = _Need(budget, level, judgement, self._look)
-        freed_bytes, self._unmet = 0, PressureLevel.NORMAL
+        before_bytes, self._unmet = budget.used_bytes, level
         try:
-            if need.is_there:
-                freed_bytes = reclaim.ask(budget, need)
-                self._unmet = level if need() > 0 else PressureLevel.NORMAL
+            if self._reclaim(budget, need):
+                self._unmet = PressureLevel.NORMAL
         except BaseException:
             # SystemExit too: a reclaimer must not end the thread that warns.
             _log.exception("reclaiming the budget %r failed", budget)
-            self._unmet = level
         self._again_at_s = self._clock() + _AGAIN_S
-        return freed_bytes
+        return max(0, before_bytes - budget.used_bytes)
+
+    def _reclaim(self, budget: Budget, need: _Need) -> bool:
+        """Ask until the need is met, or what is given no longer shows; whether it is met."""
+        while True:
+            need.most_bytes = 0
+            freed_bytes = reclaim.ask(budget, need)
+            if need() <= 0:
+                return True
+            # What fills memory may have been faster. Or what was freed does not come back to the kernel: then asking
+            # for more would empty the caches, and the shortage be the same.
+            if freed_bytes == 0 or need.shortage_bytes >= need.most_bytes:
+                return False
 
     def trim(self) -> None:
         """Give back what was freed. A failure is logged."""
@@ -75,33 +85,37 @@ class Responder:
 
 
 class _Need:
-    """What to ask the next reclaimer for."""
+    """What to ask the next reclaimer for.
+
+    Attributes:
+        shortage_bytes: What was missing until every level's cause has passed, when last looked.
+        most_bytes: The most that it was since this was set to 0.
+    """
 
     def __init__(self, budget: Budget, level: PressureLevel, judgement: Judgement, look: Callable[[], int]) -> None:
         self._budget = budget
         self._level = level
         self._follows_headroom = judgement.source is None
-        self._shortage_bytes = judgement.shortage_bytes
+        self.shortage_bytes = judgement.shortage_bytes
+        self.most_bytes = 0
         self._look = look
         self._seen_bytes: int | None = None  # what the budget used at the last call
-
-    @property
-    def is_there(self) -> bool:
-        """Whether there is anything to ask for, as far as is known."""
-        return self._asked_bytes(self._budget.used_bytes) > 0
 
     def __call__(self) -> int:
         used_bytes, seen_bytes = self._budget.used_bytes, self._seen_bytes
         self._seen_bytes = used_bytes
-        if self._follows_headroom and seen_bytes is not None:
-            self._shortage_bytes = self._look()
-            if self._shortage_bytes > 0 and used_bytes < seen_bytes:
+        # The figures that raised LOW are some ms old by now: the GIL had to be waited for. At CRITICAL all is asked for
+        # whatever they say, and a look takes memory, which may be what nobody has.
+        if self._follows_headroom and (seen_bytes is not None or self._level < PressureLevel.CRITICAL):
+            self.shortage_bytes = self._look()
+            if self.shortage_bytes > 0 and seen_bytes is not None and used_bytes < seen_bytes:
                 give_back(collects=False)  # it may still lie in the allocators, where no headroom tells of it
-                self._shortage_bytes = self._look()
-        return self._asked_bytes(used_bytes)
+                self.shortage_bytes = self._look()
+        self.most_bytes = max(self.most_bytes, self.shortage_bytes)
+        return self._to_ask(used_bytes)
 
-    def _asked_bytes(self, used_bytes: int) -> int:
-        shortage_bytes = self._shortage_bytes
+    def _to_ask(self, used_bytes: int) -> int:
+        shortage_bytes = self.shortage_bytes
         if self._level == PressureLevel.CRITICAL:
             # A reclaimer may hold more than it has reserved: ask even where nothing is charged.
             return 0 if self._follows_headroom and shortage_bytes <= 0 else max(used_bytes, 1)

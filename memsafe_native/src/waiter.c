@@ -30,12 +30,21 @@ enum {
 #define STOP   UINT64_MAX
 #define GAUGES (UINT64_MAX - 1)
 
+/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
+ * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
+ * not told from each other. */
+typedef struct file_id {
+    dev_t device;
+    ino_t inode;
+} file_id;
+
 typedef struct slot {
     uint64_t token;
     uint64_t count;
     int64_t first_ns;
     int64_t last_ns;
     int fd; /* -1: free */
+    file_id id;
     int how;
     int lost_errno;
     uint32_t generation; /* tells an event that was on its way when the slot changed hands */
@@ -54,14 +63,6 @@ typedef struct gauging {
     ms_gauge_pace pace;
     ms_gauge gauges[MS_GAUGES];
 } gauging;
-
-/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
- * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
- * not told from each other. */
-typedef struct file_id {
-    dev_t device;
-    ino_t inode;
-} file_id;
 
 enum { EPOLL, NOTIFY, STOPPER, TIMER, OWN_FDS };
 
@@ -194,7 +195,7 @@ static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at
     if (source->fd < 0 || source->lost_errno || source->generation != event->data.u64 >> 32)
         return 0;
     uint64_t events = 0;
-    int result = drain(source, event->events, &events);
+    int result = is_ours(source->fd, &source->id) ? drain(source, event->events, &events) : -EBADF;
     if (result < 0 && epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL) < 0)
         waiter->robbed = 1; /* its file is open elsewhere, but no longer here: it would signal for ever */
     if (result == 0 && events == 0)
@@ -478,14 +479,17 @@ static int add_locked(ms_waiter *waiter, int fd, int how, uint64_t token)
     slot *source = &waiter->slots[index];
     uint32_t generation = source->generation + 1;
     uint64_t ignored;
-    int result = how == MS_WAITER_KERNFS ? drain_kernfs(fd, &ignored) : 0;
+    file_id id;
+    int result = identify(fd, &id);
+    if (result == 0 && how == MS_WAITER_KERNFS)
+        result = drain_kernfs(fd, &ignored);
     if (result < 0)
         return result;
     struct epoll_event event = {.events = how <= MS_WAITER_TRIGGER ? EPOLLPRI : EPOLLIN,
                                 .data.u64 = (uint64_t)generation << 32 | (uint32_t)index};
     if (epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
         return errno == EEXIST ? -EINVAL : -errno; /* -EEXIST means the token */
-    *source = (slot){.token = token, .fd = fd, .how = how, .generation = generation};
+    *source = (slot){.token = token, .fd = fd, .id = id, .how = how, .generation = generation};
     return 0;
 }
 

@@ -85,6 +85,7 @@ def sheds_what_it_must(group, on_heap):
     full = []
     with PressureMonitor(db, thresholds=NO_POLLING) as monitor:
         for level in (NORMAL, LOW, LOW):
+            monitor.check()  # what the last one left to a quiet moment is done
             if level:
                 # Counted beforehand: what is shed on the way is not to be filled again.
                 used_bytes = own.usage_bytes() - sum(own.file_cache_bytes())

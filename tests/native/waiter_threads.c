@@ -73,7 +73,9 @@ static void take_all(void)
                            .gauges = &gauge,
                            .gauge_count = 1,
                            .pace = {.fill_bytes_per_s = INT64_MAX, .least_ns = 1000, .most_ns = 3600000000000},
-                           .kept = &kept};
+                           .kept = &kept,
+                           .alarm_fd = ms_timer_open(),
+                           .alarm_ns = 1000};
     CHECK(timer_fd >= 0 && meminfo_fd >= 0 && ms_waiter_add(waiter, timer_fd, MS_WAITER_COUNTER, 1001) == 0);
     int round = 0;
     CHECK(ms_kept_read(&kept) == 3 && answers[4] > 0);
@@ -95,6 +97,7 @@ static void take_all(void)
     CHECK(ms_waiter_wait(waiter, &look, reports, 3) == -EINVAL);
     CHECK(ms_waiter_drop_gauges(waiter) == 0 && ms_waiter_remove(waiter, 1001) == 0);
     close(meminfo_fd);
+    close(look.alarm_fd);
     close(timer_fd);
     CHECK(answers[0] > 0 && answers[2] == -ENOENT && answers[4] == -EAGAIN && answers[6] == -EISDIR);
     CHECK(ms_kept_read(&kept) == 0 && files[0].fd == fd);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -149,6 +151,59 @@ def test_a_reclaimer_that_hangs_is_reported_while_it_runs(machine, clock, block,
         drill.join(30)
 
 
+def test_one_that_hangs_is_reported_though_the_alarm_came_before_the_wait_was_over(
+    machine, clock, block, hear_log, monkeypatch
+):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    log, wait = hear_log(), Hub.wait
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+
+        def wait_and_be_late(hub, rest_s=0.0, *, alarm_s=0.0):
+            reports = wait(hub, rest_s)  # without an alarm after it
+            if alarm_s and not block.entered.is_set():
+                hub.alarm(0)
+                while not monitor._deputy._has_missed:
+                    pass
+            return reports
+
+        monkeypatch.setattr(Hub, "wait", wait_and_be_late)
+        monitor.check()  # the wait that it was in is the last true one
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, hear_log, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.1)  # the deputy has had its first look by then
+    log = hear_log()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        assert "has run for 0.1 s" in log.lines[0]
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_an_alarm_that_comes_too_late_finds_the_other_waiting_and_is_not_set_again(machine, clock, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.001)
+    alarms, alarm = threading.Semaphore(0), Hub.alarm
+    monkeypatch.setattr(Hub, "alarm", lambda hub, delay_s: (alarms.release(), alarm(hub, delay_s)))
+
+    def count():
+        """How many there are until for a hundred times as long as the next would take there is none."""
+        return next(number for number in range(100) if number == 99 or not alarms.acquire(timeout=0.1))
+
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+        count()  # by now it waits
+        monitor._hub.alarm(0)
+        assert count() == 1, "its own"
+
+
 def test_a_quick_callback_is_not_reported(machine, clock, hear_log):
     log = hear_log()
     with monitored(machine, clock) as monitor:
@@ -230,6 +285,62 @@ def test_what_came_and_passed_while_a_callback_ran_is_told_to_loops_only(machine
             clock.now_s += 1
 
 
+def test_what_passed_while_a_callback_ran_is_told_as_one_change_from_what_was_told_last(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        calm = []
+        monitor.on(NORMAL, calm.append)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        leave(machine, 1 * MIB)
+        while monitor.level != CRITICAL:
+            pass
+        leave(machine, 100 * MIB)
+        while monitor.level != NORMAL:
+            clock.now_s += 1
+        block.going_on.set()
+        monitor.check()
+    assert [(event.previous, event.level) for event in calm] == [(LOW, NORMAL)]
+
+
+def test_a_rise_while_a_late_callback_ran_is_told_when_that_ends(machine, clock):
+    heard = threading.Event()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        leave(machine, 15 * MIB)
+        monitor.check()
+
+        @monitor.on(LOW)
+        def late(event):
+            if event.level == CRITICAL:
+                heard.set()
+                return
+            leave(machine, 1 * MIB)
+            while monitor.level != CRITICAL:
+                pass
+
+        assert heard.wait(30)
+
+
+def test_what_the_deputy_saw_is_not_undone_by_an_older_look(machine, clock, block, monkeypatch):
+    seen, choose = [], Hub.choose
+
+    def note(hub, status):
+        seen.append(min(each.limit_bytes for each in status.constraints))
+        return choose(hub, status)
+
+    monkeypatch.setattr(Hub, "choose", note)
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        machine.cgroup("/app").limit = 2 * LIMIT
+        while seen[-1:] != [2 * LIMIT]:
+            pass
+        block.going_on.set()
+        monitor.check()
+    assert seen == sorted(seen)
+
+
 def test_a_budget_is_reclaimed_for_a_rise_that_came_while_a_callback_ran(machine, clock, block):
     asked = []
     with Budget(name="db") as budget, budget.reserve("8 MiB"), monitored(machine, clock, budget) as monitor:
@@ -304,3 +415,30 @@ def test_it_takes_turns_with_the_deputy_a_hundred_times(machine, clock, monkeypa
             for level in (CRITICAL, LOW):
                 monitor.simulate(level)
     assert heard == [CRITICAL, LOW] * 50
+
+
+FORK = """
+import os
+from memsafe import PressureLevel, PressureMonitor, Thresholds
+statuses = []
+with PressureMonitor(thresholds=Thresholds(poll_s_min=0.001, poll_s_max=0.001)) as monitor:
+    @monitor.on(PressureLevel.LOW)
+    def fork(event):
+        deputy = monitor._deputy
+        while not deputy.has_led:
+            pass
+        for _ in range(5):  # while the deputy has the lead, and while it has not
+            child = os.fork()
+            if child == 0:
+                return  # the thread ends, and as it is the only one there, the process
+            statuses.append(os.waitpid(child, 0)[1])
+    monitor.simulate(PressureLevel.LOW)
+    monitor.simulate(PressureLevel.CRITICAL)
+assert statuses == [0] * 10, statuses
+"""
+
+
+def test_a_callback_may_fork_while_the_deputy_has_the_lead():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
 from memsafe._kernel.descriptors import Owned
 from memsafe.testing import FakeKernel
 
@@ -328,6 +328,11 @@ def is_busy(task):
 monitor = PressureMonitor(thresholds=Thresholds(poll_s_min=0.01, poll_s_max=0.05)).start()
 thread = monitor._thread
 monitor.check()
+inside, going_on = threading.Event(), threading.Event()
+if sys.argv[3] == "in a callback":
+    monitor.on(PressureLevel.LOW, lambda event: (inside.set(), going_on.wait(30)))
+    threading.Thread(target=monitor.simulate, args=(PressureLevel.LOW,), daemon=True).start()
+    assert inside.wait(30)
 if sys.argv[1] == "all":
     os.closerange(3, 256)
 else:
@@ -346,6 +351,7 @@ while True:
     others[fd] = os.fstat(fd)
     if fd > 60:
         break
+going_on.set()
 thread.join(30)
 assert not thread.is_alive(), "it does not wait for what can never come"
 assert not any(source.used for source in monitor.sources)
@@ -361,9 +367,10 @@ assert all(os.fstat(fd).st_size == 0 for fd in others)
 """
 
 
+@pytest.mark.parametrize("when", ["in the native wait", "in a callback"])
 @pytest.mark.parametrize("what", ["all", "eventpoll", "timerfd", "eventfd", "eventfd eventpoll"])
-def test_what_lost_its_descriptors_to_somebody_else_says_so_and_ends_without_touching_them(tmp_path, what):
-    said = run(ROBBED, what, str(tmp_path / "other"))
+def test_what_lost_its_descriptors_to_somebody_else_says_so_and_ends_without_touching_them(tmp_path, what, when):
+    said = run(ROBBED, what, str(tmp_path / "other"), when)
     assert "somebody else has closed descriptors" in said
     assert "Exception in thread" not in said
 
@@ -376,8 +383,26 @@ def test_a_source_whose_descriptor_was_closed_is_lost_and_opened_again(machine, 
         monitor.check()
         assert f"{source.name} is lost: wait for it" in caplog.text
         again = next(each for each in monitor.sources if (each.name, each.path) == (source.name, source.path))
-        monitor.check()
         assert again.used
+        monitor.check()
+        assert all(each.is_intact for each in monitor._hub._chosen if each.used)
+        assert caplog.text.count("is lost") == 1
+
+
+def test_a_budget_writes_to_no_descriptor_that_is_another_files_now(machine, tmp_path):
+    with (
+        Budget("64 MiB", soft_limit="1 MiB") as budget,
+        PressureMonitor(budget, root=machine.root, thresholds=QUIET) as monitor,
+        open(tmp_path / "other", "wb") as other,
+    ):
+        monitor.check()
+        os.dup2(other.fileno(), monitor._hub._watermark._fd)
+        taken = monitor._hub._watermark._fd
+        with budget.reserve("2 MiB"):
+            assert os.fstat(taken).st_size == 0
+            assert monitor.check() == LOW, "a look sees it all the same"
+    os.fstat(taken)  # nor is it closed
+    os.close(taken)
 
 
 def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):

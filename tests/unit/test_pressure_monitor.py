@@ -926,14 +926,28 @@ def refuse(*_, **__):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.status_once", "threading.Thread.start"])
-def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
+def refuse_the_second(start=threading.Thread.start):
+    calls = itertools.count()
+    return lambda self: start(self) if next(calls) == 0 else refuse()
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"),
+    [
+        ("memsafe.pressure.monitor.status_once", refuse),
+        ("threading.Thread.start", refuse),
+        ("threading.Thread.start", refuse_the_second()),
+    ],
+)
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, fails):
+    threads = threading.active_count()
     before = sorted(os.listdir("/proc/self/fd"))
     monitor = monitored(machine, clock, None)
     with monkeypatch.context() as broken:
-        broken.setattr(what, refuse)
+        broken.setattr(what, fails)
         with pytest.raises(RuntimeError, match="new thread"):
             monitor.start()
+    assert threading.active_count() == threads
     assert sorted(os.listdir("/proc/self/fd")) == before
     monitor.close()
     with monitor:
@@ -1061,3 +1075,61 @@ def test_the_defaults_begin_where_there_is_room_to_act_and_no_waste(
             machine.cgroup("/app").usage = limit_bytes - left_bytes
             levels.append(monitor.check())
     assert levels == [NORMAL, LOW, LOW, CRITICAL]
+
+
+# --- what fills up meanwhile -----------------------------------------------------------------------------------------
+
+
+def test_what_fills_up_during_an_answer_is_answered_without_another_wake_up(machine, monitor):
+    heard = listen(monitor, LOW)
+    monitor.on(LOW, lambda event: event.level == LOW and use(machine, 2 * MIB))
+    use(machine, 15 * MIB)
+    monitor.check()
+    assert [event.level for event in heard] == [LOW, CRITICAL]
+
+
+def test_a_reclaimer_is_asked_again_while_what_it_gives_shows_and_is_eaten_up(machine, clock):
+    budget, left_bytes, asked = Budget(name="db"), 15 * MIB, []
+    held = budget.reserve("30 MiB")
+
+    @budget.reclaimer
+    def drop(need_bytes):
+        nonlocal left_bytes
+        asked.append(need_bytes)
+        held.shrink(need_bytes)
+        left_bytes += need_bytes // 2 if len(asked) < 3 else need_bytes
+        use(machine, left_bytes)
+        return need_bytes
+
+    use(machine, left_bytes)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+    missing = missing_bytes(15 * MIB)
+    assert asked == [missing, missing - missing // 2, missing - missing // 2 - (missing - missing // 2) // 2]
+    held.release()
+
+
+def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, budget, monkeypatch):
+    collections = []
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    monkeypatch.setattr("memsafe.pressure.monitor._QUIET_S", 3600.0)
+    cache = Cache(budget, "30 MiB")
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert cache.asked
+        assert True not in collections
+        monitor.check()
+        assert collections.count(True) == 1
+        monitor.check()
+        assert collections.count(True) == 1
+    cache.held.release()
+
+
+def test_where_nothing_else_helps_garbage_is_collected_at_once(machine, clock, budget, monkeypatch):
+    collections = []
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    use(machine, 2 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert collections.count(True) == 1
