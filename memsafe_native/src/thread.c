@@ -43,9 +43,9 @@ static size_t stack_bytes(void)
 static __attribute__((noinline)) void begin_stack(size_t bytes)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    volatile char stack[bytes];
-    for (size_t at = bytes; at >= page; at -= page)
-        stack[at - page] = 0;
+    char stack[bytes];
+    for (volatile char *at = stack; at < stack + bytes; at += page)
+        *at = 0;
 }
 
 static void ask_for_short_slices(void)
