@@ -17,7 +17,7 @@ import pytest
 import memsafe
 from memsafe import PressureLevel
 from memsafe._kernel import notify
-from memsafe.pressure import levels
+from memsafe.pressure import levels, sources as kernel_sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.kernel.guest import child
@@ -459,6 +459,7 @@ def switches_of(name):
 
 def polls_what_is_gone(old, new):
     """The cgroup that gauges read is left and removed. How often Python was woken for that, and what comes after."""
+    kernel_sources.choose = lambda *_: []  # the trigger of a removed cgroup would tell
     hoard, low = Hoard(256 * MIB), threading.Event()
     with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(poll_s_min=0.001, poll_s_max=3600)) as monitor:
         monitor.on(PressureLevel.LOW, lambda event: low.set())
@@ -472,7 +473,7 @@ def polls_what_is_gone(old, new):
             pass  # it reads its gauges
         in_vain = len(looks)
         monitor.check()
-        while not low.is_set() and hoard.size_bytes < 90 * MIB:
+        while not low.is_set() and hoard.size_bytes < 120 * MIB:
             hoard.grow()
         return {"looks in vain": in_vain, "is low": low.wait(PATIENCE_S)}
 
