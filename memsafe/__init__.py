@@ -31,7 +31,7 @@ _MODULES = {
     "memsafe.region": ("Region",),
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
-    "memsafe.spawn": ("Popen", "run"),
+    "memsafe.spawn": ("ChildOOMKilledError", "CompletedProcess", "Popen", "run"),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
         "SwapStatus", "memory_status",

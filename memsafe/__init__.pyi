@@ -49,7 +49,12 @@ from memsafe.snapshot import (
     SnapshotResult as SnapshotResult,
     fork_snapshot as fork_snapshot,
 )
-from memsafe.spawn import Popen as Popen, run as run
+from memsafe.spawn import (
+    ChildOOMKilledError as ChildOOMKilledError,
+    CompletedProcess as CompletedProcess,
+    Popen as Popen,
+    run as run,
+)
 from memsafe.status import (
     CommitStatus as CommitStatus,
     Constraint as Constraint,

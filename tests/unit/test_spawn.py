@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from memsafe import spawn
+from memsafe.spawn import popen
 
 PIPE = subprocess.PIPE
 
@@ -299,10 +299,12 @@ def test_oom_score_adj_out_of_range_is_refused(junk):
         memsafe.Popen(["true"], oom_score_adj=junk)
 
 
-def test_memory_limit_makes_the_child_be_refused_memory_not_killed():
+def test_memory_limit_by_rlimit_makes_the_child_be_refused_memory_not_killed():
     code = "try:\n    bytearray(512 << 20)\nexcept MemoryError:\n    print('refused')"
     unlimited = memsafe.run([sys.executable, "-c", code], stdout=PIPE, check=True)
-    limited = memsafe.run([sys.executable, "-c", code], stdout=PIPE, check=True, memory_limit="256 MiB")
+    limited = memsafe.run(
+        [sys.executable, "-c", code], stdout=PIPE, check=True, memory_limit="256 MiB", memory_limit_by="rlimit"
+    )
     assert (unlimited.stdout, limited.stdout) == (b"", b"refused\n")
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
 
@@ -313,7 +315,7 @@ def test_memory_limit_cannot_be_taken_back_nor_pass_the_one_inherited():
         resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
         shell = ["sh", "-c", "ulimit -Sd; ulimit -Hd"]
         for limit in (2**30, 2**40):
-            print(memsafe.run(shell, memory_limit=limit, stdout=subprocess.PIPE).stdout.split())
+            print(memsafe.run(shell, memory_limit=limit, memory_limit_by="rlimit", stdout=subprocess.PIPE).stdout.split())
     """
     assert run_in_a_child(code).split("\n")[:2] == ["[b'1048576', b'1048576']", "[b'2097152', b'2097152']"]
 
@@ -369,8 +371,8 @@ def test_an_unknown_subprocess_module_is_refused_rather_than_misread():
         raise AssertionError
 
     with pytest.raises(ImportError, match="sandbox"):
-        spawn._parameters_of(later)
-    assert spawn._parameters_of(subprocess.Popen._execute_child)[0] == "args"
+        popen._parameters_of(later)
+    assert popen._parameters_of(subprocess.Popen._execute_child)[0] == "args"
 
 
 def test_signals_reach_the_child():
