@@ -315,7 +315,8 @@ def test_memory_limit_cannot_be_taken_back_nor_pass_the_one_inherited():
         resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
         shell = ["sh", "-c", "ulimit -Sd; ulimit -Hd"]
         for limit in (2**30, 2**40):
-            print(memsafe.run(shell, memory_limit=limit, memory_limit_by="rlimit", stdout=subprocess.PIPE).stdout.split())
+            limits = dict(memory_limit=limit, memory_limit_by="rlimit")
+            print(memsafe.run(shell, stdout=subprocess.PIPE, **limits).stdout.split())
     """
     assert run_in_a_child(code).split("\n")[:2] == ["[b'1048576', b'1048576']", "[b'2097152', b'2097152']"]
 
