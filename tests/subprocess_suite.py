@@ -16,7 +16,9 @@ import time
 import unittest
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import memsafe
@@ -37,6 +39,7 @@ DIFFERENT = {
     "POSIXProcessTestCase.test_surrogates_error_message": _PREEXEC,
     "POSIXProcessTestCase.test_exception_errpipe_bad_data": _INSIDE,
     "POSIXProcessTestCase.test_exception_errpipe_normal": _INSIDE,
+    "POSIXProcessTestCase.test__use_vfork": _INSIDE,
     "ProcessTestCase.test__use_vfork": _INSIDE,
     "ProcessTestCaseNoPoll.test__use_vfork": _INSIDE,
     "MiscTests.test_run_keyboardinterrupt_no_kill": "replaces subprocess.Popen and asserts that run() uses it",
@@ -95,7 +98,9 @@ def run(name: str, how: str) -> dict[str, Any]:
     if how == "memsafe":
         subprocess.Popen, subprocess.run = memsafe.Popen, memsafe.run  # type: ignore[misc]
     outcomes = Outcomes()
-    unittest.defaultTestLoader.loadTestsFromName(f"{MODULE}.{name}").run(outcomes)
+    tests = unittest.defaultTestLoader.loadTestsFromName(f"{MODULE}.{name}")
+    with TemporaryDirectory() as folder, chdir(folder):  # the tests make folders of fixed names where they are
+        tests.run(outcomes)
     return {"of": outcomes.of, "why": outcomes.why}
 
 
