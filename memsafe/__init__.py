@@ -32,6 +32,7 @@ _MODULES = {
     "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "fork_snapshot"),
     "memsafe.sizes": ("format_size", "parse_size"),
     "memsafe.spawn": ("ChildOOMKilledError", "CompletedProcess", "Popen", "run"),
+    "memsafe.spawn.coroutine": ("run_async",),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
         "SwapStatus", "memory_status",

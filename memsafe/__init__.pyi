@@ -55,6 +55,7 @@ from memsafe.spawn import (
     Popen as Popen,
     run as run,
 )
+from memsafe.spawn.coroutine import run_async as run_async
 from memsafe.status import (
     CommitStatus as CommitStatus,
     Constraint as Constraint,
