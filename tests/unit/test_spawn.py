@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import memsafe
+from memsafe._kernel import child_cgroup
 from memsafe.spawn import popen
 
 PIPE = subprocess.PIPE
@@ -380,3 +381,33 @@ def test_signals_reach_the_child():
     with memsafe.Popen(["cat"], stdin=PIPE) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait() == -signal.SIGTERM
+
+
+def test_memory_limit_by_has_three_ways():
+    with pytest.raises(ValueError, match="memory_limit_by must be one of auto, cgroup, rlimit"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="hope")
+
+
+def test_a_cgroup_of_its_own_and_another_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="cgroup", cgroup=tmp_path)
+
+
+def test_where_no_cgroup_can_be_made_auto_takes_the_rlimit_and_cgroup_says_why(monkeypatch):
+    def refuse(limit_bytes):
+        raise memsafe.UnsupportedError("no cgroups today")
+
+    monkeypatch.setattr(child_cgroup, "make", refuse)
+    said = memsafe.run(["sh", "-c", "ulimit -d"], memory_limit="1 GiB", stdout=PIPE)
+    assert (said.stdout, said.oom_killed) == (b"1048576\n", None)
+    with pytest.raises(memsafe.UnsupportedError, match="no cgroups today"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="cgroup")
+
+
+def test_what_run_returns_is_a_completed_process_of_subprocess():
+    done = memsafe.run(["false"])
+    assert isinstance(done, subprocess.CompletedProcess)
+    assert repr(done) == repr(subprocess.run(["false"]))
+    assert done.oom_killed is None
+    with pytest.raises(subprocess.CalledProcessError):
+        done.check_returncode()
