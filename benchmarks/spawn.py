@@ -18,7 +18,8 @@ from benchmarks.report import Options, Outcome, compare, main
 from benchmarks.rounds import alternate, call
 
 PROGRAM = "/bin/true"
-TURNS = 5
+TURNS = 8
+FORKS_A_TURN = 3  # a fork of 8 GiB takes a second
 
 OURS = "memsafe.run"
 OURS_ADJUSTED = "memsafe.run(oom_score_adj=500)"
@@ -58,7 +59,7 @@ COPYING: dict[str, Callable[[], object]] = {
 def work(rounds: int) -> dict[str, list[float]]:
     """A fork leaves page faults behind for whoever comes next, so those that fork are measured apart."""
     sharing = alternate({name: call(function) for name, function in SHARING.items()}, rounds=rounds)
-    copying = alternate({name: call(function) for name, function in COPYING.items()}, rounds=max(3, rounds // 3))
+    copying = alternate({name: call(function) for name, function in COPYING.items()}, rounds=FORKS_A_TURN)
     return {**sharing, **copying}
 
 
@@ -100,7 +101,7 @@ def measure(options: Options) -> Iterator[Outcome]:
             sizes.append(size_bytes)
         else:
             yield skipped
-    by_size = in_turns(sizes, options.rounds(100))
+    by_size = in_turns(sizes, options.rounds(1000))
     for size_bytes, seconds in by_size.items():
         what = f"spawn at {memsafe.format_size(size_bytes)}"
         yield compare(what, PLAIN, seconds[OURS], seconds[PLAIN], target="ratio ≤ 1.05")
@@ -127,7 +128,7 @@ def _measure_the_rest(options: Options) -> Iterator[Outcome]:
             OURS_AWAITED: lambda: runner.run(memsafe.run_async([PROGRAM])),
             AWAITED: lambda: runner.run(_asyncio_spawn()),
         }
-        seconds = alternate({name: call(function) for name, function in contenders.items()}, rounds=options.rounds(100))
+        seconds = alternate({name: call(function) for name, function in contenders.items()}, rounds=options.rounds(400))
     yield compare("spawn, memory_limit set", "without", seconds[OURS_LIMITED], seconds[OURS])
     yield compare("spawn, awaited", AWAITED, seconds[OURS_AWAITED], seconds[AWAITED])
 

@@ -57,7 +57,7 @@ def make(limit_bytes: int, root: Root = "/") -> ChildCgroup:
             return _make(group, limit_bytes)
         except OSError as error:
             if error.errno not in _LOST:
-                raise UnsupportedError(f"no cgroup can be made in {parent}: {error}") from None
+                raise UnsupportedError(f"no cgroup can be made in {parent}: {error.strerror}") from None
     raise UnsupportedError(f"no cgroup can be made in {parent}: each was removed by somebody else at once")
 
 
