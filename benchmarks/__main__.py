@@ -6,6 +6,7 @@ import sys
 
 from benchmarks import budget, fork, heap, importing, memkv, numpy, spawn, status
 from benchmarks.report import main
+from benchmarks.survival import measure as survival
 
 MEASURES = {
     "budget": budget.measure,
@@ -16,6 +17,7 @@ MEASURES = {
     "importing": importing.measure,
     "memkv": memkv.measure,
     "numpy": numpy.measure,
+    "survival": survival.measure,
 }
 
 sys.exit(main(MEASURES, choose=True))

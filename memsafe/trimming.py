@@ -37,10 +37,16 @@ def trim() -> int:
     return max(0, before_bytes - _anonymous_bytes())
 
 
-def give_back() -> None:
-    """Do what trim() does, and do not measure it: in a full cgroup, opening a file can call the OOM killer."""
-    _drop_interpreter_caches()
-    gc.collect()
+def give_back(*, collects: bool = True) -> None:
+    """Do what trim() does, and do not measure it: in a full cgroup, opening a file can call the OOM killer.
+
+    Args:
+        collects: Let the garbage collector run, which is what may take long, and drop what can be had again. Without,
+            only what was freed already is given back.
+    """
+    if collects:
+        _drop_interpreter_caches()
+        gc.collect()
     if _ALLOCATES_BY_MIMALLOC:
         _have_mimalloc_collect()
     lib.ms_trim()

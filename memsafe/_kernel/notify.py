@@ -96,6 +96,32 @@ def arm_oom_notice(directory: str) -> int:
     return _arm_v1(directory, "memory.oom_control", "")
 
 
+def arm_pressure_level(directory: str, level: str) -> int:
+    """Return an eventfd that is signalled while reclaim for the limit of this very v1 cgroup goes badly.
+
+    The kernel looks each time that it has scanned 512 pages (mm/vmpressure.c): ``medium`` if it could free less than
+    40 % of them, ``critical`` if less than 5 %, or if it has begun to scan an eighth of all at a time. ``low`` is each
+    of those looks. Pages that are being written back count as not freed, so a process that writes files has
+    ``critical`` without any other memory. There is no limit on the rate: a cgroup that thrashes gave 7,000 a second.
+
+    Reclaim for the limit of another cgroup, above or below, is not heard; before Linux 4.13, which knows no such mode,
+    that below is.
+
+    Args:
+        directory: The cgroup's.
+        level: ``low``, ``medium`` or ``critical``; each hears those above as well.
+
+    Raises:
+        KernelError: As arm_usage_threshold(); EINVAL: the kernel knows no such level.
+    """
+    try:
+        return _arm_v1(directory, "memory.pressure_level", f"{level},local")
+    except KernelError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return _arm_v1(directory, "memory.pressure_level", level)
+
+
 def write(fd: int, data: bytes, path: str) -> None:
     """Write all of *data* at once.
 

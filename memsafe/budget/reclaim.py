@@ -274,6 +274,28 @@ def in_order(budget: Budget, requester: Budget | None = None, *, asynchronous: b
     return [entry for _, entry in ranked]
 
 
+def ask(budget: Budget, missing: Callable[[], int]) -> int:
+    """Ask the reclaimers at and below the budget once each, in order, until nothing is missing any more.
+
+    Coroutine functions are not asked, nor those that are at work for somebody else.
+
+    Args:
+        budget: The one to make room in.
+        missing: Called before each: how many bytes to ask for; 0 or less ends it.
+
+    Returns:
+        The bytes by which the budget's use fell.
+    """
+    before_bytes = budget.used_bytes
+    if is_inside(budget._root()):
+        return 0
+    for entry in in_order(budget):
+        if (missing_bytes := missing()) <= 0:
+            break
+        entry.run_alone(missing_bytes)
+    return max(0, before_bytes - budget.used_bytes)
+
+
 def _is_coroutine_function(function: Any) -> bool:
     """Whether calling it makes a coroutine: also bound methods, partials, and objects whose __call__ is one."""
     while (inner := getattr(function, "func", None) or getattr(function, "__func__", None)) is not None:

@@ -485,16 +485,8 @@ class Budget(BudgetCore):
         Returns:
             The bytes by which used_bytes fell.
         """
-        need_bytes = parse_size(need, what="what is to be reclaimed")
-        before_bytes = self.used_bytes
-        if reclaim.is_inside(self._root()):
-            return 0
-        for entry in reclaim.in_order(self):
-            missing_bytes = need_bytes - (before_bytes - self.used_bytes)
-            if missing_bytes <= 0:
-                break
-            entry.run_alone(missing_bytes)
-        return max(0, before_bytes - self.used_bytes)
+        left_bytes = self.used_bytes - parse_size(need, what="what is to be reclaimed")
+        return reclaim.ask(self, lambda: self.used_bytes - left_bytes)
 
     @property
     def reclaimable_bytes(self) -> int:

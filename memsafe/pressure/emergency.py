@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
-from memsafe.budget import Budget
-from memsafe.region import PAGE_BYTES, Region
-from memsafe.sizes import format_size
+from memsafe._native import check, ffi, lib
+from memsafe.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,7 +24,9 @@ class EmergencyReserve:
     once, in the mode of strict overcommit for a promise as well. It is charged to no budget.
 
     A PressureMonitor gives it back at CRITICAL, before anything else, and takes it again when it is calm; see there.
-    Without one, give() and take() do. A context manager. Any number of threads may use it.
+    Where it polls what is left by itself, its native thread does so, without waiting for the GIL. Without a monitor,
+    give() and take() do. A context manager. Any number of threads and monitors may use it. A forked child holds
+    nothing, so that what the parent gives back is room; it may take its own.
 
     Args:
         size: How much; rounded up to whole pages.
@@ -43,26 +42,25 @@ class EmergencyReserve:
     """
 
     def __init__(self, size: Size, *, held: bool = True) -> None:
-        self._lock = threading.Lock()
-        self._budget = Budget(name="emergency reserve")
-        self._region = Region(self._budget, size, committed=False)
-        _reserves.add(self)
+        made = ffi.new("ms_emergency **")
+        size_bytes = parse_size(size, what="the size of an emergency reserve")
+        if size_bytes == 0:
+            raise ValueError("the size of an emergency reserve must be at least one byte")
+        check(lib.ms_emergency_open(size_bytes, made), "hold memory in reserve")
+        # The waiters of monitors have references of their own.
+        self._native: Any = ffi.gc(made[0], lib.ms_emergency_unref)
         if held:
-            try:
-                self.take()
-            except BaseException:
-                self.close()
-                raise
+            self.take()
 
     @property
     def size_bytes(self) -> int:
         """How much it is when it is held."""
-        return self._region.size_bytes
+        return int(lib.ms_emergency_size(self._native))
 
     @property
     def held_bytes(self) -> int:
         """How much is held: all, or nothing."""
-        return self._region.committed_bytes
+        return int(lib.ms_emergency_held(self._native))
 
     def take(self) -> int:
         """Take it, every page. Where it is held already, a no-op.
@@ -76,14 +74,10 @@ class EmergencyReserve:
             KernelError: The kernel refused; nothing is held.
             ValueError: It was closed.
         """
-        with self._lock:
-            if self._region.committed_bytes:
-                return 0
-            self._region.commit()
-            with self._region.view() as view:
-                for at in range(0, len(view), PAGE_BYTES):
-                    view[at] = 1
-            return self._region.size_bytes
+        taken_bytes = lib.ms_emergency_take(self._native)
+        if taken_bytes == -errno.ESHUTDOWN:
+            raise ValueError("the emergency reserve is closed")
+        return check(taken_bytes, "mmap")
 
     def give(self) -> int:
         """Give it back to the kernel. Where it is not held, or closed, a no-op.
@@ -91,17 +85,11 @@ class EmergencyReserve:
         Returns:
             The bytes that were given back.
         """
-        with self._lock:
-            given_bytes = self._region.committed_bytes
-            if given_bytes:
-                self._region.decommit()
-            return given_bytes
+        return int(lib.ms_emergency_give(self._native))
 
     def close(self) -> None:
         """Give it back for good. Twice is a no-op."""
-        with self._lock:
-            self._region.close()
-            self._budget.close()
+        lib.ms_emergency_close(self._native)
 
     def __enter__(self) -> Self:
         return self
@@ -112,28 +100,14 @@ class EmergencyReserve:
         self.close()
 
     def __del__(self) -> None:
-        region: Region | None = getattr(self, "_region", None)
-        if region is None or region.closed:
+        if getattr(self, "_native", None) is None:
             return
-        if held_bytes := self.held_bytes:
+        if held_bytes := lib.ms_emergency_close(self._native):
             warn(
                 f"an emergency reserve of {format_size(held_bytes)} was never closed; it is now",
                 ResourceWarning,
                 stacklevel=2,
             )
-        self.close()
 
     def __repr__(self) -> str:
         return f"<EmergencyReserve {self.held_bytes} of {self.size_bytes} bytes held>"
-
-
-# A forked child has a copy, which another thread may have been taking.
-_reserves: weakref.WeakSet[EmergencyReserve] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    for reserve in list(_reserves):
-        reserve._lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
-from memsafe.pressure.levels import PressureLevel
+from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
-from memsafe.pressure.waiter import Look, Waiter
+from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
+from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from memsafe._kernel.files import Root
     from memsafe.budget import Budget
-    from memsafe.pressure.levels import Cause, Thresholds
+    from memsafe.pressure.emergency import EmergencyReserve
+    from memsafe.pressure.gauges import Limit
+    from memsafe.pressure.levels import Thresholds
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
     from memsafe.status import Constraint, MemoryStatus
@@ -31,6 +37,31 @@ _log = logging.getLogger("memsafe.pressure")
 # So much must be left for memory to be taken for the next look: it must not be that which fills the cgroup, even if
 # others take more meanwhile. A sixteenth of the limit, within bounds.
 _PLENTY_BYTES_MIN, _PLENTY_BYTES_MAX = 8 * RESERVE_BYTES, 64 * 1024 * 1024
+
+
+# In a flood of signals, one look in so long; the native thread reads the gauges meanwhile.
+_FLOOD_REST_S = 0.01
+
+
+class Debounce:
+    """How long to let signals gather before the next look: the longer a flood of them goes on, up to a bound.
+
+    A v1 cgroup whose use goes to and fro about a threshold signals a thousand times a second, one that thrashes
+    seven thousand times; each look costs the process some 300 us.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._rest_s = 0.0
+
+    def rest_s(self, least_s: float) -> float:
+        """Return it, at least *least_s*; with 0 nothing is waited for, and a flood begins anew."""
+        self._rest_s = max(least_s, min(2 * self._rest_s, self._most_s)) if least_s else 0.0
+        return self._rest_s
+
+    def ended(self) -> None:
+        """Nothing was signalled meanwhile: the flood is over."""
+        self._rest_s = 0.0
 
 
 class Hub:
@@ -46,25 +77,29 @@ class Hub:
         self._tokens = itertools.count(1)
         self._chosen: list[Source] = []
         self._guarded: frozenset[str] = frozenset()  # the v1 cgroups whose usage thresholds are set
-        self._gauges: dict[tuple[object, ...], Gauge] = {}
+        self._gauges: dict[Limit, Gauge] = {}
         self._limits_seen: object = None
         self._has_lost = False
         self._has_plenty = False
         self._polling = sources.Polling()
         self._watermark = sources.BudgetWatermark(budget) if budget is not None else None
         self._poll_after_s: float | None = None
+        self._debounce = Debounce(_FLOOD_REST_S)
         self._files = kept.keep(root)
         self._reserve = BlockReserve()
+        self._is_robbed = False
+        self._alarm: Owned | None = None
         self._waiter = Waiter()
+        self._bell = Owned(self._waiter.fileno())
         try:
+            self._alarm = Owned(open_timer())
+            os.set_blocking(self._alarm.fd, True)
             for source in self._lasting:
                 source.open(self._waiter, next(self._tokens))
-            self._between = Look(self._polling.timer_fd, self._files, self._reserve)
+            self._between = Look(self._polling.timer_fd, self._files, self._reserve, self._alarm.fd)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:
-            for source in self._lasting:
-                source.close(self._waiter)
-            self._waiter.close()
+            self.close()
             raise
 
     @property
@@ -77,9 +112,14 @@ class Hub:
         """What each source is, and why where it is not used."""
         return tuple(source.status for source in (*self._chosen, *self._lasting))
 
-    def guards(self, constraint: Constraint) -> bool:
-        """Whether the kernel or a gauge tells when the next level under a limit begins, so that no look need."""
-        return self._is_told_by_kernel(constraint) or gauges.limit_of(constraint) in self._gauges
+    def guards(self, status: MemoryStatus) -> Callable[[Constraint], bool]:
+        """Return what says of a constraint whether the kernel or a gauge tells when its next level begins."""
+        unguarded = [
+            constraint
+            for limit, constraint in gauges.limits(status)
+            if limit not in self._gauges and not self._is_told_by_kernel(limit, constraint)
+        ]
+        return lambda constraint: not any(constraint is each for each in unguarded)
 
     def poll_after(self, delay_s: float, status: MemoryStatus | None = None) -> None:
         """Let the timer signal *delay_s* after the next wait() begins, or as soon as a gauge tells.
@@ -92,20 +132,20 @@ class Hub:
         self._between.read(self._readings(status) if status else ())
 
     def _readings(self, status: MemoryStatus) -> Iterator[Reading]:
-        for constraint in status.constraints:
-            gauge = self._gauges.get(gauges.limit_of(constraint))
-            if gauge is None or self._is_told_by_kernel(constraint):
-                continue
-            if (reading := gauge.reading(constraint, self._thresholds)) is not None:
-                yield reading
+        for limit, constraint in gauges.limits(status):
+            if (gauge := self._gauges.get(limit)) is not None:
+                rests = self._is_told_by_kernel(limit, constraint)
+                yield from gauge.readings(constraint, self._thresholds, status.swap, rests=rests)
 
-    def _is_told_by_kernel(self, constraint: Constraint) -> bool:
+    def _is_told_by_kernel(self, limit: Limit, constraint: Constraint) -> bool:
         # While a v1 cgroup's usage, which includes the file cache, is below the thresholds that the kernel was given.
-        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, constraint.limit_bytes)
+        what, path, limit_bytes = limit
+        low_bytes = self._thresholds.begins_at(PressureLevel.LOW, limit_bytes)
         return (
-            constraint.path in self._guarded
+            what == "memory.limit_in_bytes"
+            and path in self._guarded
             and constraint.used_bytes is not None
-            and constraint.used_bytes < constraint.limit_bytes - low_bytes
+            and constraint.used_bytes < limit_bytes - low_bytes
         )
 
     def provide(self, status: MemoryStatus | None = None) -> None:
@@ -121,7 +161,11 @@ class Hub:
         Returns:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
-        limits = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        for source in self._chosen:
+            if source.used and not source.is_intact:
+                self._lose(source, KernelError(errno.EBADF, "wait for it", "somebody else has closed its descriptor"))
+        limits: list[Limit] = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
+        limits += [(each.kind, each.path, each.limit_bytes) for each in status.swap.limits]
         has_lost, self._has_lost = self._has_lost, False
         if limits == self._limits_seen:
             return has_lost
@@ -153,15 +197,61 @@ class Hub:
         self._limits_seen = limits
         return True
 
-    def wait(self, rest_s: float = 0.0) -> list[Report]:
-        """Wait for signals, or for wake(); in the monitor's thread.
+    def give(self, reserve: EmergencyReserve) -> None:
+        """Let *reserve* be given back by the native thread as soon as it sees that CRITICAL begins.
+
+        What it saw is a cause of CRITICAL in the next hear(): with the reserve given back, there may be more again.
+        """
+        self._waiter.give(reserve)
+
+    def poll_within(self, delay_s: float) -> None:
+        """Let the timer signal *delay_s* after the next wait() begins at the latest."""
+        self._poll_after_s = delay_s if self._poll_after_s is None else min(delay_s, self._poll_after_s)
+
+    def wait(self, rest_s: float = 0.0, *, alarm_s: float = 0.0) -> list[Report]:
+        """Wait for signals, or for wake().
 
         Args:
-            rest_s: How long to let signals gather first.
+            rest_s: How long to let signals gather first; longer in a flood of them.
+            alarm_s: Let await_alarm() return when the next wait() does not begin within so long after this one. 0: the
+                alarm is left alone.
+
+        Raises:
+            KernelError: EBADF: what the waiter needs was closed by somebody else, by os.closerange() say. All that is
+                left is to close() it.
         """
-        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s)
+        rest_s = self._debounce.rest_s(rest_s)
+        rested_ns = time.monotonic_ns() + int(rest_s * 1e9)
+        self._between.set(timer_s=self._poll_after_s, rest_s=rest_s, alarm_s=alarm_s)
         self._poll_after_s = None
-        return self._waiter.wait(self._between)
+        try:
+            reports = self._waiter.wait(self._between)
+        except KernelError:
+            self._is_robbed = True
+            raise
+        if not any(each.first_ns < rested_ns for each in reports if each.token != self._polling.token):
+            self._debounce.ended()
+        return reports
+
+    def await_alarm(self) -> bool:
+        """Block until the alarm fires; in a thread of its own, which must have ended before close().
+
+        Returns:
+            False where it will not fire any more: somebody else has closed it.
+        """
+        assert self._alarm is not None
+        try:
+            os.read(self._alarm.fd, 8)
+        except OSError:
+            return False
+        return True
+
+    def alarm(self, delay_s: float) -> bool:
+        """Let the alarm fire after *delay_s*; from any thread. False where somebody else has closed it."""
+        if self._alarm is None or not self._alarm.is_ours():
+            return False
+        set_timer(self._alarm.fd, delay_s)
+        return True
 
     def reading(self) -> AbstractContextManager[None]:
         """Meanwhile, answer the monitor's thread from one reading of all files; it opens only what is new.
@@ -188,19 +278,31 @@ class Hub:
                 self._lose(source, error)
         if self._watermark is not None and (cause := self._watermark.standing()) is not None:
             causes.append(cause)
+        if self._between.gave is not None:
+            token, left_bytes = self._between.gave
+            name = by_token[token].name if token in by_token else self._polling.name
+            detail = f"the emergency reserve was given back when {format_size(left_bytes)} were left"
+            causes.append(Cause(PressureLevel.CRITICAL, name, detail))
         return heard, causes
 
     def wake(self) -> None:
         """End a wait() without a signal; from any thread."""
-        os.eventfd_write(self._waiter.fileno(), 1)
+        if self._bell.is_ours():
+            os.eventfd_write(self._bell.fd, 1)
 
     def close(self, *, forked: bool = False) -> None:
-        """Close every descriptor and join the native thread; in a forked child, which has none, only close."""
+        """Close every descriptor and join the native thread; in a forked child, which has none, only close.
+
+        After a wait() that failed, what is not known to be ours still is left alone.
+        """
         reason = "the monitor belongs to the parent process" if forked else "closed"
+        native = None if forked or self._is_robbed else self._waiter
         for source in (*self._chosen, *self._lasting):
-            source.close(None if forked else self._waiter, reason)
+            source.close(native, reason)
         self._waiter.close()
         self._files.close()
+        if self._alarm is not None:
+            self._alarm.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
         _log.warning("the source %s is lost: %s", source.name, error)

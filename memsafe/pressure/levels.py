@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any
 
 from memsafe.sizes import format_size
@@ -94,7 +94,7 @@ class Thresholds:
     some_stall_us: int = 200_000
     full_stall_us: int = 400_000
     stall_headroom_ratio: float = 0.5
-    poll_s_min: float = 0.01
+    poll_s_min: float = 0.001
     poll_s_max: float = 5.0
     fill_bytes_per_s: int = 4 * GIB
 
@@ -129,14 +129,22 @@ class Thresholds:
         return asdict(self)
 
 
+class Needs(Enum):
+    """What the headroom must say for a cause to count."""
+
+    NOTHING = "nothing"
+    SHORT_HEADROOM = "less than stall_headroom_ratio of some limit"
+    LOW = "LOW under some limit"
+
+
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What raises a level by itself, whatever the headroom says: a stall, an OOM, a drill."""
+    """What raises a level by itself: a stall, an OOM, a drill; whatever the headroom says, but for what it *needs*."""
 
     level: PressureLevel
     source: str
     detail: str
-    needs_short_headroom: bool = False
+    needs: Needs = Needs.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +182,13 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
         for constraint in status.constraints
         if (left_bytes := available_bytes(constraint)) is not None
     ]
-    short = any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged
     judgement = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
-    loudest = max(
-        (cause for cause in causes if short or not cause.needs_short_headroom),
-        key=lambda each: each.level,
-        default=None,
-    )
+    met = {
+        Needs.NOTHING: True,
+        Needs.SHORT_HEADROOM: any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged,
+        Needs.LOW: judgement.raised >= PressureLevel.LOW,
+    }
+    loudest = max((cause for cause in causes if met[cause.needs]), key=lambda each: each.level, default=None)
     if loudest is None or loudest.level <= judgement.raised:
         return judgement
     return Judgement(

@@ -7,19 +7,23 @@ import os
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import levels
+from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
+from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
+from memsafe.pressure.responder import Responder
 from memsafe.status import status_once
-from memsafe.trimming import give_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -37,11 +41,12 @@ CallbackT = TypeVar("CallbackT", bound="Callback")
 
 _log = logging.getLogger("memsafe.pressure")
 
+_SIMULATE = "simulate"
+
 # A v1 cgroup can signal a thousand times a second; while nothing changes, one look in so long is enough.
 _REST_S = 0.002
-# A budget is asked again while the cause lasts, but its reclaimers are not hounded.
-_RESPOND_AGAIN_S = 1.0
-_SLOW_CALLBACK_S = 1.0
+# What was freed is given back to the kernel in a quiet moment: collecting garbage may take longer than memory to fill.
+_QUIET_S = 0.05
 
 
 class _Request:
@@ -71,21 +76,28 @@ class PressureMonitor:
     not used. What the kernel signals is a wake-up: the level follows from the headroom of every limit on the process
     (see Thresholds), except that stalls and OOMs raise it by themselves.
 
-    Callbacks, reclaimers and event streams are served by one thread of the monitor's own, never two at once. When a
-    level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
-    callbacks run, in the order of their registration; memsafe.trim() comes last, where there is
-    a budget: at CRITICAL always, at LOW when reclaimers freed something, to give back to the kernel what was freed.
-    At CRITICAL the reserve is given back before all that.
+    When a level rises: first the budget is asked to reclaim, because that is the room which handlers may need; then the
+    callbacks run, in the order of their registration; then the machine is looked at again. memsafe.trim() comes last,
+    where there is a budget: at CRITICAL always, at LOW when reclaimers freed something; in a quiet moment, because
+    collecting garbage may take longer than memory to fill. At CRITICAL the reserve is given back before all that.
+
+    All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
+    the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
+    logged with its stack. Callbacks hear of it afterwards, as one change.
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
     Args:
-        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises, and again each second while the
-            cause lasts: at LOW down to its soft limit (without one, by what is missing), at CRITICAL as far as it goes.
+        budget: Passing its soft limit raises LOW. It is reclaimed when a level rises and while the cause lasts: at LOW
+            by what is missing, but not below its soft limit; at CRITICAL each reclaimer is asked for all. It stops
+            between two reclaimers when the headroom is back; what is not told by headroom (a stall, an OOM, the soft
+            limit, a drill) is answered in full: at LOW down to the soft limit, at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
             more than LOW begins at is left with it. Given back when the monitor closes.
+        hurry: Lower sys.setswitchinterval() to 0.5 ms while memory is short, and put it back after: busy threads have
+            shorter turns then, and reclaimers do not wait 5 ms for the GIL at each of their system calls.
         root: The directory that stands for "/": a tree of proc and sys files. Only polling works on a copy.
         clock: Seconds, never going back: time.monotonic.
 
@@ -104,6 +116,7 @@ class PressureMonitor:
         *,
         thresholds: Thresholds | None = None,
         reserve: EmergencyReserve | Size | None = None,
+        hurry: bool = True,
         root: Root = "/",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -112,10 +125,15 @@ class PressureMonitor:
         if reserve is not None and not isinstance(reserve, EmergencyReserve):
             reserve = EmergencyReserve(reserve, held=False)
         self._reserve = reserve
+        self._hurries = hurry
         self._root = root
         self._clock = clock
+        self._responder = Responder(budget, clock, self._shortage_bytes)
+        # Who has the lead (see Deputy) moves the ladder, and leaves here what is to be told in the monitor's thread.
         self._ladder = Ladder(self._thresholds.cooldown_s)
-        self._responded_at_s = 0.0
+        self._untold: tuple[PressureEvent, Judgement, tuple[tuple[PressureLevel, Callback], ...]] | None = None
+        self._told = PressureLevel.NORMAL
+        self._wants_trim = self._has_answered = False
         self._source_statuses: tuple[SourceStatus, ...] = ()
         # Guards what other threads touch: the callbacks, the requests, the streams, the last event, the changes and
         # whether they are wanted, and whether the thread still takes requests.
@@ -126,7 +144,9 @@ class PressureMonitor:
         self._last_event: PressureEvent | None = None
         self._stopping = True
         self._thread: threading.Thread | None = None
+        self._deputy: Deputy | None = None
         self._changed_fd = -1
+        self._changed: Owned | None = None
         self._changes = 0
         self._changes_wanted = False
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
@@ -147,15 +167,19 @@ class PressureMonitor:
             self._ladder = Ladder(self._thresholds.cooldown_s)
             self._last_event = None
             self._changes, self._changes_wanted = 0, False
+            self._untold, self._told = None, PressureLevel.NORMAL
             hub = self._open()
             self._requests = [_Request()]  # the first look
             hub.wake()
             self._stopping = False
-            self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
             try:
+                self._deputy = Deputy(hub, lambda is_first: self._stand_in(hub, is_first))
+                self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
                 self._thread.start()
             except BaseException:
                 self._stopping, self._thread = True, None
+                if self._deputy is not None:
+                    self._deputy.end()
                 self._shut(hub)
                 raise
         return self
@@ -172,7 +196,7 @@ class PressureMonitor:
             if not self._stopping:
                 self._stopping = True
                 self._wake()
-        if thread is not threading.current_thread():
+        if not self._is_own_thread():
             thread.join()
 
     def __enter__(self) -> Self:
@@ -187,9 +211,12 @@ class PressureMonitor:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
             self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._changed = Owned(self._changed_fd)
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
+            if self._reserve is not None:
+                hub.give(self._reserve)
             self._take_reserve(status)
         except BaseException:
             self._shut(hub)
@@ -199,14 +226,15 @@ class PressureMonitor:
         return hub
 
     def _shut(self, hub: Hub, *, forked: bool = False) -> None:
-        self._hub = None
+        shorter_turns.release(self)
+        self._hub = self._deputy = None
         hub.close(forked=forked)
         if not forked:
             self._give_reserve()
         self._source_statuses = hub.statuses
-        changed_fd, self._changed_fd = self._changed_fd, -1
-        if changed_fd >= 0:
-            os.close(changed_fd)
+        self._changed_fd = -1
+        if self._changed is not None:
+            self._changed.close()
 
     def _abandon(self) -> None:
         """Become inert in a forked child: the threads do not exist there, and the lock may be held for ever."""
@@ -215,6 +243,8 @@ class PressureMonitor:
         self._thread = None
         self._requests = []
         self._streams = weakref.WeakSet()
+        if self._deputy is not None:
+            self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
 
@@ -257,7 +287,7 @@ class PressureMonitor:
         with self._lock:
             self._callbacks = (*self._callbacks, (level, function))
             last = self._last_event
-            late = last is not None and last.source != "simulate" and level > PressureLevel.NORMAL
+            late = last is not None and last.source != _SIMULATE and level > PressureLevel.NORMAL
             if late and last is not None and _hears(level, last.level) and not self._stopping:
                 self._post(_Request(callback=function, missed=last))
         return function
@@ -330,9 +360,13 @@ class PressureMonitor:
         with self._lock:
             self._require_running()
             self._post(request)
-            thread = self._thread
-        if thread is not threading.current_thread() and not request.done.wait(timeout_s):
+        if not self._is_own_thread() and not request.done.wait(timeout_s):
             raise TimeoutError(f"the monitor's callbacks did not end within {timeout_s} s")
+
+    def _is_own_thread(self) -> bool:
+        """Whether this is called in one of the monitor's threads, which must not wait for themselves."""
+        deputy = self._deputy
+        return threading.current_thread() is self._thread or (deputy is not None and deputy.is_current)
 
     def _post(self, request: _Request) -> None:
         self._requests.append(request)
@@ -345,17 +379,29 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self, hub: Hub) -> None:
+        deputy = self._deputy
+        assert deputy is not None
         requests: list[_Request] = []
         rest_s = 0.0
+        deputy.begin()
         try:
             while not self._stopping:
-                reports = hub.wait(rest_s)
+                reports = deputy.wait(rest_s)
                 with self._lock:
                     requests, self._requests = self._requests, []
+                deputy.has_led = False
                 before = self.level
-                self._turn(hub, reports, requests)
-                rest_s = _REST_S if self.level is before and not requests else 0.0
+                self._has_answered = False
+                self._turn(hub, deputy, reports, requests)
+                if deputy.has_led and not self._stopping:
+                    hub.wake()  # it may have been woken for a request
+                idle = self.level is before and not requests and not self._has_answered
+                rest_s = _REST_S if idle else 0.0
+        except KernelError:
+            _log.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
         finally:
+            self._stopping = True
+            deputy.end()
             self._end(hub, requests)
 
     def _end(self, hub: Hub, requests: list[_Request]) -> None:
@@ -372,50 +418,87 @@ class PressureMonitor:
         for request in requests:
             request.done.set()
 
-    def _turn(self, hub: Hub, reports: list[Report], requests: list[_Request]) -> None:
+    def _turn(self, hub: Hub, deputy: Deputy, reports: list[Report], requests: list[_Request]) -> None:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         wants_look = any(request.level is None and request.callback is None for request in requests)
-        try:
-            with hub.reading():
-                heard, causes = hub.hear(reports)
-                status = status_once(self._root) if heard or wants_look else None
-            if status is not None:
-                self._decide(hub, status, heard, causes)
+        with self._surviving(hub):
+            has_looked = self._look(hub, reports, wants_look, deputy)
             for request in requests:
                 if request.level is not None:
-                    self._drill(hub, request.level)
-            if status is None:
+                    self._drill(hub, request.level, deputy)
+            if not has_looked:
                 hub.provide()  # waking up has given it back
+        for request in requests:
+            # Unless an announcement came in between, which the callback has heard.
+            if request.callback and request.missed and request.missed is self._last_event:
+                self._call(deputy, request.callback, request.missed)
+        self._tell(deputy)  # what came up in the meantime
+        for request in requests:
+            request.done.set()
+
+    def _stand_in(self, hub: Hub, is_first: bool) -> None:
+        """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
+        with self._surviving(hub):
+            if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
+                hub.provide()
+
+    @contextmanager
+    def _surviving(self, hub: Hub) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             pause_s = self._thresholds.poll_s_max
             _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
-        for request in requests:
-            # Unless an announcement came in between, which the callback has heard.
-            if request.callback and request.missed and request.missed is self._last_event:
-                self._call(request.callback, request.missed)
-        for request in requests:
-            request.done.set()
 
-    def _decide(self, hub: Hub, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> None:
-        judgement = levels.judge(status, self._thresholds, causes)
-        now_s = self._clock()
-        previous = self._ladder.level
-        level = self._ladder.move(judgement.raised, judgement.held, now_s)
-        if level != previous:
-            woken_by = next((name for name in heard if name != "polling"), "polling")
-            self._announce(previous, judgement, judgement.source or woken_by, now_s)
-        elif judgement.raised > PressureLevel.NORMAL and now_s - self._responded_at_s >= _RESPOND_AGAIN_S:
-            self._respond_again(judgement)
+    def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> bool:
+        """Look at the machine if there is reason to, and act on it; whether there was reason.
+
+        Args:
+            hub: Where the sources are.
+            reports: What it heard.
+            wants_look: Even if it heard nothing.
+            deputy: Who has the lead while callbacks run; None: this is its thread, which runs none.
+        """
+        with hub.reading():
+            heard, causes = hub.hear(reports)
+            status = status_once(self._root) if heard or wants_look else None
+        if status is None:
+            return False
+        judgement = self._decide(status, heard, causes)
+        recovers = bool(causes)
+        # The figures are as old as the answer took: meanwhile memory may have filled up again.
+        while deputy is not None and (self._answer(deputy, judgement) or self._trim_if_quiet(deputy, judgement)):
+            self._has_answered = True
+            if deputy.has_led:
+                return True  # it has looked since, and has done all that follows
+            with hub.reading():
+                _, causes = hub.hear([])
+                status = status_once(self._root)
+            judgement = self._decide(status, heard, causes)
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
-        self._set_timer(hub, status, within_s=levels.RECOVERY_S if causes else None)
+        self._set_timer(hub, status, within_s=_QUIET_S if self._wants_trim else levels.RECOVERY_S if recovers else None)
         hub.provide(status)
-        if level == PressureLevel.NORMAL:
+        if self.level == PressureLevel.NORMAL:
             self._take_reserve(status)
+        return True
 
-    def _drill(self, hub: Hub, level: PressureLevel) -> None:
+    def _decide(self, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> Judgement:
+        judgement = levels.judge(status, self._thresholds, causes)
+        now_s = self._clock()
+        previous = self._ladder.level
+        if self._ladder.move(judgement.raised, judgement.held, now_s) != previous:
+            woken_by = next((name for name in heard if name != "polling"), "polling")
+            self._announce(previous, judgement, judgement.source or woken_by, now_s)
+        if self.level == PressureLevel.NORMAL:
+            shorter_turns.release(self)
+        elif self._hurries and judgement.raised > PressureLevel.NORMAL:
+            shorter_turns.ask(self)
+        return judgement
+
+    def _drill(self, hub: Hub, level: PressureLevel, deputy: Deputy) -> None:
         previous, now_s = self._ladder.level, self._clock()
         if level == previous:
             return
@@ -423,14 +506,17 @@ class PressureMonitor:
             status = status_once(self._root)
         judgement = levels.judge(status, self._thresholds)
         self._ladder.force(level, now_s)
-        drill = replace(judgement, raised=level, held=level, detail=f"simulated; {judgement.detail}")
-        self._announce(previous, drill, "simulate", now_s)
-        self._set_timer(hub, status)
+        detail = f"simulated; {judgement.detail}"
+        drill = replace(judgement, raised=level, held=level, source=_SIMULATE, detail=detail)
+        self._announce(previous, drill, _SIMULATE, now_s)
+        self._tell(deputy)
+        if not deputy.has_led:
+            self._set_timer(hub, status)
 
     def _set_timer(self, hub: Hub, status: MemoryStatus, within_s: float | None = None) -> None:
         """Set when to look again: at the latest *within_s*, a cause that headroom says nothing of may pass."""
         falls_after_s = self._ladder.falls_after_s(self._clock())
-        after_s = levels.poll_after_s(status, self._thresholds, hub.guards)
+        after_s = levels.poll_after_s(status, self._thresholds, hub.guards(status))
         hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
     def _take_reserve(self, status: MemoryStatus) -> None:
@@ -455,6 +541,7 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ telling
 
     def _announce(self, previous: PressureLevel, judgement: Judgement, source: str, now_s: float) -> None:
+        """Tell loops at once, and leave the rest for _tell(); in either thread, with the lead."""
         event = PressureEvent(
             level=self.level,
             previous=previous,
@@ -467,56 +554,97 @@ class PressureMonitor:
         with self._lock:
             self._last_event = event
             self._changes += 1
-            callbacks, streams = self._callbacks, list(self._streams)
+            self._untold = event, judgement, self._callbacks
+            streams = list(self._streams)
             # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
             if self._changes_wanted:
                 os.eventfd_write(self._changed_fd, 1)
-        rose = event.level > previous
-        if rose and event.level == PressureLevel.CRITICAL:
+        if event.level == PressureLevel.CRITICAL:
             self._give_reserve()
         for stream in streams:
             stream.feed(event)
-        freed_bytes = self._reclaim(event.level, judgement.shortage_bytes) if rose else 0
+
+    def _tell(self, deputy: Deputy) -> bool:
+        """Have the budget reclaimed and the callbacks run for what is untold; whether there was anything.
+
+        What came up while callbacks ran is one change: from what they were told last to what is now.
+        """
+        has_told = False
+        while self._untold is not None:
+            (event, judgement, callbacks), self._untold = self._untold, None
+            previous, self._told = self._told, event.level
+            if event.level != previous:
+                event = event if event.previous == previous else replace(event, previous=previous)
+                self._respond(deputy, event, judgement, callbacks)
+                has_told = True
+        return has_told
+
+    def _respond(
+        self,
+        deputy: Deputy,
+        event: PressureEvent,
+        judgement: Judgement,
+        callbacks: tuple[tuple[PressureLevel, Callback], ...],
+    ) -> None:
+        rose = event.level > event.previous
+        freed_bytes = self._reclaim(deputy, event.level, judgement) if rose else 0
         for wanted, callback in callbacks:
             if _hears(wanted, event.level):
-                self._call(callback, event)
+                self._call(deputy, callback, event)
         # At CRITICAL always: the callbacks may have freed memory that no budget knows.
-        if rose and self._budget is not None and (freed_bytes > 0 or event.level == PressureLevel.CRITICAL):
-            self._trim()
+        if rose and (freed_bytes > 0 or event.level == PressureLevel.CRITICAL):
+            self._wants_trim = True
+            if judgement.source is not None:
+                self._trim(deputy)  # no headroom tells of a quiet moment
 
-    def _respond_again(self, judgement: Judgement) -> None:
-        freed_bytes = self._reclaim(judgement.raised, judgement.shortage_bytes)
-        if freed_bytes > 0:
-            self._trim()
+    def _answer(self, deputy: Deputy, judgement: Judgement) -> bool:
+        """Tell what there is to tell; where a cause only lasts, have the budget reclaimed again.
 
-    def _call(self, callback: Callback, event: PressureEvent) -> None:
-        began_s = time.monotonic()
-        try:
-            callback(event)
-        except BaseException:
-            # SystemExit too: a callback must not end the thread that warns the others.
-            _log.exception("the callback %r for %s failed; the others run", callback, event.level.name)
-        took_s = time.monotonic() - began_s
-        if took_s > _SLOW_CALLBACK_S:
-            _log.warning("the callback %r for %s took %.1f s; the next ones waited", callback, event.level.name, took_s)
+        Returns:
+            Whether callbacks were called, or something was freed.
+        """
+        is_due = self._responder.is_due(judgement.raised)
+        if self._tell(deputy):
+            return True
+        if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:
+            return False
+        self._wants_trim = True
+        return True
 
-    def _reclaim(self, level: PressureLevel, shortage_bytes: int) -> int:
-        """Ask the budget to make room; the bytes by which it fell."""
-        self._responded_at_s = self._clock()
+    def _trim_if_quiet(self, deputy: Deputy, judgement: Judgement) -> bool:
+        """Trim if that is wanted and nothing was answered in this turn, or nothing else can help; whether it was."""
+        if not self._wants_trim or (self._has_answered and judgement.raised < PressureLevel.CRITICAL):
+            return False
+        self._trim(deputy)
+        return True
+
+    def _call(self, deputy: Deputy, callback: Callback, event: PressureEvent) -> None:
+        with deputy.away("the callback %r for %s", callback, event.level.name):
+            try:
+                callback(event)
+            except BaseException:
+                # SystemExit too: a callback must not end the thread that warns the others.
+                _log.exception("the callback %r for %s failed; the others run", callback, event.level.name)
+
+    def _reclaim(self, deputy: Deputy, level: PressureLevel, judgement: Judgement) -> int:
         if self._budget is None:
             return 0
-        try:
-            need_bytes = _to_reclaim(self._budget, level, shortage_bytes)
-            return self._budget.reclaim(need_bytes) if need_bytes > 0 else 0
-        except Exception:
-            _log.exception("reclaiming the budget %r failed", self._budget)
-            return 0
+        with deputy.away("reclaiming the budget %r", self._budget):
+            return self._responder.respond(level, judgement)
 
-    def _trim(self) -> None:
-        try:
-            give_back()
-        except Exception:
-            _log.exception("giving memory back failed")
+    def _trim(self, deputy: Deputy) -> None:
+        self._wants_trim = False
+        if self._budget is not None:
+            with deputy.away("giving memory back"):
+                self._responder.trim()
+
+    def _shortage_bytes(self) -> int:
+        """Look, for the responder, in the midst of its work: what is missing until every cause has passed."""
+        hub, deputy = self._hub, self._deputy
+        assert hub is not None
+        assert deputy is not None
+        with deputy.back(), hub.reading():
+            return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
 
 
 def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:
@@ -524,20 +652,12 @@ def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:
     return level == wanted if wanted == PressureLevel.NORMAL else level >= wanted
 
 
-def _to_reclaim(budget: Budget, level: PressureLevel, shortage_bytes: int) -> int:
-    used_bytes = budget.used_bytes
-    if level == PressureLevel.CRITICAL:
-        # A reclaimer may hold more than it has reserved: ask even where nothing is charged.
-        return max(used_bytes, 1)
-    soft_limit_bytes = budget.soft_limit_bytes
-    return min(used_bytes, shortage_bytes) if soft_limit_bytes is None else used_bytes - soft_limit_bytes
-
-
 # What a fork must reach in the child; a monitor in it owns nothing until it is started.
 _monitors: weakref.WeakSet[PressureMonitor] = weakref.WeakSet()
 
 
 def _abandon_all() -> None:
+    shorter_turns.renew()
     for monitor in list(_monitors):
         monitor._abandon()
 

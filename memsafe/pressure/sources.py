@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from memsafe._kernel import cgroup, notify, psi, systemd
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.pressure import waiter
-from memsafe.pressure.levels import Cause, PressureLevel, Thresholds
+from memsafe.pressure.levels import Cause, Needs, PressureLevel, Thresholds
 from memsafe.pressure.waiter import How
 from memsafe.sizes import format_size
 
@@ -75,6 +76,8 @@ class Source(ABC):
         self.token = 0
         self.stands_in_for: frozenset[tuple[object, ...]] = frozenset()
         self._fd = -1
+        self._used = False
+        self._owned: Owned | None = None
         self._reason = "not tried yet"
 
     @property
@@ -83,7 +86,12 @@ class Source(ABC):
 
     @property
     def used(self) -> bool:
-        return self._fd >= 0
+        return self._used
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether its descriptor is still its own: a signal of one that somebody else has closed never comes."""
+        return self._owned is not None and self._owned.is_ours()
 
     @property
     def status(self) -> SourceStatus:
@@ -93,6 +101,7 @@ class Source(ABC):
         """Begin to wait for it under *token*; where it cannot be had, keep the reason."""
         try:
             self._fd = self._arm()
+            self._owned = Owned(self._fd)
             try:
                 self._attach(native, token)
             except KernelError:
@@ -103,7 +112,7 @@ class Source(ABC):
         except UnsupportedError as error:
             self._reason = str(error)
         else:
-            self.token = token
+            self.token, self._used = token, True
 
     def skip(self) -> None:
         """Leave it closed because the better source is used."""
@@ -116,7 +125,7 @@ class Source(ABC):
         if native is not None:
             self._detach(native)
         self._close_fd()
-        self._reason = reason
+        self._used, self._reason = False, reason
 
     def hear(self) -> Cause | None:
         """Return what its signal says by itself.
@@ -137,8 +146,9 @@ class Source(ABC):
         """Return the descriptor, ready to signal."""
 
     def _close_fd(self) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        self._fd = -1
+        if self._owned is not None:
+            self._owned.close()
 
 
 class Unavailable(Source):
@@ -205,6 +215,36 @@ class UsageThreshold(Source):
         return notify.arm_usage_threshold(self.group.directory, self.usage_bytes)
 
 
+class ReclaimNotice(Source):
+    """memory.pressure_level of a v1 cgroup: the kernel looks for pages to free, and finds few.
+
+    Not its ``low``: that is page cache being recycled, as it is all the time in a cgroup that reads files. Its
+    ``critical`` means little more while there is room, since pages that are being written back cannot be freed either;
+    where LOW has begun by the headroom, it means that the cache that was counted as free is not.
+    """
+
+    def __init__(self, group: MemoryCgroup, level: str) -> None:
+        counts = level == "critical"
+        purpose = "raises CRITICAL from LOW when next to nothing" if counts else "wakes when little"
+        name = f"pressure_level.{level}"
+        super().__init__(name, group.file("memory.pressure_level"), f"{purpose} can be reclaimed")
+        self._group = group
+        self._level = level
+        self._counts = counts
+        if counts:
+            self.reads = (group.file("memory.usage_in_bytes"),)
+
+    def hear(self) -> Cause | None:
+        # The eventfd is signalled once more when the cgroup is removed.
+        if not self._counts or self._group.usage_bytes() is None:
+            return None
+        detail = f"next to nothing can be reclaimed in {self._group.path}"
+        return Cause(PressureLevel.CRITICAL, self.name, detail, Needs.LOW)
+
+    def _arm(self) -> int:
+        return notify.arm_pressure_level(self._group.directory, self._level)
+
+
 class OomNotice(Source):
     """A v1 cgroup, or an ancestor of it, ran out of memory: somebody is about to be killed."""
 
@@ -254,7 +294,7 @@ class StallTrigger(Source):
             # kernel's sliding window remembers that growth for one more window (seen on 6.18).
             return None
         detail = f"{self.kind} tasks stood still for {growth_us // 1000} ms ({self._file})"
-        return Cause(self._level, self.name, detail, needs_short_headroom=True)
+        return Cause(self._level, self.name, detail, Needs.SHORT_HEADROOM)
 
     def _arm(self) -> int:
         self._before_us = self._total_us()
@@ -342,7 +382,7 @@ class BudgetWatermark(Source):
 
     def _passed(self, _: Budget) -> None:
         with self._lock:
-            if self.used:
+            if self._fd >= 0:
                 os.eventfd_write(self._fd, 1)
 
 
@@ -374,7 +414,7 @@ def _cgroup_sources(root: Root, status: MemoryStatus, thresholds: Thresholds) ->
     else:
         reason = "no memory cgroup of this process is visible"
     version = groups[0].version if groups else None
-    for name, needed in (("memory.events", 2), ("usage", 1), ("oom_control", 1)):
+    for name, needed in (("memory.events", 2), ("usage", 1), ("pressure_level", 1), ("oom_control", 1)):
         if version != needed:
             yield Unavailable(name, None, f"the memory controller is on cgroup v{version}" if version else reason)
     if version == 1 and not any(constraint.kind == "memory.limit_in_bytes" for constraint in status.constraints):
@@ -386,6 +426,8 @@ def _cgroup_sources(root: Root, status: MemoryStatus, thresholds: Thresholds) ->
                 yield CgroupEvents(group)
         else:
             yield from _usage_sources(group, status, thresholds)
+            yield ReclaimNotice(group, "medium")
+            yield ReclaimNotice(group, "critical")
     if version == 1:
         yield OomNotice(groups[0])
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from memsafe._kernel.kept import KeptFiles
+    from memsafe.pressure.emergency import EmergencyReserve
     from memsafe.pressure.reserve import BlockReserve
 
 _REPORTS = 64
@@ -51,15 +52,23 @@ class Reading:
     """What is left under a limit: *base_bytes* and the sum of all terms.
 
     Attributes:
-        base_bytes: What is added to them.
-        tell_bytes: The timer fires at once when no more is left than this.
+        token: A name for it, not 0.
+        base_bytes: What is added to the terms.
+        tell_bytes: It is told at once, as by the timer, when no more is left than this.
+        give_bytes: The emergency reserve is given back at once when no more is left than this.
+        added_bytes: What the terms that only add make now.
         terms: A descriptor, what its line begins with (empty: the file is one number), and what to multiply it by;
             at most three, those that only add last.
+        rests: The kernel tells by itself when it matters: it is not read as time passes.
     """
 
+    token: int
     base_bytes: int
     tell_bytes: int
+    give_bytes: int
+    added_bytes: int
     terms: tuple[tuple[int, bytes, int], ...]
+    rests: bool = False
 
 
 class Look:
@@ -69,22 +78,33 @@ class Look:
         timer_fd: A timer of open_timer().
         kept: What is read when there is something to tell.
         reserve: What is given back when the wait ends, before anything is allocated.
+        alarm_fd: Another timer, which fires when no next wait follows for some time.
     """
 
-    def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve) -> None:
+    def __init__(self, timer_fd: int, kept: KeptFiles, reserve: BlockReserve, alarm_fd: int = -1) -> None:
         self._kept = kept
         self._reserve = reserve
         # Made now, as all that is needed under memory pressure.
         self._gauges: Any = ffi.new("ms_gauge[]", lib.MS_GAUGES)
         self.native: Any = ffi.new(
             "ms_waiter_look *",
-            {"timer_fd": timer_fd, "timer_ns": -1, "gauges": self._gauges, "kept": kept.native},
+            {
+                "timer_fd": timer_fd,
+                "timer_ns": -1,
+                "gauges": self._gauges,
+                "kept": kept.native,
+                "alarm_fd": alarm_fd,
+            },
         )
 
-    def set(self, *, timer_s: float | None = None, rest_s: float = 0.0) -> None:
-        """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*."""
+    def set(self, *, timer_s: float | None = None, rest_s: float = 0.0, alarm_s: float = 0.0) -> None:
+        """Before the next wait, set the timer (None: leave it), and let signals gather for *rest_s*.
+
+        The alarm is stopped when the wait begins, and fires *alarm_s* after its end; 0: it is not touched.
+        """
         self.native.timer_ns = -1 if timer_s is None else int(timer_s * 1e9)
         self.native.rest_ns = int(rest_s * 1e9)
+        self.native.alarm_ns = int(alarm_s * 1e9)
 
     def pace(self, fill_bytes_per_s: int, least_s: float, most_s: float) -> None:
         """Let gauges be read before so much growth could reach what they tell, within bounds."""
@@ -95,12 +115,19 @@ class Look:
         count = 0
         for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
             gauge = self._gauges[count - 1]
-            gauge.base_bytes, gauge.tell_bytes, gauge.seen_bytes = reading.base_bytes, reading.tell_bytes, 0
+            gauge.token, gauge.rests, gauge.seen_bytes = reading.token, reading.rests, 0
+            gauge.base_bytes, gauge.added_bytes = reading.base_bytes, reading.added_bytes
+            gauge.tell_bytes, gauge.give_bytes = reading.tell_bytes, reading.give_bytes
             for index in range(lib.MS_GAUGE_TERMS):
                 gauge.terms[index].fd = -1
             for index, (fd, key, scale) in enumerate(reading.terms):
                 gauge.terms[index] = (fd, key, scale)
         self.native.gauge_count = count
+
+    @property
+    def gave(self) -> tuple[int, int] | None:
+        """The reading that the emergency reserve was given back for, and what was left there; None: it was not."""
+        return (self.native.gave_for, self.native.gave_at_bytes) if self.native.gave_for else None
 
     def ended(self, count: int) -> None:
         """The wait is over, and *count* sources had something to tell; less than 0: it failed."""
@@ -145,6 +172,18 @@ class Waiter:
     def drop_gauges(self) -> None:
         """Read no gauges any longer; their descriptors are not touched again."""
         check(lib.ms_waiter_drop_gauges(self._open()), "drop the gauges")
+
+    def give(self, reserve: EmergencyReserve) -> None:
+        """Let it be given back as soon as a gauge asks for it, in the native thread."""
+        check(lib.ms_waiter_set_reserve(self._open(), reserve._native), "share the emergency reserve")
+
+    def require_cpu_time(self) -> None:
+        """Make sure that gauges are read as the process's CPU time passes, too.
+
+        Raises:
+            KernelError: They are not: no thread, or a sandbox does not let one sleep on that clock.
+        """
+        check(lib.ms_waiter_follows_cpu(self._open()), "clock_nanosleep(CLOCK_PROCESS_CPUTIME_ID)")
 
     def fileno(self) -> int:
         """Return an eventfd that is readable while there is something to take."""

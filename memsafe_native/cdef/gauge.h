@@ -1,6 +1,6 @@
 /* What is left under a limit, from a few numbers in files of the kernel: microseconds to read, and no Python. */
 
-enum { MS_GAUGE_TERMS = 3, MS_GAUGES = 32, MS_GAUGE_STILL = 20 };
+enum { MS_GAUGE_TERMS = 3, MS_GAUGES = 32, MS_GAUGE_STILL = 100 };
 
 typedef struct ms_gauge_term {
     int32_t fd;   /* stays the caller's; -1: no term */
@@ -8,12 +8,17 @@ typedef struct ms_gauge_term {
     int64_t scale;
 } ms_gauge_term;
 
-/* left = base + the sum of scale times number. The terms that only add come last: they are not read where the others
- * show already that much is left. Two terms of one file stand next to each other: it is read once. */
+/* left = base + the sum of scale times number. The terms that only add come last, behind the first: they are not read
+ * where the others show already that enough is left, because memory.stat is what costs. Two terms of one file stand
+ * next to each other: it is read once. */
 typedef struct ms_gauge {
+    uint64_t token; /* the caller's name for it, not 0 */
     int64_t base_bytes;
-    int64_t tell_bytes; /* somebody wants to know when no more is left than this */
-    int64_t seen_bytes; /* private: what was left when it was read last; 0 at first */
+    int64_t tell_bytes;  /* somebody wants to know when no more is left than this */
+    int64_t give_bytes;  /* and will give something back when no more is left than this; at most tell_bytes */
+    int64_t added_bytes; /* what the terms that only add made the last time that they were read */
+    int64_t seen_bytes;  /* private: what was left when it was read last; 0 at first */
+    int32_t rests;       /* not 0: the kernel itself tells when it matters; read only with all of them */
     ms_gauge_term terms[MS_GAUGE_TERMS];
 } ms_gauge;
 
@@ -26,7 +31,15 @@ typedef struct ms_gauge_pace {
     int64_t still_ns; /* private: the least now; 0 at first */
 } ms_gauge_pace;
 
-/* Read the gauges. One that cannot be read tells nothing: its cgroup is gone, and who finds that out is elsewhere.
- * Returns after how many nanoseconds to read again, or 0: one of them has something to tell. Opens nothing, allocates
- * nothing. Not thread-safe for the same gauges. Needs no GIL. */
-int64_t ms_gauge_read(ms_gauge *gauges, int count, ms_gauge_pace *pace);
+typedef struct ms_gauge_sight {
+    int32_t told;       /* how many have no more left than is to be told */
+    int32_t short_of;   /* the last that has no more left than asks for giving; -1: none */
+    int64_t left_bytes; /* of that one */
+    int64_t next_ns;    /* when to read again */
+    int64_t soonest_ns; /* when what is left under one of them could be down to its next mark, growing at the rate: time
+                         * that processors work, not time that passes */
+} ms_gauge_sight;
+
+/* Read the gauges, those that rest only with all. One that cannot be read tells nothing: its cgroup is gone, and who
+ * finds that out is elsewhere. Opens nothing, allocates nothing. Not thread-safe for the same gauges. Needs no GIL. */
+ms_gauge_sight ms_gauge_read(ms_gauge *gauges, int count, int all, ms_gauge_pace *pace);

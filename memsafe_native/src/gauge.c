@@ -8,7 +8,6 @@
 
 enum {
     FILE_BYTES = 8192, /* memory.stat has some 2 KiB; the keys that are looked for stand in its first half */
-    NEAR_DIVISOR = 10, /* what only adds is read where without it the next read would come this much sooner */
     MOVED_DIVISOR = 64,
     NS_PER_S = 1000000000
 };
@@ -60,36 +59,62 @@ static bool read_term(text *file, const ms_gauge_term *term, int64_t *value)
     return !__builtin_mul_overflow(number, term->scale, value);
 }
 
-/* After how long what is left could be down to what is to be told; 0: it is. */
-static int64_t delay_ns(int64_t left_bytes, const ms_gauge *gauge, const ms_gauge_pace *pace)
+/* What it is to be watched for next, when so much is left; all of it, when there is nothing more. */
+static int64_t next_mark(const ms_gauge *gauge, int64_t left_bytes)
 {
-    if (left_bytes <= gauge->tell_bytes)
-        return 0;
-    double delay = (double)(left_bytes - gauge->tell_bytes) / (double)pace->fill_bytes_per_s * NS_PER_S;
+    if (left_bytes > gauge->tell_bytes)
+        return gauge->tell_bytes;
+    return left_bytes > gauge->give_bytes ? gauge->give_bytes : INT64_MIN;
+}
+
+/* After how long what is left could be down to the next mark. */
+static int64_t delay_ns(int64_t left_bytes, int64_t mark_bytes, const ms_gauge_pace *pace)
+{
+    double delay = ((double)left_bytes - (double)mark_bytes) * (NS_PER_S / (double)pace->fill_bytes_per_s);
     if (delay >= (double)pace->most_ns)
         return pace->most_ns;
     return delay < 1 ? 1 : (int64_t)delay;
 }
 
-/* Returns false where it cannot be read. */
-static bool read_left(text *file, const ms_gauge *gauge, const ms_gauge_pace *pace, int64_t *left_bytes)
+/* Whether what only adds need not be read: without it more is left than is to be told, and with as much of it as there
+ * was the last time, the next reading would not even come half as soon. */
+static bool is_enough(const ms_gauge *gauge, int64_t left_bytes)
 {
-    int64_t left = gauge->base_bytes;
-    for (int i = 0; i < MS_GAUGE_TERMS && gauge->terms[i].fd >= 0; i++) {
-        int64_t value;
-        if (i > 0 && gauge->terms[i].scale > 0 && delay_ns(left, gauge, pace) >= pace->most_ns / NEAR_DIVISOR)
-            break;
-        if (!read_term(file, &gauge->terms[i], &value) || __builtin_add_overflow(left, value, &left))
+    int64_t spare_bytes = left_bytes - gauge->tell_bytes;
+    return spare_bytes > 0 && gauge->added_bytes <= spare_bytes;
+}
+
+static bool add_terms(text *file, const ms_gauge_term *term, const ms_gauge_term *end, int64_t *sum)
+{
+    for (int64_t value; term < end && term->fd >= 0; term++)
+        if (!read_term(file, term, &value) || __builtin_add_overflow(*sum, value, sum))
             return false;
+    return true;
+}
+
+/* Returns false where it cannot be read. */
+static bool read_left(text *file, ms_gauge *gauge, int64_t *left_bytes)
+{
+    const ms_gauge_term *adding = gauge->terms, *end = gauge->terms + MS_GAUGE_TERMS;
+    int64_t left = gauge->base_bytes, added = 0;
+    do
+        adding++;
+    while (adding < end && adding->fd >= 0 && adding->scale < 0);
+    if (!add_terms(file, gauge->terms, adding, &left))
+        return false;
+    if (adding < end && (adding->fd == file->fd || !is_enough(gauge, left))) {
+        if (!add_terms(file, adding, end, &added) || __builtin_add_overflow(left, added, &left))
+            return false;
+        gauge->added_bytes = added;
     }
     *left_bytes = left;
     return true;
 }
 
 /* Whether it lost a share of what may be lost since it was read last. */
-static bool moved(const ms_gauge *gauge, int64_t left_bytes)
+static bool moved(const ms_gauge *gauge, int64_t left_bytes, int64_t mark_bytes)
 {
-    return gauge->seen_bytes == 0 || gauge->seen_bytes - left_bytes > (left_bytes - gauge->tell_bytes) / MOVED_DIVISOR;
+    return gauge->seen_bytes == 0 || gauge->seen_bytes - left_bytes > (left_bytes - mark_bytes) / MOVED_DIVISOR;
 }
 
 /* Returns the least delay now: what begins to fill while nothing moved is seen after MS_GAUGE_STILL times the least. */
@@ -102,24 +127,30 @@ static int64_t slow_down(ms_gauge_pace *pace, bool any_moved)
     return pace->still_ns < pace->most_ns ? pace->still_ns : pace->most_ns;
 }
 
-int64_t ms_gauge_read(ms_gauge *gauges, int count, ms_gauge_pace *pace)
+ms_gauge_sight ms_gauge_read(ms_gauge *gauges, int count, int all, ms_gauge_pace *pace)
 {
+    ms_gauge_sight sight = {.short_of = -1, .soonest_ns = pace->most_ns};
     text file = {.fd = -1};
-    int64_t next_ns = pace->most_ns;
     bool any_moved = false;
     for (int i = 0; i < count; i++) {
         int64_t left_bytes;
         file.fd = -1; /* between two gauges time passes: it is read anew */
-        if (!read_left(&file, &gauges[i], pace, &left_bytes))
+        if ((gauges[i].rests && !all) || !read_left(&file, &gauges[i], &left_bytes))
             continue;
-        int64_t one_ns = delay_ns(left_bytes, &gauges[i], pace);
-        if (one_ns == 0)
-            return 0;
-        if (one_ns < next_ns)
-            next_ns = one_ns;
-        any_moved |= moved(&gauges[i], left_bytes);
+        int64_t mark_bytes = next_mark(&gauges[i], left_bytes);
+        sight.told += left_bytes <= gauges[i].tell_bytes;
+        if (mark_bytes == INT64_MIN) {
+            sight.short_of = i;
+            sight.left_bytes = left_bytes;
+            continue;
+        }
+        int64_t one_ns = delay_ns(left_bytes, mark_bytes, pace);
+        if (one_ns < sight.soonest_ns)
+            sight.soonest_ns = one_ns;
+        any_moved |= moved(&gauges[i], left_bytes, mark_bytes);
         gauges[i].seen_bytes = left_bytes;
     }
     int64_t least_ns = slow_down(pace, any_moved);
-    return next_ns > least_ns ? next_ns : least_ns;
+    sight.next_ns = sight.soonest_ns > least_ns ? sight.soonest_ns : least_ns;
+    return sight;
 }

@@ -1,28 +1,42 @@
 /* The native waiter: see cdef/waiter.h for the contract. */
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "ms.h"
+#include "cpuwatch.h"
+#include "emergency.h"
 #include "gauge.h"
 #include "kept.h"
+#include "native_thread.h"
 #include "waiter.h"
 
 enum {
     CAPACITY_MAX = 4096,
     EVENTS_PER_WAIT = 32,
     STREAM_READS_PER_WAIT = 16, /* a writer that never stops must not keep the thread from the other sources */
-    STACK_BYTES = 256 * 1024    /* little is used, but glibc takes every library's static TLS out of it */
+    GRACE_MS = 1000             /* a timer that is so late was not heard */
 };
 
-#define STOP UINT64_MAX
+#define STOP   UINT64_MAX
+#define GAUGES (UINT64_MAX - 1)
+
+/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
+ * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
+ * not told from each other. */
+typedef struct file_id {
+    dev_t device;
+    ino_t inode;
+} file_id;
 
 typedef struct slot {
     uint64_t token;
@@ -30,29 +44,43 @@ typedef struct slot {
     int64_t first_ns;
     int64_t last_ns;
     int fd; /* -1: free */
+    file_id id;
     int how;
     int lost_errno;
     uint32_t generation; /* tells an event that was on its way when the slot changed hands */
 } slot;
 
-/* What is read each time that the timer fires before its time. */
+/* What is read between two looks of Python, by this thread and by the one that follows the CPU time. */
 typedef struct gauging {
-    int timer_fd;
+    int timer_fd; /* of Python's next look */
     int count;
-    int64_t until_ns; /* when the timer was to fire */
+    int64_t until_ns; /* when that timer was to fire */
+    bool has_told;
+    uint64_t gave_for; /* a gauge's token; 0: nothing was given since it was asked for */
+    int64_t gave_at_bytes;
+    int64_t read_at_ns;
+    int64_t next_at_ns; /* when gauge_fd fires */
     ms_gauge_pace pace;
     ms_gauge gauges[MS_GAUGES];
 } gauging;
 
+enum { EPOLL, NOTIFY, STOPPER, TIMER, OWN_FDS };
+
 struct ms_waiter {
-    pthread_mutex_t lock; /* guards slots, signalled and watch; never taken in a forked child */
+    pthread_mutex_t lock; /* guards slots, signalled, robbed, watch and reserve; never taken in a forked child */
     pthread_t thread;
     pid_t pid;
     int epoll_fd;
     int notify_fd;
     int stop_fd;
+    int gauge_fd; /* a timer: when to read the gauges */
+    file_id ids[OWN_FDS];
     int signalled; /* notify_fd was written and nothing was taken since */
+    int robbed;    /* a descriptor was closed by somebody else: the thread ends */
     int capacity;
+    int follows_cpu; /* 0, or -errno */
+    ms_cpuwatch cpuwatch;
+    ms_emergency *reserve; /* a reference, or NULL */
     gauging watch;
     slot slots[];
 };
@@ -67,6 +95,29 @@ static int64_t now_ns(void)
 static int is_foreign(const ms_waiter *waiter)
 {
     return waiter->pid != getpid();
+}
+
+/* --- descriptors that are still ours ------------------------------------------------------------------------------ */
+
+static int identify(int fd, file_id *id)
+{
+    struct stat found;
+    if (fstat(fd, &found) < 0)
+        return -errno;
+    *id = (file_id){found.st_dev, found.st_ino};
+    return 0;
+}
+
+static int is_ours(int fd, const file_id *id)
+{
+    file_id now = {0};
+    return identify(fd, &now) == 0 && now.device == id->device && now.inode == id->inode;
+}
+
+static int has_all(const ms_waiter *waiter)
+{
+    return is_ours(waiter->epoll_fd, &waiter->ids[EPOLL]) && is_ours(waiter->notify_fd, &waiter->ids[NOTIFY]) &&
+           is_ours(waiter->stop_fd, &waiter->ids[STOPPER]) && is_ours(waiter->gauge_fd, &waiter->ids[TIMER]);
 }
 
 /* --- reading a source, so that it can fire again ------------------------------------------------------------------ */
@@ -137,17 +188,6 @@ static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
     source->lost_errno = lost_errno;
 }
 
-/* Look again later, where the timer fired for the gauges alone and none has anything to tell. Returns whether. */
-static int goes_on(gauging *watch, const slot *source, int64_t at_ns)
-{
-    if (watch->count == 0 || watch->timer_fd != source->fd || at_ns >= watch->until_ns)
-        return 0;
-    int64_t next_ns = ms_gauge_read(watch->gauges, watch->count, &watch->pace);
-    if (next_ns > watch->until_ns - at_ns)
-        next_ns = watch->until_ns - at_ns;
-    return next_ns > 0 && ms_timer_set(source->fd, next_ns) == 0;
-}
-
 /* pre: the lock is held. Returns whether there is something new to take. */
 static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at_ns)
 {
@@ -155,10 +195,10 @@ static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at
     if (source->fd < 0 || source->lost_errno || source->generation != event->data.u64 >> 32)
         return 0;
     uint64_t events = 0;
-    int result = drain(source, event->events, &events);
-    if (result < 0)
-        epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
-    if (result == 0 && (events == 0 || goes_on(&waiter->watch, source, at_ns)))
+    int result = is_ours(source->fd, &source->id) ? drain(source, event->events, &events) : -EBADF;
+    if (result < 0 && epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL) < 0)
+        waiter->robbed = 1; /* its file is open elsewhere, but no longer here: it would signal for ever */
+    if (result == 0 && events == 0)
         return 0;
     record(source, events, -result, at_ns);
     return 1;
@@ -170,8 +210,97 @@ static void signal_reader(ms_waiter *waiter)
     const uint64_t one = 1;
     if (waiter->signalled)
         return;
+    if (!is_ours(waiter->notify_fd, &waiter->ids[NOTIFY])) {
+        waiter->robbed = 1;
+        return;
+    }
     /* The write can fail only when the counter is full, and then the descriptor is readable already. */
     waiter->signalled = write(waiter->notify_fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
+}
+
+/* pre: the lock is held. */
+static void tell(ms_waiter *waiter, int64_t at_ns)
+{
+    for (int i = 0; i < waiter->capacity; i++)
+        if (waiter->slots[i].fd >= 0 && waiter->slots[i].fd == waiter->watch.timer_fd)
+            record(&waiter->slots[i], 1, 0, at_ns);
+    signal_reader(waiter);
+}
+
+/* pre: the lock is held. */
+static void read_after(ms_waiter *waiter, int64_t at_ns, int64_t delay_ns)
+{
+    waiter->watch.next_at_ns = at_ns + delay_ns;
+    if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
+        (void)ms_timer_set(waiter->gauge_fd, delay_ns);
+    else
+        waiter->robbed = 1;
+}
+
+static bool holds_reserve(const ms_waiter *waiter)
+{
+    return waiter->reserve && ms_emergency_held(waiter->reserve) > 0;
+}
+
+/* Read the gauges, all or those that do not rest, and do what they ask for. pre: the lock is held. Returns after how
+ * much CPU time they could have something more to tell. */
+static int64_t read_gauges(ms_waiter *waiter, bool all)
+{
+    gauging *watch = &waiter->watch;
+    int64_t at_ns = now_ns();
+    if (watch->count == 0 || waiter->robbed)
+        return INT64_MAX;
+    watch->read_at_ns = at_ns;
+    ms_gauge_sight sight = ms_gauge_read(watch->gauges, watch->count, all, &watch->pace);
+    if (sight.told > 0 && !watch->has_told) {
+        watch->has_told = true;
+        tell(waiter, at_ns); /* first: giving back may have to wait for a fork to end */
+    }
+    if (sight.short_of >= 0 && holds_reserve(waiter) && ms_emergency_give(waiter->reserve) > 0) {
+        watch->gave_for = watch->gauges[sight.short_of].token;
+        watch->gave_at_bytes = sight.left_bytes;
+        tell(waiter, at_ns);
+    }
+    if (watch->has_told && !holds_reserve(waiter)) {
+        watch->count = 0; /* until Python has looked */
+        return INT64_MAX;
+    }
+    if (!all || at_ns + sight.next_ns < watch->next_at_ns)
+        read_after(waiter, at_ns, sight.next_ns);
+    return sight.soonest_ns;
+}
+
+static int64_t look_as_cpu_time_passes(void *owner)
+{
+    ms_waiter *waiter = owner;
+    pthread_mutex_lock(&waiter->lock);
+    const gauging *watch = &waiter->watch;
+    bool is_early = now_ns() - watch->read_at_ns < watch->pace.least_ns;
+    int64_t next_ns = is_early ? watch->pace.least_ns : read_gauges(waiter, true);
+    pthread_mutex_unlock(&waiter->lock);
+    return next_ns;
+}
+
+/* pre: the lock is held. */
+static void handle_all(ms_waiter *waiter, const struct epoll_event *events, int count)
+{
+    int64_t at_ns = now_ns();
+    bool is_time = false;
+    int fresh = 0;
+    for (int i = 0; i < count; i++) {
+        uint64_t ignored;
+        if (events[i].data.u64 != GAUGES)
+            fresh |= handle(waiter, &events[i], at_ns);
+        else if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
+            is_time = drain_counter(waiter->gauge_fd, &ignored) == 0;
+        else
+            waiter->robbed = 1;
+    }
+    if (fresh)
+        signal_reader(waiter);
+    /* Whatever happened: if it happened because there is nothing left, Python may come too late. */
+    if (is_time || fresh)
+        read_gauges(waiter, fresh);
 }
 
 static void *run(void *argument)
@@ -183,65 +312,64 @@ static void *run(void *argument)
         int ready = epoll_wait(waiter->epoll_fd, events, EVENTS_PER_WAIT, -1);
         if (ready < 0 && errno != EINTR)
             return NULL;
-        int64_t at_ns = now_ns();
-        int fresh = 0;
-        pthread_mutex_lock(&waiter->lock);
-        for (int i = 0; i < ready; i++) {
-            if (events[i].data.u64 == STOP) {
-                pthread_mutex_unlock(&waiter->lock);
+        for (int i = 0; i < ready; i++)
+            if (events[i].data.u64 == STOP)
                 return NULL;
-            }
-            fresh |= handle(waiter, &events[i], at_ns);
-        }
-        if (fresh)
-            signal_reader(waiter);
+        pthread_mutex_lock(&waiter->lock);
+        handle_all(waiter, events, ready);
+        int robbed = waiter->robbed;
         pthread_mutex_unlock(&waiter->lock);
+        if (robbed)
+            return NULL;
     }
-}
-
-static int start_thread(ms_waiter *waiter)
-{
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    int error = pthread_attr_init(&attributes);
-    if (error)
-        return -error;
-    error = pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    sigfillset(&all);
-    if (!error)
-        error = pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (!error) {
-        error = pthread_create(&waiter->thread, &attributes, run, waiter);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-    }
-    pthread_attr_destroy(&attributes);
-    return -error;
 }
 
 /* --- open and close ----------------------------------------------------------------------------------------------- */
 
+static void close_fds(const ms_waiter *waiter)
+{
+    const int fds[OWN_FDS] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd, waiter->gauge_fd};
+    for (int i = 0; i < OWN_FDS; i++)
+        if (fds[i] >= 0 && is_ours(fds[i], &waiter->ids[i]))
+            close(fds[i]);
+}
+
+/* pre: nobody else uses the waiter. */
 static void free_waiter(ms_waiter *waiter)
 {
-    const int fds[] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd};
-    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
-        if (fds[i] >= 0)
-            close(fds[i]);
+    close_fds(waiter);
+    if (waiter->reserve)
+        ms_emergency_unref(waiter->reserve);
     free(waiter);
+}
+
+/* Take a new descriptor as one of our own. */
+static int own(ms_waiter *waiter, int which, int fd, int *own_fd)
+{
+    if (fd < 0)
+        return -errno;
+    *own_fd = fd;
+    return identify(fd, &waiter->ids[which]);
+}
+
+static int wait_for(const ms_waiter *waiter, int fd, uint64_t token)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = token};
+    return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
 static int open_fds(ms_waiter *waiter)
 {
-    struct epoll_event stop = {.events = EPOLLIN, .data.u64 = STOP};
-    waiter->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (waiter->epoll_fd < 0)
-        return -errno;
-    waiter->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (waiter->notify_fd < 0)
-        return -errno;
-    waiter->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (waiter->stop_fd < 0)
-        return -errno;
-    return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, waiter->stop_fd, &stop) < 0 ? -errno : 0;
+    int result = own(waiter, EPOLL, epoll_create1(EPOLL_CLOEXEC), &waiter->epoll_fd);
+    if (result == 0)
+        result = own(waiter, NOTIFY, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->notify_fd);
+    if (result == 0)
+        result = own(waiter, STOPPER, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->stop_fd);
+    if (result == 0)
+        result = own(waiter, TIMER, ms_timer_open(), &waiter->gauge_fd);
+    if (result == 0)
+        result = wait_for(waiter, waiter->stop_fd, STOP);
+    return result < 0 ? result : wait_for(waiter, waiter->gauge_fd, GAUGES);
 }
 
 int ms_waiter_open(int capacity, ms_waiter **waiter)
@@ -253,19 +381,41 @@ int ms_waiter_open(int capacity, ms_waiter **waiter)
         return -ENOMEM;
     made->pid = getpid();
     made->capacity = capacity;
-    made->epoll_fd = made->notify_fd = made->stop_fd = -1;
+    made->epoll_fd = made->notify_fd = made->stop_fd = made->gauge_fd = made->watch.timer_fd = -1;
+    made->cpuwatch = (ms_cpuwatch){.look = look_as_cpu_time_passes, .owner = made};
     for (int i = 0; i < capacity; i++)
         made->slots[i].fd = -1;
     pthread_mutex_init(&made->lock, NULL);
     int result = open_fds(made);
     if (result == 0)
-        result = start_thread(made);
+        result = ms_native_thread(&made->thread, run, made);
     if (result < 0) {
         free_waiter(made);
         return result;
     }
+    made->follows_cpu = ms_cpuwatch_add(&made->cpuwatch); /* without, it does with time that passes */
     *waiter = made;
     return 0;
+}
+
+/* Give up a waiter whose thread perhaps cannot be told to end: it may wait for ever on a set that nothing is in any
+ * longer. What it may still touch stays; a few KiB and a sleeping thread. */
+static void leave(ms_waiter *waiter)
+{
+    const uint64_t one = 1;
+    pthread_mutex_lock(&waiter->lock);
+    waiter->robbed = 1;
+    for (int i = 0; i < waiter->capacity; i++)
+        waiter->slots[i].fd = -1;
+    waiter->watch.count = 0;
+    if (waiter->reserve)
+        ms_emergency_unref(waiter->reserve);
+    waiter->reserve = NULL;
+    if (is_ours(waiter->stop_fd, &waiter->ids[STOPPER]))
+        (void)!write(waiter->stop_fd, &one, sizeof one);
+    pthread_mutex_unlock(&waiter->lock);
+    pthread_detach(waiter->thread);
+    close_fds(waiter);
 }
 
 void ms_waiter_close(ms_waiter *waiter)
@@ -274,6 +424,11 @@ void ms_waiter_close(ms_waiter *waiter)
     /* A forked child has no such thread, its copy of the lock may be held for ever, and its epoll set is the parent's:
      * all that it may do is close its own descriptors. */
     if (!is_foreign(waiter)) {
+        ms_cpuwatch_remove(&waiter->cpuwatch);
+        if (!has_all(waiter)) {
+            leave(waiter);
+            return;
+        }
         while (write(waiter->stop_fd, &one, sizeof one) < 0 && errno == EINTR)
             ;
         pthread_join(waiter->thread, NULL);
@@ -324,14 +479,17 @@ static int add_locked(ms_waiter *waiter, int fd, int how, uint64_t token)
     slot *source = &waiter->slots[index];
     uint32_t generation = source->generation + 1;
     uint64_t ignored;
-    int result = how == MS_WAITER_KERNFS ? drain_kernfs(fd, &ignored) : 0;
+    file_id id;
+    int result = identify(fd, &id);
+    if (result == 0 && how == MS_WAITER_KERNFS)
+        result = drain_kernfs(fd, &ignored);
     if (result < 0)
         return result;
     struct epoll_event event = {.events = how <= MS_WAITER_TRIGGER ? EPOLLPRI : EPOLLIN,
                                 .data.u64 = (uint64_t)generation << 32 | (uint32_t)index};
     if (epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
         return errno == EEXIST ? -EINVAL : -errno; /* -EEXIST means the token */
-    *source = (slot){.token = token, .fd = fd, .how = how, .generation = generation};
+    *source = (slot){.token = token, .fd = fd, .id = id, .how = how, .generation = generation};
     return 0;
 }
 
@@ -384,15 +542,11 @@ static ms_waiter_report take_slot(slot *source)
     return report;
 }
 
-int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
+/* pre: the lock is held. Returns how many were taken. */
+static int take_locked(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
 {
-    if (is_foreign(waiter))
-        return -ECHILD;
-    if (capacity < 1)
-        return -EINVAL;
     uint64_t ignored;
     int taken = 0, left = 0;
-    pthread_mutex_lock(&waiter->lock);
     (void)drain_counter(waiter->notify_fd, &ignored);
     waiter->signalled = 0;
     for (int i = 0; i < waiter->capacity; i++) {
@@ -405,8 +559,29 @@ int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
     }
     if (left)
         signal_reader(waiter);
+    return taken;
+}
+
+static int take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (capacity < 1)
+        return -EINVAL;
+    pthread_mutex_lock(&waiter->lock);
+    int taken = take_locked(waiter, reports, capacity);
+    if (look) {
+        look->gave_for = waiter->watch.gave_for;
+        look->gave_at_bytes = waiter->watch.gave_at_bytes;
+        waiter->watch.gave_for = 0;
+    }
     pthread_mutex_unlock(&waiter->lock);
     return taken;
+}
+
+int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
+{
+    return take(waiter, NULL, reports, capacity);
 }
 
 /* --- timers ------------------------------------------------------------------------------------------------------- */
@@ -417,12 +592,16 @@ int ms_timer_open(void)
     return fd < 0 ? -errno : fd;
 }
 
-int ms_timer_set(int fd, int64_t delay_ns)
+/* 0 disarms it. */
+static int set_or_disarm(int fd, int64_t delay_ns)
 {
-    if (delay_ns < 1)
-        delay_ns = 1; /* 0 would disarm it */
     struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
     return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
+}
+
+int ms_timer_set(int fd, int64_t delay_ns)
+{
+    return set_or_disarm(fd, delay_ns < 1 ? 1 : delay_ns);
 }
 
 /* --- waiting ------------------------------------------------------------------------------------------------------ */
@@ -434,25 +613,47 @@ static void rest(int64_t rest_ns)
         nanosleep(&span, NULL);
 }
 
-/* Set the timer for the first of what it is to fire for. */
-static int set_look(ms_waiter *waiter, const ms_waiter_look *look)
+static int set_look(ms_waiter *waiter, const ms_waiter_look *wanted)
 {
-    if (look->timer_fd < 0 || look->timer_ns < 0)
+    if (wanted->timer_fd < 0 || wanted->timer_ns < 0)
         return 0;
-    if (look->gauge_count < 0 || look->gauge_count > MS_GAUGES)
+    if (wanted->gauge_count < 0 || wanted->gauge_count > MS_GAUGES)
         return -EINVAL;
-    int reads = look->gauge_count > 0 && look->pace.least_ns < look->timer_ns;
     pthread_mutex_lock(&waiter->lock);
     gauging *watch = &waiter->watch;
-    watch->timer_fd = look->timer_fd;
-    watch->until_ns = now_ns() + look->timer_ns;
-    watch->pace = look->pace;
-    watch->count = reads ? look->gauge_count : 0;
+    watch->timer_fd = wanted->timer_fd;
+    watch->until_ns = now_ns() + wanted->timer_ns;
+    watch->has_told = false;
+    watch->pace = wanted->pace;
+    watch->count = wanted->gauge_count;
     for (int i = 0; i < watch->count; i++)
-        watch->gauges[i] = look->gauges[i];
-    int result = ms_timer_set(look->timer_fd, reads ? look->pace.least_ns : look->timer_ns);
+        watch->gauges[i] = wanted->gauges[i];
+    watch->read_at_ns = now_ns();
+    if (watch->count > 0)
+        read_after(waiter, watch->read_at_ns, watch->pace.least_ns);
+    int result = ms_timer_set(wanted->timer_fd, wanted->timer_ns);
     pthread_mutex_unlock(&waiter->lock);
     return result;
+}
+
+int ms_waiter_set_reserve(ms_waiter *waiter, ms_emergency *reserve)
+{
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (reserve)
+        ms_emergency_ref(reserve);
+    pthread_mutex_lock(&waiter->lock);
+    ms_emergency *before = waiter->reserve;
+    waiter->reserve = reserve;
+    pthread_mutex_unlock(&waiter->lock);
+    if (before)
+        ms_emergency_unref(before);
+    return 0;
+}
+
+int ms_waiter_follows_cpu(const ms_waiter *waiter)
+{
+    return waiter->follows_cpu;
 }
 
 int ms_waiter_drop_gauges(ms_waiter *waiter)
@@ -465,21 +666,57 @@ int ms_waiter_drop_gauges(ms_waiter *waiter)
     return 0;
 }
 
-int ms_waiter_wait(ms_waiter *waiter, const ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+static int is_robbed(ms_waiter *waiter)
+{
+    pthread_mutex_lock(&waiter->lock);
+    int robbed = waiter->robbed;
+    pthread_mutex_unlock(&waiter->lock);
+    return robbed || !has_all(waiter);
+}
+
+/* How long it may take until the timer makes the thread signal, in ms for poll(); -1: nobody knows. */
+static int patience_ms(const ms_waiter *waiter)
+{
+    int64_t until_ns = waiter->watch.until_ns;
+    if (until_ns == 0)
+        return -1;
+    int64_t left_ns = until_ns - now_ns();
+    int64_t left_ms = GRACE_MS + (left_ns > 0 ? left_ns / 1000000 : 0);
+    return left_ms < INT_MAX ? (int)left_ms : INT_MAX;
+}
+
+static int wait_and_take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
     struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
-    if (is_foreign(waiter))
-        return -ECHILD;
     if (look) {
         int result = set_look(waiter, look);
         if (result < 0)
             return result;
         rest(look->rest_ns);
     }
-    if (poll(&news, 1, -1) < 0)
+    int ready = poll(&news, 1, patience_ms(waiter));
+    if (ready < 0)
         return -errno;
-    int taken = ms_waiter_take(waiter, reports, capacity);
+    if (ready == 0 || (news.revents & POLLNVAL))
+        return is_robbed(waiter) ? -EBADF : 0;
+    int taken = take(waiter, look, reports, capacity);
     if (taken > 0 && look && look->kept)
         ms_kept_read(look->kept);
+    return taken;
+}
+
+int ms_waiter_wait(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
+{
+    int watched = look && look->alarm_ns > 0;
+    if (is_foreign(waiter))
+        return -ECHILD;
+    if (is_robbed(waiter))
+        return -EBADF;
+    /* Should setting it fail, only a warning of what is slow is lost. */
+    if (watched)
+        set_or_disarm(look->alarm_fd, 0);
+    int taken = wait_and_take(waiter, look, reports, capacity);
+    if (watched && taken != -EBADF)
+        set_or_disarm(look->alarm_fd, look->alarm_ns);
     return taken;
 }

@@ -6,6 +6,7 @@ import base64
 import errno
 import mmap
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ import pytest
 
 from memsafe import EmergencyReserve, PressureLevel, PressureMonitor, Thresholds, memory_status
 from memsafe._kernel import cgroup, notify, psi, systemd
+from memsafe._native import ffi, lib
 from memsafe.errors import KernelError
-from memsafe.pressure import sources
+from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
@@ -165,9 +167,266 @@ def is_warned_by_gauges_alone(group):
 
 def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
     found = scenario.run(is_warned_by_gauges_alone, v1_group)
-    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "cpu_time", "polling"}
     assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
     assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
+
+
+def limits_marked(monitor):
+    return [s.reason for s in monitor.sources if s.used and s.name == "usage.low"]
+
+
+def follows_its_limit_there_and_back(group):
+    inner = Path(group, "inner")
+    inner.mkdir()
+    join(str(inner))
+    told = []
+    with PressureMonitor(thresholds=NO_POLLING) as monitor:
+        # Up, down, the own one lifted, and the ancestor's as well.
+        for path, limit in ((group, "256M"), (group, "64M"), (inner, "48M"), (inner, "-1"), (group, "-1")):
+            Path(path, "memory.limit_in_bytes").write_text(limit)
+            monitor.check()
+            told.append(limits_marked(monitor))
+        before = os.listdir("/proc/self/fd")
+        for limit in ("256M", "-1") * 10:
+            Path(group, "memory.limit_in_bytes").write_text(limit)
+            monitor.check()
+        left = len(os.listdir("/proc/self/fd")) - len(before)
+    join(str(group))
+    remove(inner)
+    return {"told": told, "left": left}
+
+
+def test_thresholds_follow_limits_up_and_down_of_the_cgroup_and_its_ancestors(v1_group):
+    found = scenario.run(follows_its_limit_there_and_back, v1_group)
+
+    def marked(*limits):
+        marks = (limit * MIB - NO_POLLING.begins_at(PressureLevel.LOW, limit * MIB) for limit in limits)
+        return [f"wakes when the usage passes {usage_bytes} bytes" for usage_bytes in marks]
+
+    assert found["told"] == [marked(256), marked(64), marked(48, 64), marked(64), []]
+    assert found["left"] == 0
+
+
+CROSS = """
+import mmap, sys
+block = b"x" * (4 << 20)
+for _ in range(int(sys.argv[1])):
+    with mmap.mmap(-1, len(block)) as memory:
+        memory[:] = block
+"""
+
+
+class Counted:
+    """What a monitor heard and did: signals of the kernel, looks at the machine, levels that were announced."""
+
+    def __init__(self):
+        self.signals = {}
+        self.looks = 0
+        self.levels = []
+
+    def count(self, monitor):
+        hub, look = monitor._hub, monitor_module.status_once
+        wait = hub.wait
+
+        def counted_wait(rest_s, **alarm):
+            reports = wait(rest_s, **alarm)
+            names = {source.token: source.name for source in hub._chosen if source.used}
+            for report in reports:
+                if report.token in names:
+                    name = names[report.token]
+                    self.signals[name] = self.signals.get(name, 0) + report.count
+            return reports
+
+        def counted_look(root):
+            self.looks += 1
+            return look(root)
+
+        hub.wait, monitor_module.status_once = counted_wait, counted_look
+        for level in PressureLevel:
+            monitor.on(level, lambda event, level=level: event.level == level and self.levels.append(level.name))
+
+
+def crosses_to_and_fro(group, times):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler, counted = Filler(), Counted()
+    low_bytes = 128 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 128 * MIB)
+    subprocess.run([sys.executable, "-c", CROSS, "1"], check=True)  # what it takes to run is there
+    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+        monitor.check()
+        counted.count(monitor)
+        while own.usage_bytes() < low_bytes - 10 * MIB:
+            filler.take()
+        subprocess.run([sys.executable, "-c", CROSS, str(times)], check=True)
+        monitor.check()
+    return {"signals": counted.signals, "looks": counted.looks, "levels": counted.levels}
+
+
+def test_a_flood_of_crossings_becomes_few_looks_and_one_level(v1_group):
+    found = scenario.run(crosses_to_and_fro, v1_group, 600)
+    crossings = found["signals"]["usage.low"]
+    assert crossings > 600
+    assert found["looks"] < crossings / 2
+    assert found["levels"] in ([], ["LOW"])
+
+
+def fills(group, anonymous_mib, path):
+    """Read a file over and over, with so much other memory in use, while a monitor is on."""
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    filler, counted = Filler(), Counted()
+    with PressureMonitor() as monitor:
+        monitor.check()
+        counted.count(monitor)
+        while own.usage_bytes() - sum(own.file_cache_bytes()) < anonymous_mib * MIB:
+            filler.take()
+        lows = notify.arm_pressure_level(str(group), "low")
+        block = bytearray(MIB)
+        with open(path, "rb", buffering=0) as file:
+            for _ in range(2):
+                file.seek(0)
+                while file.readinto(block):
+                    pass
+        monitor.check()
+        low_events = os.eventfd_read(lows) if readable(lows) else 0
+        os.close(lows)
+        return {
+            "signals": counted.signals,
+            "looks": counted.looks,
+            "levels": counted.levels,
+            "cache": sum(own.file_cache_bytes()),
+            "low_events": low_events,
+        }
+
+
+def readable(fd):
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def big_file(path):
+    """A file of 256 MiB that is in no page cache."""
+    with open(path, "wb") as file:
+        for _ in range(256):
+            file.write(bytes(MIB))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
+
+
+def test_reclaim_of_page_cache_that_the_kernel_calls_low_raises_nothing(v1_group, tmp_path):
+    found = scenario.run(fills, v1_group, 64, big_file(tmp_path / "big"))
+    if found["cache"] < 32 * MIB:
+        pytest.skip(f"{tmp_path} leaves no page cache behind: a tmpfs, or an overlay of one")
+    assert found["low_events"] > 50
+    assert found["levels"] == []
+    assert found["looks"] < 50
+    assert sum(found["signals"].values()) < found["low_events"] / 2, found
+
+
+def writes_files_without_other_memory(group, path):
+    join(group)
+    criticals = notify.arm_pressure_level(str(group), "critical")
+    counted = Counted()
+    with PressureMonitor() as monitor:
+        monitor.check()
+        counted.count(monitor)
+        for _ in range(8):
+            with open(path, "wb") as file:
+                for _ in range(320):
+                    file.write(bytes(MIB))
+            if readable(criticals):
+                break
+        monitor.check()
+    told = os.eventfd_read(criticals) if readable(criticals) else 0
+    os.close(criticals)
+    return {"levels": counted.levels, "criticals": told, "heard": counted.signals.get("pressure_level.critical", 0)}
+
+
+def test_what_the_kernel_calls_critical_is_none_while_there_is_room(v1_group, tmp_path):
+    found = scenario.run(writes_files_without_other_memory, v1_group, tmp_path / "written")
+    if not found["criticals"]:
+        pytest.skip(f"writing to {tmp_path} did not make reclaim fail: a tmpfs, or a fast disk")
+    assert found["heard"] > 0
+    assert found["levels"] == []
+
+
+def thrashes(group, path):
+    join(group)
+    heard, came = [], threading.Event()
+    (own, *_) = cgroup.memory_cgroups()
+    filler = Filler()
+    with PressureMonitor(thresholds=Thresholds(critical_bytes_min=0, critical_ratio=0)) as monitor:
+        monitor.on(PressureLevel.CRITICAL, lambda event: (heard.append([event.source, event.detail]), came.set()))
+        while own.usage_bytes() - sum(own.file_cache_bytes()) < 119 * MIB:
+            filler.take()
+        block = bytearray(64 * 1024)
+        with open(path, "rb", buffering=0) as file:
+            while not came.is_set():
+                if not file.readinto(block):
+                    file.seek(0)
+    return {"heard": heard}
+
+
+def test_reclaim_that_finds_nothing_is_critical_from_low(v1_group, tmp_path):
+    found = scenario.run(thrashes, v1_group, big_file(tmp_path / "big"))
+    ((source, detail),) = found["heard"]
+    assert source == "pressure_level.critical"
+    assert f"can be reclaimed in {cgroup.memory_cgroups()[0].path}/{v1_group.name}" in detail
+
+
+def follows_its_limit_by_gauges(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    sources.choose = lambda *_: []
+    filler, heard, came = Filler(), [], threading.Event()
+    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+        monitor.on(PressureLevel.LOW, lambda event: (heard.append(event.limit_bytes), came.set()))
+        Path(group, "memory.limit_in_bytes").write_text("96M")
+        monitor.check()
+        while not came.is_set() and own.usage_bytes() < 95 * MIB:
+            filler.take()
+        assert came.wait(30)
+    return {"limit": heard[0]}
+
+
+def test_a_gauge_follows_its_limit_from_the_next_look_on(v1_group):
+    assert scenario.run(follows_its_limit_by_gauges, v1_group)["limit"] == 96 * MIB
+
+
+def reads_a_gauge_of_a_removed_cgroup(group):
+    inner = Path(group, "inner")
+    inner.mkdir()
+    (inner / "memory.limit_in_bytes").write_text("100M")
+    (outer, *_) = cgroup.memory_cgroups()
+    join(str(inner))
+    sources.choose = lambda *_: []
+    told = []
+    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+        hub = monitor._hub
+        readings = list(hub._readings(memory_status()))
+        Path(outer.directory, "cgroup.procs").write_text(str(os.getpid()))
+        remove(inner)
+        for reading in readings:
+            hub._between.read([reading])
+            sight = lib.ms_gauge_read(hub._between.native.gauges, 1, 1, ffi.addressof(hub._between.native, "pace"))
+            told.append((sight.told, sight.short_of))
+        before = {source.path for source in monitor.sources if source.used}
+        level = monitor.check()
+        after = {source.path for source in monitor.sources if source.used}
+    return {
+        "told": told,
+        "level": level.name,
+        "gauges": [sum("inner" in (path or "") for path in paths) for paths in (before, after)],
+    }
+
+
+def test_a_gauge_whose_cgroup_is_removed_is_silent_and_the_next_look_lets_it_go(v1_group):
+    found = scenario.run(reads_a_gauge_of_a_removed_cgroup, v1_group)
+    assert len(found["told"]) >= 3, "of the inner cgroup, of the outer one, and of the machine"
+    assert set(map(tuple, found["told"])) == {(0, -1)}
+    assert (found["level"], found["gauges"]) == ("NORMAL", [1, 0])
 
 
 def acts_in_a_full_cgroup(group, gives):
@@ -340,22 +599,25 @@ def test_a_trigger_that_the_kernel_refuses_leaves_no_descriptor():
     assert os.listdir("/proc/self/fd") == before
 
 
-def loses_a_trigger(group):
+def loses_a_trigger(group, how):
     waiter = Waiter()
     trigger = notify.arm_stall_trigger(f"{group}/memory.pressure", "some", 200_000)
-    waiter.add(trigger, How.TRIGGER, 1)
+    waiter.add(trigger, How(how), 1)
     Path(group).rmdir()
     (report,) = waiter.wait()
+    again = waiter.take()
     waiter.close()
     os.close(trigger)
-    return {"lost": report.lost_errno}
+    return {"lost": report.lost_errno, "again": len(again)}
 
 
-def test_a_trigger_whose_cgroup_is_removed_is_lost(v2_group):
+@pytest.mark.parametrize("how", [How.TRIGGER, How.KERNFS])
+def test_a_descriptor_whose_cgroup_is_removed_is_lost_once(v2_group, how):
     if not (v2_group / "memory.pressure").exists():
         pytest.skip("cgroup2 has no memory.pressure here")
     os.close(armed(f"{v2_group}/memory.pressure"))
-    assert scenario.run(loses_a_trigger, v2_group)["lost"] == errno.ENODEV
+    found = scenario.run(loses_a_trigger, v2_group, int(how))
+    assert (found["lost"], found["again"]) == (errno.ENODEV, 0)
 
 
 def test_the_service_managers_trigger_stands_in_for_the_own_one_of_its_kind(monkeypatch):

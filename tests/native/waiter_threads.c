@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -9,6 +10,7 @@
 #include <unistd.h>
 
 #include "ms.h"
+#include "emergency.h"
 #include "gauge.h"
 #include "kept.h"
 #include "waiter.h"
@@ -71,7 +73,9 @@ static void take_all(void)
                            .gauges = &gauge,
                            .gauge_count = 1,
                            .pace = {.fill_bytes_per_s = INT64_MAX, .least_ns = 1000, .most_ns = 3600000000000},
-                           .kept = &kept};
+                           .kept = &kept,
+                           .alarm_fd = ms_timer_open(),
+                           .alarm_ns = 1000};
     CHECK(timer_fd >= 0 && meminfo_fd >= 0 && ms_waiter_add(waiter, timer_fd, MS_WAITER_COUNTER, 1001) == 0);
     int round = 0;
     CHECK(ms_kept_read(&kept) == 3 && answers[4] > 0);
@@ -93,12 +97,86 @@ static void take_all(void)
     CHECK(ms_waiter_wait(waiter, &look, reports, 3) == -EINVAL);
     CHECK(ms_waiter_drop_gauges(waiter) == 0 && ms_waiter_remove(waiter, 1001) == 0);
     close(meminfo_fd);
+    close(look.alarm_fd);
     close(timer_fd);
     CHECK(answers[0] > 0 && answers[2] == -ENOENT && answers[4] == -EAGAIN && answers[6] == -EISDIR);
     CHECK(ms_kept_read(&kept) == 0 && files[0].fd == fd);
     ms_kept_close(&kept);
     CHECK(files[0].fd == -1 && files[2].fd == -1 && ms_kept_read(&kept) == 2 && answers[2] == -ENOENT);
     ms_kept_close(&kept);
+}
+
+/* --- two waiters that share a reserve, and a thread that takes it again and again ----------------------------------
+ */
+
+enum { TAKES = 300, RESERVE_BYTES = 64 * 1024, TOKEN = 7 };
+
+static ms_emergency *reserve;
+static ms_waiter *sharing[2];
+static atomic_int given, has_ended;
+
+/* A gauge that is short of memory all the time. */
+static void *give(void *argument)
+{
+    ms_waiter *own = *(ms_waiter **)argument;
+    ms_waiter_report report;
+    int timer_fd = ms_timer_open(), meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+    ms_gauge gauge = {.token = TOKEN,
+                      .tell_bytes = INT64_MAX,
+                      .give_bytes = INT64_MAX,
+                      .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}}};
+    ms_waiter_look look = {.timer_fd = timer_fd,
+                           .timer_ns = 3600000000000,
+                           .gauges = &gauge,
+                           .gauge_count = 1,
+                           .pace = {.fill_bytes_per_s = 1 << 30, .least_ns = 1000, .most_ns = 1000000}};
+    CHECK(timer_fd >= 0 && meminfo_fd >= 0 && ms_waiter_add(own, timer_fd, MS_WAITER_COUNTER, 1) == 0);
+    CHECK(ms_waiter_set_reserve(own, reserve) == 0);
+    while (!has_ended) {
+        CHECK(ms_waiter_wait(own, &look, &report, 1) >= 0);
+        CHECK(look.gave_for == 0 || (look.gave_for == TOKEN && look.gave_at_bytes > 0));
+        given += look.gave_for == TOKEN;
+    }
+    CHECK(ms_waiter_drop_gauges(own) == 0 && ms_waiter_remove(own, 1) == 0);
+    close(meminfo_fd);
+    close(timer_fd);
+    return NULL;
+}
+
+static void share_a_reserve(void)
+{
+    const uint64_t one = 1;
+    pthread_t threads[2];
+    int status;
+    CHECK(ms_emergency_open(0, &reserve) == -EINVAL);
+    CHECK(ms_emergency_open(RESERVE_BYTES - 1, &reserve) == 0 && ms_emergency_size(reserve) == RESERVE_BYTES);
+    for (int i = 0; i < 2; i++) {
+        CHECK(ms_waiter_open(1, &sharing[i]) == 0);
+        CHECK(pthread_create(&threads[i], NULL, give, &sharing[i]) == 0);
+    }
+    for (int round = 0; round < TAKES; round++) {
+        CHECK(ms_emergency_take(reserve) == RESERVE_BYTES);
+        while (ms_emergency_held(reserve) > 0) /* the processor's time passes, too */
+            ;
+    }
+    pid_t child = fork();
+    if (child == 0) {
+        int empty = ms_emergency_held(reserve) == 0 && ms_emergency_give(reserve) == 0 &&
+                    ms_waiter_set_reserve(sharing[0], NULL) == -ECHILD;
+        int own = ms_emergency_take(reserve) == RESERVE_BYTES && ms_emergency_give(reserve) == RESERVE_BYTES;
+        _exit(empty && own ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    has_ended = 1;
+    for (int i = 0; i < 2; i++) {
+        CHECK(write(ms_waiter_fileno(sharing[i]), &one, sizeof one) == sizeof one);
+        pthread_join(threads[i], NULL);
+        ms_waiter_close(sharing[i]);
+    }
+    CHECK(given > 0 && given <= TAKES);
+    CHECK(ms_emergency_take(reserve) == RESERVE_BYTES && ms_emergency_take(reserve) == 0);
+    CHECK(ms_emergency_close(reserve) == RESERVE_BYTES && ms_emergency_take(reserve) == -ESHUTDOWN);
+    ms_emergency_unref(reserve);
 }
 
 static void fork_beside(void)
@@ -135,6 +213,7 @@ int main(void)
     ms_waiter_close(waiter);
     for (int i = 0; i < SOURCES; i++)
         close(counters[i]);
+    share_a_reserve();
     for (int i = 0; i < 100; i++) {
         CHECK(ms_waiter_open(1, &waiter) == 0);
         ms_waiter_close(waiter);

@@ -7,6 +7,7 @@ from memsafe.pressure.levels import (
     RECOVERY_S,
     Cause,
     Ladder,
+    Needs,
     PressureEvent,
     PressureLevel,
     Thresholds,
@@ -21,7 +22,7 @@ MIB = 1024**2
 GIB = 1024**3
 NORMAL, LOW, CRITICAL = PressureLevel
 DEFAULTS = Thresholds()
-SOME = Cause(LOW, "psi.some", "stalled", needs_short_headroom=True)
+SOME = Cause(LOW, "psi.some", "stalled", Needs.SHORT_HEADROOM)
 OOM = Cause(CRITICAL, "memory.events", "oom +1")
 
 
@@ -97,6 +98,15 @@ def test_a_stall_counts_only_where_headroom_is_short():
     judgement = judged(constraint(GIB, 400 * MIB), causes=[SOME])
     assert (judgement.raised, judgement.held, judgement.source) == (LOW, LOW, "psi.some")
     assert judgement.detail.startswith("stalled; 400 MiB")
+
+
+@pytest.mark.parametrize(("left", "raised"), [(154 * MIB, NORMAL), (153 * MIB, CRITICAL)])
+def test_a_reclaim_that_frees_nothing_counts_only_where_low_has_begun(left, raised):
+    # The kernel says so of page cache that is being written back, too.
+    judgement = judged(constraint(GIB, left), causes=[Cause(CRITICAL, "pressure_level.critical", "no", Needs.LOW)])
+    assert judgement.raised == raised
+    assert judgement.source == ("pressure_level.critical" if raised else None)
+    assert judged(causes=[Cause(CRITICAL, "pressure_level.critical", "no", Needs.LOW)]).raised == NORMAL
 
 
 def test_a_stall_counts_where_the_headroom_is_unknown():

@@ -6,12 +6,15 @@ import itertools
 import logging
 import os
 import select
+import selectors
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 import memsafe
 from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
@@ -344,6 +347,10 @@ def monitored(machine, clock, budget):
     return PressureMonitor(budget, root=machine.root, clock=clock, thresholds=QUIET)
 
 
+def missing_bytes(left_bytes):
+    return int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - left_bytes
+
+
 def test_at_low_a_budget_is_reclaimed_to_its_soft_limit(machine, clock, budget):
     cache = Cache(budget, "30 MiB")
     with monitored(machine, clock, budget) as monitor:
@@ -361,8 +368,7 @@ def test_at_low_a_budget_without_soft_limit_gives_what_is_missing(machine, clock
         use(machine, 18 * MIB)
         monitor.simulate(NORMAL)
         monitor.check()
-    missing = int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - 18 * MIB
-    assert cache.asked == [missing]
+    assert cache.asked == [missing_bytes(18 * MIB)]
     cache.held.release()
 
 
@@ -375,11 +381,111 @@ def test_at_critical_a_budget_is_reclaimed_as_far_as_it_goes(machine, clock, bud
     first.held.release(), second.held.release()
 
 
+class RealCache(Cache):
+    """Also takes memory of the machine, which has it back when it is shed."""
+
+    def __init__(self, machine, budget, size, priority):
+        super().__init__(budget, size, priority)
+        self.machine = machine
+
+    def shed(self, need_bytes):
+        freed_bytes = super().shed(need_bytes)
+        self.machine.cgroup("/app").usage -= freed_bytes
+        return freed_bytes
+
+
+@pytest.fixture
+def caches(machine):
+    """Three of 20 MiB, the cheapest first."""
+    with Budget(name="db") as db:
+        made = [RealCache(machine, db.child(name), "20 MiB", priority) for priority, name in enumerate("abc")]
+        yield made
+        for cache in made:
+            cache.held.release()
+
+
+def test_at_low_only_so_much_is_shed_as_is_missing_by_priority(machine, clock, caches):
+    use(machine, 7 * MIB)
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        assert monitor.check() == LOW
+    assert [cache.asked for cache in caches] == [[missing_bytes(7 * MIB)], [], []]
+
+
+def test_at_critical_each_gives_all_it_has_until_the_headroom_is_back(machine, clock, caches):
+    use(machine, 1 * MIB)
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        heard = listen(monitor, CRITICAL)
+        assert monitor.check() == CRITICAL
+    assert [cache.asked for cache in caches] == [[60 * MIB], [40 * MIB], []], "21 MiB left are too few, 41 enough"
+    assert [cache.held.size_bytes for cache in caches] == [0, 0, 20 * MIB]
+    assert heard[0].available_bytes == 1 * MIB, "what it was when it was decided"
+
+
+def test_a_cache_that_frees_nothing_is_passed_over(machine, clock, caches):
+    budget = caches[0].held.budget.parent
+    budget.reclaimer(lambda need_bytes: 0, priority=-1)
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+    assert [cache.asked for cache in caches] == [[missing_bytes(15 * MIB)], [], []]
+
+
+def test_above_its_soft_limit_a_budget_keeps_what_headroom_does_not_need(machine, clock, caches):
+    budget = caches[0].held.budget.parent
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert budget.used_bytes == 60 * MIB - missing_bytes(15 * MIB)
+        budget.soft_limit_bytes = 10 * MIB
+        monitor.check()
+        assert budget.used_bytes == 10 * MIB, "passing it is a cause of its own"
+
+
+def test_a_shortage_that_comes_again_is_answered_at_once_though_the_level_never_fell(machine, clock, caches):
+    with monitored(machine, clock, caches[0].held.budget.parent) as monitor:
+        for _ in range(2):
+            use(machine, 1 * MIB)
+            assert monitor.check() == CRITICAL
+        assert [cache.held.size_bytes for cache in caches] == [0, 0, 0]
+
+
+def test_low_that_could_not_be_met_does_not_delay_critical(machine, clock):
+    asked = []
+    with Budget(name="db") as budget, budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
+        budget.reclaimer(lambda need_bytes: asked.append(need_bytes) or 0)
+        use(machine, 1 * MIB)
+        monitor.check()
+        clock.now_s += 1
+        use(machine, 15 * MIB)
+        assert monitor.check() == CRITICAL, "it has not cooled down, but it is LOW that is answered"
+        use(machine, 1 * MIB)
+        monitor.check()
+        monitor.check()
+    assert asked == [30 * MIB, missing_bytes(15 * MIB), 30 * MIB]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), SystemExit(3)])
+def test_a_reclaimer_that_fails_does_not_end_the_thread_or_keep_callbacks_from_running(
+    machine, clock, budget, caplog, error
+):
+    @budget.reclaimer
+    def fail(need_bytes):
+        raise error
+
+    with budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
+        heard = listen(monitor, CRITICAL)
+        monitor.simulate(CRITICAL)
+        monitor.simulate(NORMAL)
+        monitor.simulate(CRITICAL)
+        assert len(heard) == 2
+    assert "fail" in caplog.text
+
+
 def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machine, clock, budget, monkeypatch):
     order = []
     cache = Cache(budget, "30 MiB")
     budget.reclaimer(lambda need_bytes: order.append("reclaim") or 0, priority=-1)
-    monkeypatch.setattr("memsafe.pressure.monitor.give_back", lambda: order.append("trim"))
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda **_: order.append("trim"))
     monitor = monitored(machine, clock, budget)
     monitor.on(LOW, lambda event: order.append("callback"))
     with monitor:
@@ -400,23 +506,12 @@ def test_a_budget_is_asked_again_while_the_cause_lasts(machine, clock, budget):
         monitor.check()
         cache.held.grow("5 MiB")
         monitor.check()
-        assert cache.asked == [10 * MIB]
+        missing = missing_bytes(15 * MIB)
+        assert cache.asked == [missing]
         clock.now_s += 1
         monitor.check()
-        assert cache.asked == [10 * MIB, 5 * MIB]
+        assert cache.asked == [missing, 15 * MIB - missing], "the soft limit is met first this time"
     cache.held.release()
-
-
-def test_a_failing_reclaimer_does_not_keep_the_callbacks_from_running(machine, clock, budget, caplog):
-    @budget.reclaimer
-    def fail(need_bytes):
-        raise OSError("no")
-
-    with budget.reserve("30 MiB"), monitored(machine, clock, budget) as monitor:
-        heard = listen(monitor, CRITICAL)
-        monitor.simulate(CRITICAL)
-        assert len(heard) == 1
-    assert "fail" in caplog.text
 
 
 def test_passing_the_soft_limit_of_the_budget_raises_low_without_a_look_by_the_clock(machine, clock, budget):
@@ -490,7 +585,10 @@ def new_loops():
     return [asyncio.new_event_loop, uvloop.new_event_loop]
 
 
-@pytest.mark.parametrize("new_loop", new_loops(), ids=["asyncio", "uvloop"])
+on_each_loop = pytest.mark.parametrize("new_loop", new_loops(), ids=["asyncio", "uvloop"])
+
+
+@on_each_loop
 def test_events_are_an_async_iterator_that_ends_with_the_monitor(machine, clock, new_loop):
     async def read(monitor):
         stream = monitor.events()
@@ -533,15 +631,129 @@ def test_a_stream_may_be_ended_by_its_reader(monitor):
     assert asyncio.run(read()) == ("ended", [])
 
 
-def test_a_stream_of_a_closed_loop_does_no_harm(monitor):
+@on_each_loop
+def test_a_loop_that_was_closed_with_its_stream_open_does_no_harm(monitor, new_loop):
     async def make():
-        return monitor.events()
+        stream = monitor.events()
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        return stream, waiting  # cancelled by the runner
 
-    stream = asyncio.run(make())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        stream, waiting = runner.run(make())
+    assert waiting.cancelled()
     heard = listen(monitor, LOW)
     monitor.simulate(LOW)
+    monitor.close()
     assert len(heard) == 1
     del stream
+
+
+@on_each_loop
+def test_a_reader_that_is_cancelled_loses_nothing(monitor, new_loop):
+    async def read():
+        stream = monitor.events()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        monitor.simulate(LOW)  # handed over to the loop, which has not run since
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return (await anext(stream)).level
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == LOW
+
+
+@on_each_loop
+def test_a_reader_that_waits_is_told_when_the_monitor_closes(monitor, new_loop):
+    async def read():
+        stream = monitor.events()
+        waiting = [asyncio.ensure_future(anext(stream, "ended")) for _ in range(2)]
+        await asyncio.sleep(0)
+        monitor.close()
+        return await asyncio.gather(*waiting)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == ["ended", "ended"]
+
+
+def test_loops_in_several_threads_all_hear(monitor):
+    ready, heard = threading.Barrier(5), []
+
+    async def read():
+        stream = monitor.events()
+        ready.wait(30)
+        heard.append([(await anext(stream)).level for _ in range(3)])
+
+    def run(new_loop):
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(read())
+
+    threads = [threading.Thread(target=run, args=(new_loop,)) for new_loop in new_loops() * 2]
+    for thread in threads:
+        thread.start()
+    ready.wait(30)
+    for level in (LOW, CRITICAL, NORMAL):
+        monitor.simulate(level)
+    for thread in threads:
+        thread.join(30)
+    assert heard == [[LOW, CRITICAL, NORMAL]] * 4
+
+
+@on_each_loop
+def test_the_descriptor_wakes_a_reader_of_a_loop(monitor, new_loop):
+    async def read():
+        loop, news, fd = asyncio.get_running_loop(), asyncio.Queue(), monitor.fileno()
+        loop.add_reader(fd, lambda: news.put_nowait((os.eventfd_read(fd), monitor.level)))
+        monitor.simulate(LOW)
+        told = [await news.get()]
+        monitor.simulate(CRITICAL)
+        told.append(await news.get())
+        loop.remove_reader(fd)
+        return told
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(read()) == [(1, LOW), (1, CRITICAL)]
+
+
+def test_the_descriptor_wakes_trio(monitor):
+    async def read():
+        fd, told = monitor.fileno(), []
+        for level in (LOW, CRITICAL):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.lowlevel.wait_readable, fd)
+                await trio.testing.wait_all_tasks_blocked()
+                monitor.simulate(level)
+            told.append((os.eventfd_read(fd), monitor.level))
+        return told
+
+    assert trio.run(read) == [(1, LOW), (1, CRITICAL)]
+
+
+@pytest.mark.parametrize("selector", [selectors.SelectSelector, selectors.PollSelector, selectors.EpollSelector])
+def test_the_descriptor_wakes_a_loop_of_ones_own(monitor, selector):
+    with selector() as loop:
+        loop.register(monitor.fileno(), selectors.EVENT_READ)
+        assert loop.select(0) == []
+        drill = threading.Thread(target=monitor.simulate, args=(CRITICAL,))
+        drill.start()
+        ((key, _),) = loop.select(30)
+        assert (os.eventfd_read(key.fd), monitor.level) == (1, CRITICAL)
+        assert loop.select(0) == []
+        drill.join(30)
+
+
+def test_a_drill_is_refused_before_the_start_and_after_the_end(machine, clock):
+    monitor = monitored(machine, clock, None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not run"):
+            monitor.simulate(LOW)
+        with monitor:
+            monitor.simulate(CRITICAL)
+        assert monitor.level == CRITICAL
 
 
 def test_a_lagging_stream_keeps_the_newest(monitor):
@@ -714,14 +926,28 @@ def refuse(*_, **__):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("what", ["memsafe.pressure.monitor.status_once", "threading.Thread.start"])
-def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what):
+def refuse_the_second(start=threading.Thread.start):
+    calls = itertools.count()
+    return lambda self: start(self) if next(calls) == 0 else refuse()
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"),
+    [
+        ("memsafe.pressure.monitor.status_once", refuse),
+        ("threading.Thread.start", refuse),
+        ("threading.Thread.start", refuse_the_second()),
+    ],
+)
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, fails):
+    threads = threading.active_count()
     before = sorted(os.listdir("/proc/self/fd"))
     monitor = monitored(machine, clock, None)
     with monkeypatch.context() as broken:
-        broken.setattr(what, refuse)
+        broken.setattr(what, fails)
         with pytest.raises(RuntimeError, match="new thread"):
             monitor.start()
+    assert threading.active_count() == threads
     assert sorted(os.listdir("/proc/self/fd")) == before
     monitor.close()
     with monitor:
@@ -849,3 +1075,60 @@ def test_the_defaults_begin_where_there_is_room_to_act_and_no_waste(
             machine.cgroup("/app").usage = limit_bytes - left_bytes
             levels.append(monitor.check())
     assert levels == [NORMAL, LOW, LOW, CRITICAL]
+
+
+# --- what fills up meanwhile -----------------------------------------------------------------------------------------
+
+
+def test_what_fills_up_during_an_answer_is_answered_without_another_wake_up(machine, monitor):
+    heard = listen(monitor, LOW)
+    monitor.on(LOW, lambda event: event.level == LOW and use(machine, 2 * MIB))
+    use(machine, 15 * MIB)
+    monitor.check()
+    assert [event.level for event in heard] == [LOW, CRITICAL]
+
+
+def test_a_reclaimer_is_asked_again_while_what_it_gives_shows_and_is_eaten_up(machine, clock):
+    budget, left_bytes, asked = Budget(name="db"), 15 * MIB, []
+    held = budget.reserve("30 MiB")
+
+    @budget.reclaimer
+    def drop(need_bytes):
+        nonlocal left_bytes
+        asked.append(need_bytes)
+        held.shrink(need_bytes)
+        left_bytes += need_bytes // 2 if len(asked) < 3 else need_bytes
+        use(machine, left_bytes)
+        return need_bytes
+
+    use(machine, left_bytes)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+    missing = missing_bytes(15 * MIB)
+    assert asked == [missing, missing - missing // 2, missing - missing // 2 - (missing - missing // 2) // 2]
+    held.release()
+
+
+def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, budget, monkeypatch):
+    collections = []
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    cache = Cache(budget, "30 MiB")
+    use(machine, 15 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert cache.asked
+        assert True not in collections
+        monitor.check()
+        assert collections.count(True) == 1
+        monitor.check()
+        assert collections.count(True) == 1
+    cache.held.release()
+
+
+def test_where_nothing_else_helps_garbage_is_collected_at_once(machine, clock, budget, monkeypatch):
+    collections = []
+    monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    use(machine, 2 * MIB)
+    with monitored(machine, clock, budget) as monitor:
+        monitor.check()
+        assert collections.count(True) == 1

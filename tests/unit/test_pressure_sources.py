@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 
 import pytest
 
 from memsafe import PressureLevel, Thresholds, memory_status
-from memsafe._kernel import cgroup
+from memsafe._kernel import cgroup, notify
 from memsafe.errors import KernelError
-from memsafe.pressure import sources
-from memsafe.pressure.hub import Hub
-from memsafe.pressure.sources import CgroupEvents, OomNotice, StallTrigger
+from memsafe.pressure import sources, waiter
+from memsafe.pressure.hub import Debounce, Hub
+from memsafe.pressure.levels import Needs
+from memsafe.pressure.sources import CgroupEvents, OomNotice, ReclaimNotice, StallTrigger
 from memsafe.testing import FakeKernel
 
 MIB = 1024 * 1024
@@ -46,7 +49,7 @@ def test_a_signal_without_growth_of_the_stall_is_a_false_one(machine):
     file.write_text(pressure(5_100_000, 9_200_000))
     assert some.hear() is None
     cause = full.hear()
-    assert (cause.level, cause.source, cause.needs_short_headroom) == (PressureLevel.CRITICAL, "psi.full", True)
+    assert (cause.level, cause.source, cause.needs) == (PressureLevel.CRITICAL, "psi.full", Needs.SHORT_HEADROOM)
     assert "200 ms" in cause.detail
     file.write_text(pressure(5_400_000, 9_200_000))
     assert some.hear().level == PressureLevel.LOW
@@ -119,6 +122,64 @@ def test_a_v1_limit_has_a_threshold_for_each_level_on_every_limited_ancestor(v1_
     found = {each.name: each.usage_bytes for each in chosen if isinstance(each, sources.UsageThreshold)}
     expected = {level: 256 * MIB - Thresholds().begins_at(level, 256 * MIB) for level in PressureLevel if level}
     assert found == {f"usage.{level.name.lower()}": usage_bytes for level, usage_bytes in expected.items()}
+
+
+def test_a_flood_of_signals_is_rested_through_longer_and_longer_up_to_a_bound():
+    debounce = Debounce(most_s=0.01)
+    rests = [debounce.rest_s(0.002) for _ in range(5)]
+    assert rests == [0.002, 0.004, 0.008, 0.01, 0.01]
+    debounce.ended()
+    assert debounce.rest_s(0.002) == 0.002
+    assert debounce.rest_s(0.0) == 0, "after a change the next signal is heard at once"
+    assert debounce.rest_s(0.002) == 0.002
+    assert Debounce(most_s=0.001).rest_s(0.002) == 0.002
+
+
+def test_what_signals_while_it_is_rested_is_a_flood_and_polling_is_none(machine):
+    hub = Hub(machine.root, Thresholds(poll_s_min=0.001, poll_s_max=0.001))
+    hub._debounce = Debounce(most_s=0.5)
+    flood = os.eventfd(0, os.EFD_NONBLOCK)
+    hub._waiter.add(flood, waiter.How.COUNTER, 99)
+    try:
+        for _ in range(2):  # signalled already when the rest begins
+            os.eventfd_write(flood, 1)
+            assert select.select([hub._waiter.fileno()], [], [], 30)[0], "the native thread has seen it"
+            assert 99 in {report.token for report in hub.wait(0.001)}
+        assert hub._debounce.rest_s(0.001) == 0.004
+        hub.poll_after(0.001)
+        assert {report.token for report in hub.wait(0.002)} == {hub._polling.token}
+        assert hub._debounce.rest_s(0.001) == 0.001
+    finally:
+        hub.close()
+        os.close(flood)
+
+
+def test_the_kernels_low_is_no_source_and_its_critical_needs_low(v1_machine):
+    app = v1_machine.cgroup("/app", limit=128 * MIB, usage=MIB).join()
+    chosen = sources.choose(v1_machine.root, memory_status(root=v1_machine.root), Thresholds())
+    notices = {each.name: each for each in chosen if isinstance(each, ReclaimNotice) and "app" in each.path}
+    assert set(notices) == {"pressure_level.medium", "pressure_level.critical"}
+    assert notices["pressure_level.medium"].hear() is None
+    cause = notices["pressure_level.critical"].hear()
+    assert (cause.level, cause.source, cause.needs) == (PressureLevel.CRITICAL, "pressure_level.critical", Needs.LOW)
+    assert "in /app" in cause.detail
+    app.remove()
+    assert notices["pressure_level.critical"].hear() is None
+
+
+@pytest.mark.parametrize(("refused", "wanted"), [("medium,local", "medium"), (None, "medium,local")])
+def test_a_kernel_without_the_local_mode_is_asked_again_without_it(monkeypatch, refused, wanted):
+    written = []
+
+    def arm(directory, name, argument):
+        if argument == refused:
+            raise KernelError(errno.EINVAL, "write")
+        written.append((directory, name, argument))
+        return 7
+
+    monkeypatch.setattr(notify, "_arm_v1", arm)
+    assert notify.arm_pressure_level("/memory/app", "medium") == 7
+    assert written == [("/memory/app", "memory.pressure_level", wanted)]
 
 
 def test_a_better_source_of_the_same_kind_replaces_the_other(machine, monkeypatch):

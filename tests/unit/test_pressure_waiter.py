@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -142,6 +143,22 @@ def test_a_look_sets_the_timer_and_reads_the_files(waiter, tmp_path):
     kept.close()
 
 
+def test_the_alarm_fires_after_a_wait_unless_the_next_one_begins_before(waiter):
+    alarm, kept = open_timer(), KeptFiles("/")
+    look = Look(-1, kept, BlockReserve(), alarm)
+
+    def rings(timeout_s):
+        return bool(select.select([alarm], [], [], timeout_s)[0])
+
+    for alarm_s, rung in ((1e-9, True), (3600, False), (0, False), (1e-9, True), (0, True)):
+        look.set(alarm_s=alarm_s)
+        os.eventfd_write(waiter.fileno(), 1)
+        waiter.wait(look)
+        assert rings(30 if rung else 0) == rung
+    os.close(alarm)
+    kept.close()
+
+
 def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     waiter.add(read_fd, How.STREAM, 1)
@@ -156,6 +173,39 @@ def test_a_stream_is_drained_and_its_end_is_a_loss(waiter, counter):
     collect(waiter, 2, 1)  # the rest goes on, and the loss is told once
     waiter.remove(1)
     os.close(read_fd)
+
+
+def test_a_trigger_that_hangs_up_is_lost_once_and_the_others_go_on(waiter, counter):
+    ours, theirs = socket.socketpair()
+    waiter.add(ours.fileno(), How.TRIGGER, 1)
+    waiter.add(counter, How.COUNTER, 2)
+    theirs.close()
+    (report,) = waiter.wait()
+    assert (report.token, report.lost_errno) == (1, errno.ENODEV)
+    for _ in range(3):
+        os.eventfd_write(counter, 1)
+        collect(waiter, 2, 1)
+    waiter.remove(1)
+    ours.close()
+
+
+def test_of_a_descriptor_that_is_another_files_now_nothing_is_read_and_nothing_spins(waiter, counter, tmp_path):
+    waiter.add(counter, How.COUNTER, 1)
+    copy = os.dup(counter)  # as a child that was forked has one: so the file still signals
+    taken, mine = os.pipe2(os.O_NONBLOCK)
+    os.write(mine, b"somebody's")
+    os.dup2(taken, counter)
+    os.eventfd_write(copy, 1)
+    (report,) = waiter.wait()
+    assert (report.token, report.lost_errno) == (1, errno.EBADF)
+    # Nothing can take it out of the epoll set, so the native thread has ended.
+    with pytest.raises(KernelError) as robbed:
+        waiter.wait()
+    assert robbed.value.errno == errno.EBADF
+    assert os.read(taken, 64) == b"somebody's"
+    waiter.close()
+    for fd in (copy, taken, mine):
+        os.close(fd)
 
 
 def test_a_removed_source_is_silent_and_its_token_is_free(waiter, counter):
@@ -277,7 +327,7 @@ if child == 0:
         except KernelError as error:
             assert error.errno == errno.ECHILD
     waiter.close()
-    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 3 else 2)
+    os._exit(0 if len(held) - len(set(os.listdir("/proc/self/fd"))) == 4 else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os.eventfd_write(counter, 1)
 (report,) = waiter.wait()

@@ -1,5 +1,8 @@
 """PressureMonitor where cgroup v2 has the memory controller."""
 
+import dataclasses
+import errno
+import json
 import mmap
 import os
 import select
@@ -7,12 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import memsafe
 from memsafe import PressureLevel
 from memsafe._kernel import notify
+from memsafe.pressure import levels
+from memsafe.pressure.hub import Hub
+from memsafe.pressure.waiter import How, Waiter
 from tests.kernel.guest import child
 
 MIB = 1024 * 1024
@@ -127,11 +134,13 @@ def test_low_is_heard_before_memory_high_throttles(group):
 def watch_beside(code, *args, deaf=False):
     """Run *code* in a process of its own, watched; every level that is announced, until it has ended.
 
-    A deaf monitor takes no headroom for too little: only what the kernel says by itself raises a level.
+    A deaf monitor judges no limits: only what the kernel says by itself raises a level.
     """
     heard = []
-    deafness = dict.fromkeys(("low_ratio", "low_bytes_min", "critical_ratio", "critical_bytes_min"), 0)
-    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(**deafness) if deaf else None) as monitor:
+    if deaf:
+        judge = levels.judge
+        levels.judge = lambda status, *others: judge(dataclasses.replace(status, constraints=()), *others)
+    with memsafe.PressureMonitor() as monitor:
         monitor.on(PressureLevel.LOW, lambda event: heard.append([event.level.name, event.source, event.detail]))
         done = subprocess.run([sys.executable, "-c", code, *args], check=False)
         monitor.check()
@@ -147,15 +156,15 @@ while True:
 """
 
 
-def watch_a_kill():
-    return watch_beside(EAT, deaf=True)
+def watch_deafly(code, *args):
+    return watch_beside(code, *args, deaf=True)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_kill_in_the_own_cgroup_is_critical_and_spares_who_watches(group, number):
     """Several times: a monitor that charges memory while the victim is dying is shot by chance (Linux 7.3)."""
     own = group.child("own", memory_max=96 * MIB)
-    told = child.run(watch_a_kill, cgroup=own)
+    told = child.run(watch_deafly, EAT, cgroup=own)
     assert told["status"] == -9
     assert [level for level, _, _ in told["heard"]] == ["CRITICAL"]
     assert own.flat("memory.events")["oom_kill"] == 1
@@ -248,3 +257,223 @@ def throttled_beside_a_monitor():
 def test_throttling_by_memory_high_is_critical(group):
     own = group.child("own", memory_max=256 * MIB, memory_high=64 * MIB)
     assert child.run(throttled_beside_a_monitor, cgroup=own) < 80 * MIB
+
+
+# what each of the counts of memory.events does, in the own cgroup and above
+
+
+JOIN = """
+import os, sys
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+"""
+
+
+def hears(path):
+    """A monitor's hub that polls nothing, asked whenever it is woken; what it says goes to *path*'s reader."""
+    quiet = memsafe.Thresholds(poll_s_min=3600, poll_s_max=3600)
+    hub = Hub("/", quiet)
+    hub.choose(memsafe.memory_status())
+    names = {source.token: source.path for source in hub._chosen if source.used}
+    print("watching", flush=True)
+    while True:
+        reports = hub.wait()
+        _, causes = hub.hear(reports)
+        told = {
+            "paths": [names[report.token] for report in reports if report.token in names],
+            "causes": [[cause.level.name, cause.detail] for cause in causes if cause.source == "memory.events"],
+        }
+        if path in told["paths"]:
+            print(json.dumps(told), flush=True)
+
+
+def limited(group, whose, **limits):
+    """A cgroup and one below it for who watches, one of them limited; and where to eat so that its limit is met."""
+    pod = group.child("pod", **(limits if whose == "ancestor" else {}))
+    own = pod.child("own", **(limits if whose == "own" else {}))
+    return (own, own, own) if whose == "own" else (pod, own, pod.child("beside"))
+
+
+@pytest.mark.parametrize("whose", ["own", "ancestor"])
+@pytest.mark.parametrize("count", ["high", "max"])
+def test_a_limit_that_is_met_here_or_above_wakes_and_is_no_cause(group, scratch, whose, count):
+    whose_limit, own, beside = limited(group, whose, **{f"memory_{count}": 48 * MIB})
+    (scratch / "file").write_bytes(bytes(96 * MIB))
+    subprocess.run(["sh", "-c", "sync; echo 1 >/proc/sys/vm/drop_caches"], check=True)
+    before = whose_limit.flat("memory.events")[count]
+    with child.start(hears, f"{whose_limit.path}/memory.events", cgroup=own) as watcher:
+        assert watcher.stdout.readline().split() == ["watching"]
+        child.run(read_through, str(scratch / "file"), 96 * MIB, cgroup=beside)
+        assert json.loads(watcher.stdout.readline())["causes"] == []
+        watcher.kill()
+    assert whose_limit.flat("memory.events")[count] > before
+
+
+@pytest.mark.parametrize("whose", ["own", "ancestor"])
+def test_an_oom_here_or_above_is_critical(group, whose):
+    whose_limit, own, beside = limited(group, whose, memory_max=96 * MIB)
+    told = child.run(watch_deafly, JOIN + EAT, f"{beside.path}/cgroup.procs", cgroup=own)
+    ((level, source, detail),) = told["heard"]
+    assert (told["status"], level, source) == (-9, "CRITICAL", "memory.events")
+    assert detail.startswith("oom +1")
+    assert f" in /{whose_limit.path.relative_to('/sys/fs/cgroup')};" in detail
+    assert whose_limit.flat("memory.events")["oom_kill"] == 1
+
+
+KILLED_FROM_WITHOUT = """
+import time
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")
+held = bytes(16 << 20)
+with open("/proc/sysrq-trigger", "w") as file:
+    file.write("f")  # as if the machine had run out of memory: no limit of a cgroup is met
+time.sleep(60)
+"""
+
+
+def test_a_kill_in_the_cgroup_for_the_machines_sake_is_critical(group):
+    own = group.child("own", memory_max=256 * MIB)
+    told = child.run(watch_deafly, KILLED_FROM_WITHOUT, cgroup=own)
+    assert told["status"] == -9
+    ((level, source, detail),) = told["heard"]
+    assert (level, source) == ("CRITICAL", "memory.events")
+    assert detail.startswith("oom_kill +1 in")
+    assert own.flat("memory.events")["oom"] == 0
+
+
+def test_an_oom_below_another_child_of_an_ancestor_is_no_cause(group):
+    """It is counted in the ancestor's memory.events, and not in its memory.events.local."""
+    pod = group.child("pod")
+    own, other = pod.child("own"), pod.child("other", memory_max=48 * MIB)
+    with child.start(hears, f"{pod.path}/memory.events", cgroup=own) as watcher:
+        assert watcher.stdout.readline().split() == ["watching"]
+        subprocess.run([sys.executable, "-c", JOIN + EAT, f"{other.path}/cgroup.procs"], check=False)
+        assert json.loads(watcher.stdout.readline())["causes"] == []
+        watcher.kill()
+    assert pod.flat("memory.events")["oom_kill"] == 1
+
+
+@pytest.mark.parametrize("limit", ["memory_max", "memory_high"])
+def test_page_cache_at_a_limit_of_any_kind_raises_no_level(group, scratch, limit):
+    own = group.child("own", **{limit: 96 * MIB})
+    told = child.run(watch_beside, WRITE, str(scratch / "file"), cgroup=own)
+    assert told == {"status": 0, "heard": []}
+    assert own.flat("memory.events")[limit.removeprefix("memory_")] > 0, "the limit was met"
+
+
+# a machine that changes
+
+
+def moved_and_limited(other, steps):
+    """What is watched after each step: the cgroup is left and removed, limits come and go."""
+    told = []
+    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(poll_s_min=3600, poll_s_max=3600)) as monitor:
+        descriptors = []
+        for path, value in steps:
+            if value is None:
+                Path(path).rmdir()
+            else:
+                Path(path).write_text(value if value != "self" else str(os.getpid()))
+            monitor.check()
+            monitor.check()
+            used = [source for source in monitor.sources if source.used]
+            told.append(
+                {
+                    "events": [source.path for source in used if source.name == "memory.events"],
+                    "limits": sorted(
+                        source.reason.split(" under ")[1].split(" without")[0]
+                        for source in used
+                        if source.name.startswith("headroom.memory")
+                    ),
+                    "level": monitor.level.name,
+                }
+            )
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+    return {"told": told, "descriptors": descriptors}
+
+
+def test_it_follows_limits_and_moves_and_removals(group):
+    pod = group.child("pod", memory_max=256 * MIB)
+    old, new = pod.child("old", memory_max=128 * MIB), group.child("new")
+    below = f"/{pod.path.relative_to('/sys/fs/cgroup')}"
+    steps = [
+        (f"{old.path}/memory.max", str(200 * MIB)),
+        (f"{old.path}/memory.max", str(100 * MIB)),
+        (f"{old.path}/memory.high", str(90 * MIB)),
+        (f"{pod.path}/memory.max", "max"),
+        (f"{old.path}/memory.max", "max"),
+        (f"{old.path}/memory.high", "max"),
+        (f"{new.path}/cgroup.procs", "self"),
+        (f"{old.path}", None),
+        (f"{pod.path}", None),
+        (f"{new.path}/memory.max", str(128 * MIB)),
+    ]
+    found = child.run(moved_and_limited, str(new.path), steps, cgroup=old)
+    in_old, in_pod = f"memory.max of {below}/old", f"memory.max of {below}"
+    assert [each["limits"] for each in found["told"]] == [
+        sorted([in_old, in_pod]),
+        sorted([in_old, in_pod]),
+        sorted([in_old, in_pod, f"memory.high of {below}/old"]),
+        sorted([in_old, f"memory.high of {below}/old"]),
+        [f"memory.high of {below}/old"],
+        [],
+        [],
+        [],
+        [],
+        [f"memory.max of /{new.path.relative_to('/sys/fs/cgroup')}"],
+    ]
+    assert all(each["level"] == "NORMAL" for each in found["told"])
+    in_all = [f"{group.path}/memory.events"]
+    assert found["told"][5]["events"] == [f"{old.path}/memory.events", f"{pod.path}/memory.events", *in_all]
+    assert found["told"][-1]["events"] == [f"{new.path}/memory.events", *in_all]
+
+
+def lost(path):
+    """What the waiter reports of a trigger and of memory.events when their cgroup goes."""
+    waiter = Waiter()
+    events_fd = notify.open_watched(f"{path}/memory.events")
+    trigger_fd = notify.arm_stall_trigger(f"{path}/memory.pressure", "some", 100_000)
+    waiter.add(events_fd, How.KERNFS, 1)
+    waiter.add(trigger_fd, How.TRIGGER, 2)
+    Path(path).rmdir()
+    told = [[report.token, report.lost_errno] for report in waiter.wait()]
+    told += [[report.token, report.lost_errno] for report in waiter.take()]
+    waiter.close()
+    os.close(events_fd)
+    os.close(trigger_fd)
+    return told
+
+
+def test_of_a_removed_cgroup_its_trigger_tells_once_and_its_memory_events_never(group):
+    """So it takes the next look to find out that the process is in another cgroup."""
+    own = group.child("own")
+    assert child.run(lost, str(own.path)) == [[2, errno.ENODEV]]
+
+
+# PSI: what the kernel takes
+
+
+def triggers(path):
+    """The errno of each trigger that is tried, 0 where it is taken."""
+
+    def tried(kind, stall_us, window_us):
+        try:
+            os.close(notify.arm_stall_trigger(path, kind, stall_us, window_us))
+        except memsafe.KernelError as error:
+            return error.errno
+        return 0
+
+    windows = [(200_000, 2_000_000), (200_000, 4_000_000), (100_000, 1_000_000), (100_000, 10_000_000)]
+    return [tried("some", stall_us, window_us) for stall_us, window_us in (*windows, (1, 12_000_000), (0, 2_000_000))]
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        (child.ROOT, [0, 0, 0, 0, errno.EINVAL, errno.EINVAL]),
+        (child.ORDINARY, [0, 0, errno.EINVAL, 0, errno.EINVAL, errno.EINVAL]),
+    ],
+)
+def test_which_windows_of_a_stall_trigger_the_kernel_takes(user, expected):
+    """Without CAP_SYS_RESOURCE only multiples of 2 s, up to 10 s."""
+    assert child.run(triggers, "/proc/pressure/memory", user=user) == expected

@@ -32,7 +32,7 @@ TASK = "/lab.json"
 MODULES = "/modules"
 
 _PACKAGES = ("cffi", "hypothesis", "psutil", "pytest", "pytest-timeout")
-_PROJECT_PARTS = ("memsafe", "memsafe_native", "tests")
+_PROJECT_PARTS = ("benchmarks", "memsafe", "memsafe_native", "tests")
 # What holds on the host holds in the guest.
 _ENVIRONMENT = ("MEMSAFE_FORBID_SKIPS",)
 _STDLIB_LEFT_OUT = re.compile(

@@ -30,7 +30,7 @@ DISK_MIB = 512
 BOOT_S = 120
 
 _PARAMETERS = (
-    "console=ttyS0 quiet loglevel=4 psi=1 cryptomgr.notests mitigations=off audit=0 "
+    "console=ttyS0 quiet loglevel=4 cryptomgr.notests mitigations=off audit=0 "
     # An oops ends the machine, and the machine ends QEMU: none is to be overlooked.
     "oops=panic panic=-1"
 )
@@ -56,7 +56,15 @@ class Machine:
         UnavailableError: A program or a kernel is missing.
     """
 
-    def __init__(self, kernel: Kernel, command: Sequence[str], work: object = None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        command: Sequence[str],
+        work: object = None,
+        *,
+        memory_mib: int = MEMORY_MIB,
+        psi: bool = True,
+    ) -> None:
         require()
         self.console: list[str] = []
         self.overdue = False
@@ -70,7 +78,7 @@ class Machine:
             self._messages_fd, write_fd = os.pipe()
             stack.callback(os.close, self._messages_fd)
             self._qemu = subprocess.Popen(
-                _command(kernel, folder, f"/dev/fd/{write_fd}"),
+                _command(kernel, folder, f"/dev/fd/{write_fd}", memory_mib, psi),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -142,11 +150,12 @@ class _Lines:
         return lines
 
 
-def _command(kernel: Kernel, folder: Path, messages: str) -> list[str]:
+def _command(kernel: Kernel, folder: Path, messages: str, memory_mib: int, psi: bool) -> list[str]:
+    parameters = f"{_PARAMETERS} psi={psi:d}"
     return [
         *("nice", "-n", "10", QEMU),
-        *("-machine", "pc", "-accel", "tcg", "-cpu", "Nehalem", "-smp", "1", "-m", f"{MEMORY_MIB}M"),
-        *("-kernel", str(kernel.image), "-initrd", str(folder / "initrd"), "-append", _PARAMETERS),
+        *("-machine", "pc", "-accel", "tcg", "-cpu", "Nehalem", "-smp", "1", "-m", f"{memory_mib}M"),
+        *("-kernel", str(kernel.image), "-initrd", str(folder / "initrd"), "-append", parameters),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", "stdio", "-serial", f"file:{messages}"),
         *("-drive", f"file={folder / 'disk'},if=none,id=disk,format=raw,cache=unsafe"),

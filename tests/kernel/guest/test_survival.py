@@ -1,0 +1,23 @@
+"""Who survives on cgroup v2; in short. The full tables are docs/survival.md's, and take an hour."""
+
+import pytest
+
+from tests import survival
+
+
+@pytest.mark.parametrize("high", ["off", "on"])
+def test_with_a_monitor_it_survives_and_without_it_does_not(tmp_path, high):
+    told = survival.outcomes(
+        tmp_path,
+        *("--limit", "64MiB", "--rate", "50MiB", "--high", high),
+        *("--responder", "none", "memsafe", "--runs", "3", "--baseline-runs", "1"),
+    )
+    # Beyond memory.high nobody is killed: it is slowed down until it stands still.
+    assert told == {"none": {"stood still" if high == "on" else "killed": 1}, "memsafe": {"survived": 3}}
+
+
+def test_at_full_speed_it_survives_where_there_is_more_room(tmp_path):
+    told = survival.outcomes(
+        tmp_path, "--limit", "256MiB", "--rate", "full", "--high", "off", "--responder", "memsafe", "--runs", "3"
+    )
+    assert told == {"memsafe": {"survived": 3}}

@@ -1,0 +1,405 @@
+"""Callbacks and reclaimers that take long: they are reported while they run, and the level is watched meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from memsafe.pressure.hub import Hub
+from memsafe.testing import FakeKernel
+
+MIB = 1024 * 1024
+LIMIT = 128 * MIB
+NORMAL, LOW, CRITICAL = PressureLevel
+
+# All files are looked at a thousand times a second: what is heard is heard by whoever looks.
+BUSY = Thresholds(poll_s_min=0.001, poll_s_max=0.001, cooldown_s=10)
+QUIET = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=10)
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Log(logging.Handler):
+    """What the monitor's threads log, as it comes; *act* runs where it is logged."""
+
+    def __init__(self, act=lambda: None):
+        super().__init__()
+        self.came = threading.Semaphore(0)
+        self.lines = []
+        self.threads = []
+        self._act = act
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+        self.threads.append(threading.current_thread().name)
+        self._act()
+        self.came.release()
+
+
+class Block:
+    """A callback and a reclaimer that do not return until they are let go."""
+
+    def __init__(self):
+        self.entered, self.going_on = threading.Event(), threading.Event()
+        self.heard = []
+
+    def __call__(self, event):
+        self.heard.append(event)
+        self.entered.set()
+        assert self.going_on.wait(30)
+        return 0
+
+
+@pytest.fixture
+def block():
+    blocking = Block()
+    yield blocking
+    blocking.going_on.set()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    kernel = FakeKernel(tmp_path)
+    kernel.cgroup("/app", limit=LIMIT, usage=32 * MIB).join()
+    return kernel
+
+
+@pytest.fixture
+def hear_log():
+    handlers = []
+
+    def listen(act=lambda: None):
+        handlers.append(Log(act))
+        logging.getLogger("memsafe.pressure").addHandler(handlers[-1])
+        return handlers[-1]
+
+    yield listen
+    for handler in handlers:
+        logging.getLogger("memsafe.pressure").removeHandler(handler)
+
+
+def leave(machine, left_bytes):
+    machine.cgroup("/app").usage = LIMIT - left_bytes
+
+
+def monitored(machine, clock, budget=None, *, thresholds=BUSY, reserve=None):
+    return PressureMonitor(budget, root=machine.root, clock=clock, thresholds=thresholds, reserve=reserve)
+
+
+def drilled(monitor, level):
+    drill = threading.Thread(target=monitor.simulate, args=(level,))
+    drill.start()
+    return drill
+
+
+def await_readable(fd):
+    assert select.select([fd], [], [], 30)[0]
+
+
+def test_a_callback_that_hangs_is_reported_once_while_it_runs_by_name_and_stack(
+    machine, clock, block, hear_log, monkeypatch
+):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    log = hear_log()
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        assert not block.going_on.is_set()
+        (line,) = log.lines
+        assert log.threads == ["memsafe-pressure-deputy"]
+        assert line.startswith(f"the callback {block!r} for LOW has run for ")
+        assert line.splitlines()[-1].endswith("in wait"), "where it stands comes last"
+        assert f'"{__file__}"' in line
+        leave(machine, 1 * MIB)
+        await_readable(monitor.fileno())
+        while monitor.level != CRITICAL:  # it goes on looking, and has no more to say
+            pass
+        assert len(log.lines) == 1
+        block.going_on.set()
+        drill.join(30)
+    assert next(line for line in log.lines if "took" in line).startswith(f"the callback {block!r} for LOW took ")
+
+
+def test_a_reclaimer_that_hangs_is_reported_while_it_runs(machine, clock, block, hear_log, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    log = hear_log()
+    with Budget(name="db") as budget, monitored(machine, clock, budget) as monitor:
+        budget.reclaimer(block)
+        drill = drilled(monitor, CRITICAL)
+        assert log.came.acquire(timeout=30)
+        assert log.lines[0].startswith("reclaiming the budget <Budget 'db'")
+        assert "in __call__" in log.lines[0]
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, hear_log, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.1)  # the deputy has had its first look by then
+    log = hear_log()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        assert "has run for 0.1 s" in log.lines[0]
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_the_deputy_rests_while_the_other_waits(machine, clock, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.001)
+    alarms, alarm = threading.Semaphore(0), Hub.alarm
+    monkeypatch.setattr(Hub, "alarm", lambda hub, delay_s: (alarms.release(), alarm(hub, delay_s)))
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        deputy = monitor._deputy
+
+        @monitor.on(LOW)
+        def wait_for_the_deputy(event):
+            while not deputy.has_led:
+                pass
+
+        monitor.simulate(LOW)
+        monitor.check()
+        count = 0
+        while alarms.acquire(timeout=0.1):  # each millisecond there would be one
+            count += 1
+        assert count < 20
+
+
+def test_a_quick_callback_is_not_reported(machine, clock, hear_log):
+    log = hear_log()
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, lambda event: None)
+        for level in (LOW, CRITICAL, NORMAL):
+            monitor.simulate(level)
+    assert log.lines == []
+
+
+def test_one_that_hangs_after_a_slow_look_is_reported_too(machine, clock, block, hear_log, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    alarm, status_once = Hub.alarm, __import__("memsafe").status.status_once
+    tried = threading.Event()
+
+    def alarm_again(hub, delay_s):
+        tried.set()  # the deputy was there, and the lead was not to be had
+        alarm(hub, delay_s)
+
+    def look_slowly(root):
+        assert tried.wait(30)
+        return status_once(root)
+
+    log = hear_log()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+        monitor.on(LOW, block)
+        monkeypatch.setattr(Hub, "alarm", alarm_again)
+        monkeypatch.setattr("memsafe.pressure.monitor.status_once", look_slowly)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        assert "has run for" in log.lines[0]
+        block.going_on.set()
+        drill.join(30)
+
+
+def test_while_a_callback_hangs_a_rise_shows_everywhere_else_and_is_told_when_it_ends(machine, clock, block):
+    async def read(monitor):
+        events = monitor.events()
+        drill = drilled(monitor, LOW)
+        levels = [(await anext(events)).level]
+        await asyncio.to_thread(block.entered.wait, 30)
+        leave(machine, 1 * MIB)
+        levels.append((await anext(events)).level)
+        return drill, levels
+
+    with monitored(machine, clock, reserve="1 MiB") as monitor:
+        later = []
+        monitor.on(LOW, block)
+        monitor.on(LOW, later.append)
+        drill, levels = asyncio.run(read(monitor))
+        assert levels == [LOW, CRITICAL]
+        assert (monitor.level, monitor.reserve.held_bytes) == (CRITICAL, 0)
+        await_readable(monitor.fileno())
+        assert (len(block.heard), later) == (1, []), "never two at once"
+        block.going_on.set()
+        drill.join(30)
+        monitor.check()
+        for heard in (block.heard, later):
+            assert [(event.previous, event.level) for event in heard] == [(NORMAL, LOW), (LOW, CRITICAL)]
+
+
+def test_what_came_and_passed_while_a_callback_ran_is_told_to_loops_only(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        fd = monitor.fileno()
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        leave(machine, 1 * MIB)
+        while monitor.level != CRITICAL:
+            await_readable(fd)
+        leave(machine, 15 * MIB)
+        while monitor.level != LOW:
+            clock.now_s += 1
+        block.going_on.set()
+        monitor.check()
+        assert [event.level for event in block.heard] == [LOW]
+        while monitor.level != NORMAL:
+            leave(machine, 100 * MIB)
+            clock.now_s += 1
+
+
+def test_a_rise_while_a_late_callback_ran_is_told_when_that_ends(machine, clock):
+    heard = threading.Event()
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        leave(machine, 15 * MIB)
+        monitor.check()
+
+        @monitor.on(LOW)
+        def late(event):
+            if event.level == CRITICAL:
+                heard.set()
+                return
+            leave(machine, 1 * MIB)
+            while monitor.level != CRITICAL:
+                pass
+
+        assert heard.wait(30)
+
+
+def test_what_the_deputy_saw_is_not_undone_by_an_older_look(machine, clock, block, monkeypatch):
+    seen, choose = [], Hub.choose
+
+    def note(hub, status):
+        seen.append(min(each.limit_bytes for each in status.constraints))
+        return choose(hub, status)
+
+    monkeypatch.setattr(Hub, "choose", note)
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        machine.cgroup("/app").limit = 2 * LIMIT
+        while seen[-1:] != [2 * LIMIT]:
+            pass
+        block.going_on.set()
+        monitor.check()
+    assert seen == sorted(seen)
+
+
+def test_a_budget_is_reclaimed_for_a_rise_that_came_while_a_callback_ran(machine, clock, block):
+    asked = []
+    with Budget(name="db") as budget, budget.reserve("8 MiB"), monitored(machine, clock, budget) as monitor:
+        budget.reclaimer(lambda need_bytes: asked.append((monitor.level, need_bytes)) or 0)
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert block.entered.wait(30)
+        leave(machine, 1 * MIB)
+        while monitor.level != CRITICAL:
+            pass
+        block.going_on.set()
+        drill.join(30)
+        monitor.check()
+    assert asked[0] == (CRITICAL, 8 * MIB)
+
+
+def test_what_is_asked_for_while_a_callback_hangs_is_done_after_it(machine, clock, block, monkeypatch):
+    led = threading.Event()
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 3600)
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+        monkeypatch.setattr(monitor, "_stand_in", lambda hub, is_first: (led.set(), hub.wait()))
+        monitor.on(LOW, block)
+        drills = [drilled(monitor, LOW)]
+        assert led.wait(30), "the deputy has the lead, and is woken by what follows"
+        drills += [drilled(monitor, level) for level in (CRITICAL, NORMAL)]
+        while len(monitor._requests) < 2:
+            pass
+        with pytest.raises(TimeoutError):
+            monitor.check(timeout_s=0.001)
+        block.going_on.set()
+        for drill in drills:
+            drill.join(30)
+            assert not drill.is_alive()
+
+
+@pytest.mark.parametrize("call", ["close", "check", "simulate"])
+def test_the_handler_of_the_report_may_call_the_monitor(machine, clock, block, hear_log, monkeypatch, call):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    monitor = monitored(machine, clock)
+    log = hear_log(
+        lambda: None if block.going_on.is_set() else getattr(monitor, call)(*[CRITICAL][: call == "simulate"])
+    )
+    with monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        block.going_on.set()
+        drill.join(30)
+        assert not drill.is_alive()
+
+
+def test_it_takes_turns_with_the_deputy_a_hundred_times(machine, clock, monkeypatch):
+    monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.0001)
+    with monitored(machine, clock) as monitor:
+        led, heard = threading.Event(), []
+        stand_in = monitor._stand_in
+
+        def stand_in_and_say(hub, is_first):
+            stand_in(hub, is_first)
+            led.set()
+
+        monkeypatch.setattr(monitor, "_stand_in", stand_in_and_say)
+
+        @monitor.on(LOW)
+        def wait_for_the_deputy(event):
+            heard.append(event.level)
+            assert led.wait(30)
+            led.clear()
+
+        for _ in range(50):
+            for level in (CRITICAL, LOW):
+                monitor.simulate(level)
+    assert heard == [CRITICAL, LOW] * 50
+
+
+FORK = """
+import os
+from memsafe import PressureLevel, PressureMonitor, Thresholds
+statuses = []
+with PressureMonitor(thresholds=Thresholds(poll_s_min=0.001, poll_s_max=0.001)) as monitor:
+    @monitor.on(PressureLevel.LOW)
+    def fork(event):
+        deputy = monitor._deputy
+        while not deputy.has_led:
+            pass
+        for _ in range(5):  # while the deputy has the lead, and while it has not
+            child = os.fork()
+            if child == 0:
+                return  # the thread ends, and as it is the only one there, the process
+            statuses.append(os.waitpid(child, 0)[1])
+    monitor.simulate(PressureLevel.LOW)
+    monitor.simulate(PressureLevel.CRITICAL)
+assert statuses == [0] * 10, statuses
+"""
+
+
+def test_a_callback_may_fork_while_the_deputy_has_the_lead():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
