@@ -1,4 +1,4 @@
-"""Let the kernel kill this process for what it must not do, or refuse it: what a filter forbids, no counter can miss."""
+"""Let the kernel kill this process for what it must not do: what a filter forbids, no counter can miss."""
 
 import ctypes
 import errno

@@ -235,11 +235,14 @@ def test_the_child_starts_with_the_parents_mask_its_ignored_signals_and_none_of_
     run_in_a_child(code)
 
 
-def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_of_ours(tmp_path):
+@pytest.mark.parametrize("first", ["pass", "sealed.forbid(sealed.CLONE3, errno.ENOSYS)"], ids=["clone3", "clone"])
+def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_of_ours(tmp_path, first):
     """The child hangs in a FIFO that stands for a cgroup's file, in our memory, while it is sent a signal."""
     os.mkfifo(tmp_path / "cgroup.procs")
     code = f"""
-        import psutil, threading
+        import errno, psutil, threading
+        from tests.integration import sealed
+        {first}
         runs = []
         signal.signal(signal.SIGUSR1, lambda *_: runs.append(os.getpid()))
         def interfere():
@@ -254,7 +257,7 @@ def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_
         other.join()
         print(status == -signal.SIGUSR1, runs)
     """
-    assert run_in_a_child(code).strip() == "True []"
+    assert run_in_a_child(code, cwd=Path(__file__).parents[2]).strip() == "True []"
 
 
 def test_signals_that_interrupt_us_all_the_time_harm_no_child():
