@@ -179,6 +179,9 @@ def test_a_kill_in_a_cgroup_that_was_given_is_told_too(memory_cgroup):
     assert memsafe.run(EAT, cgroup=folder).oom_killed is True
     assert memsafe.run(["true"], cgroup=folder).oom_killed is False
     assert memsafe.run(["sh", "-c", "kill -9 $$"], cgroup=folder).oom_killed is False
+    with memsafe.Popen(["cat"], stdin=PIPE, cgroup=folder) as survivor:
+        assert memsafe.run(EAT, cgroup=folder, oom_score_adj=1000).oom_killed is True
+    assert survivor.oom_killed is False
 
 
 @pytest.mark.cgroup

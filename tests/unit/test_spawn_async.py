@@ -1,6 +1,7 @@
 """memsafe.run_async beside memsafe.run: the same outcome, under asyncio's own loop and uvloop, in any thread."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -235,3 +236,28 @@ def test_a_coroutine_that_is_never_finished_kills_its_child(runner):
     runner(main())
     os.close(never_ending)
     os.close(keep_open)
+
+
+@pytest.mark.parametrize("stdout", [None, PIPE])
+def test_a_child_that_somebody_else_has_reaped_is_no_reason_to_wait(runner, monkeypatch, stdout):
+    """Its status is lost: subprocess says 0 then."""
+
+    def too_late(pid):
+        os.waitpid(pid, 0)
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "pidfd_open", too_late)
+    done = runner(memsafe.run_async(["sh", "-c", "exit 3"], stdout=stdout, timeout=60))
+    assert (done.returncode, done.stdout) == (0, None if stdout is None else b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EPERM, memsafe.UnsupportedError), (errno.EMFILE, memsafe.KernelError)]
+)
+def test_without_a_pidfd_the_child_is_killed_and_the_error_says_why(runner, monkeypatch, code, kind):
+    def refuse(pid):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(kind, match="pidfd_open"):
+        runner(memsafe.run_async(["cat"], stdin=PIPE, stdout=PIPE))
