@@ -111,14 +111,16 @@ EAT = [sys.executable, "-c", "held = b'x' * (512 << 20)"]
 
 @pytest.fixture
 def making():
-    """The folder in which cgroups for children are made; nothing may be left in it."""
+    """The folder in which cgroups for children are made; nothing may be left in it, nor an open lock of one."""
     try:
         probe = child_cgroup.make(2**30)
     except memsafe.UnsupportedError as error:
         pytest.skip(str(error))
     probe.remove()
     folder = Path(probe.cgroup.directory).parent
+    descriptors = os.listdir("/proc/self/fd")
     yield folder
+    assert os.listdir("/proc/self/fd") == descriptors
     assert list(folder.glob(f"memsafe-child-{os.getpid()}-*")) == []
 
 
