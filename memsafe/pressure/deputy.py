@@ -67,6 +67,7 @@ class Deputy:
         self._leader_id = 0
         self._is_wanted_back = False
         self._is_waiting = True
+        self._has_missed = False
         self._has_ended = False
         self._errand: _Errand | None = None
         self.has_led = False
@@ -85,9 +86,12 @@ class Deputy:
 
     def wait(self, rest_s: float) -> list[Report]:
         """Wait as Hub.wait(), in the monitor's thread: from its end on, that is watched."""
-        self._is_waiting = True
+        self._is_waiting, self._has_missed = True, False
         reports = self._hub.wait(rest_s, alarm_s=STAND_IN_S)
         self._is_waiting = False
+        # The alarm may have come before this thread had the GIL back.
+        if self._has_missed:
+            self._hub.alarm(STAND_IN_S)
         return reports
 
     @contextmanager
@@ -151,7 +155,9 @@ class Deputy:
                 is_first = False
             if self._has_ended:
                 return
-            # It is back, and may go away again in this turn; or it was only slow in looking.
+            # It is back, and may go away again in this turn; or it was only slow in looking. In this order: one of the
+            # two sees what the other has set.
+            self._has_missed = True
             if not self._is_waiting:
                 self._hub.alarm(STAND_IN_S)
 

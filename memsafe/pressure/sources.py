@@ -382,7 +382,7 @@ class BudgetWatermark(Source):
 
     def _passed(self, _: Budget) -> None:
         with self._lock:
-            if self._fd >= 0:
+            if self._fd >= 0 and self.is_intact:
                 os.eventfd_write(self._fd, 1)
 
 

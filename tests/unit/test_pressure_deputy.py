@@ -151,6 +151,31 @@ def test_a_reclaimer_that_hangs_is_reported_while_it_runs(machine, clock, block,
         drill.join(30)
 
 
+def test_one_that_hangs_is_reported_though_the_alarm_came_before_the_wait_was_over(
+    machine, clock, block, hear_log, monkeypatch
+):
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
+    log, wait = hear_log(), Hub.wait
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+
+        def wait_and_be_late(hub, rest_s=0.0, *, alarm_s=0.0):
+            reports = wait(hub, rest_s)  # without an alarm after it
+            if alarm_s and not block.entered.is_set():
+                hub.alarm(0)
+                while not monitor._deputy._has_missed:
+                    pass
+            return reports
+
+        monkeypatch.setattr(Hub, "wait", wait_and_be_late)
+        monitor.check()  # the wait that it was in is the last true one
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert log.came.acquire(timeout=30)
+        block.going_on.set()
+        drill.join(30)
+
+
 def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, hear_log, monkeypatch):
     monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.1)  # the deputy has had its first look by then
     log = hear_log()
@@ -163,24 +188,20 @@ def test_it_is_reported_where_nothing_else_wakes_anybody(machine, clock, block, 
         drill.join(30)
 
 
-def test_the_deputy_rests_while_the_other_waits(machine, clock, monkeypatch):
+def test_an_alarm_that_comes_too_late_finds_the_other_waiting_and_is_not_set_again(machine, clock, monkeypatch):
     monkeypatch.setattr("memsafe.pressure.deputy.STAND_IN_S", 0.001)
     alarms, alarm = threading.Semaphore(0), Hub.alarm
     monkeypatch.setattr(Hub, "alarm", lambda hub, delay_s: (alarms.release(), alarm(hub, delay_s)))
+
+    def count():
+        """How many there are until for a hundred times as long as the next would take there is none."""
+        return next(number for number in range(100) if number == 99 or not alarms.acquire(timeout=0.1))
+
     with monitored(machine, clock, thresholds=QUIET) as monitor:
-        deputy = monitor._deputy
-
-        @monitor.on(LOW)
-        def wait_for_the_deputy(event):
-            while not deputy.has_led:
-                pass
-
-        monitor.simulate(LOW)
         monitor.check()
-        count = 0
-        while alarms.acquire(timeout=0.1):  # each millisecond there would be one
-            count += 1
-        assert count < 20
+        count()  # by now it waits
+        monitor._hub.alarm(0)
+        assert count() == 1, "its own"
 
 
 def test_a_quick_callback_is_not_reported(machine, clock, hear_log):
@@ -262,6 +283,24 @@ def test_what_came_and_passed_while_a_callback_ran_is_told_to_loops_only(machine
         while monitor.level != NORMAL:
             leave(machine, 100 * MIB)
             clock.now_s += 1
+
+
+def test_what_passed_while_a_callback_ran_is_told_as_one_change_from_what_was_told_last(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        calm = []
+        monitor.on(NORMAL, calm.append)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        leave(machine, 1 * MIB)
+        while monitor.level != CRITICAL:
+            pass
+        leave(machine, 100 * MIB)
+        while monitor.level != NORMAL:
+            clock.now_s += 1
+        block.going_on.set()
+        monitor.check()
+    assert [(event.previous, event.level) for event in calm] == [(LOW, NORMAL)]
 
 
 def test_a_rise_while_a_late_callback_ran_is_told_when_that_ends(machine, clock):

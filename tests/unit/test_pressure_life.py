@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
 from memsafe._kernel.descriptors import Owned
 from memsafe.testing import FakeKernel
 
@@ -387,6 +387,22 @@ def test_a_source_whose_descriptor_was_closed_is_lost_and_opened_again(machine, 
         monitor.check()
         assert all(each.is_intact for each in monitor._hub._chosen if each.used)
         assert caplog.text.count("is lost") == 1
+
+
+def test_a_budget_writes_to_no_descriptor_that_is_another_files_now(machine, tmp_path):
+    with (
+        Budget("64 MiB", soft_limit="1 MiB") as budget,
+        PressureMonitor(budget, root=machine.root, thresholds=QUIET) as monitor,
+        open(tmp_path / "other", "wb") as other,
+    ):
+        monitor.check()
+        os.dup2(other.fileno(), monitor._hub._watermark._fd)
+        taken = monitor._hub._watermark._fd
+        with budget.reserve("2 MiB"):
+            assert os.fstat(taken).st_size == 0
+            assert monitor.check() == LOW, "a look sees it all the same"
+    os.fstat(taken)  # nor is it closed
+    os.close(taken)
 
 
 def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):

@@ -106,6 +106,43 @@ def test_the_last_signal_of_a_removed_v1_cgroup_is_no_oom(v1_machine):
     assert source.hear() is None
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errno.EOPNOTSUPP, "PSI is off: boot with psi=1"),
+        (errno.EBUSY, "somebody else has a trigger on it"),
+        (errno.EROFS, "the file system is read-only here"),
+        (errno.EACCES, "this user may not open it for writing"),
+        (errno.EPERM, "Operation not permitted"),
+        (errno.EINVAL, "a multiple of 2 s without CAP_SYS_RESOURCE"),
+        (errno.ENOENT, "No such file"),
+    ],
+)
+def test_each_refusal_of_a_trigger_is_listed_with_what_to_do_and_the_next_best_is_tried(
+    machine, monkeypatch, error, reason
+):
+    machine.stall()
+    machine.cgroup("/app", limit=128 * MIB).join().stall()
+    tried = []
+
+    def refuse(path, kind, stall_us):
+        tried.append(path)
+        raise KernelError(error, f"open {path}")
+
+    monkeypatch.setattr(notify, "arm_stall_trigger", refuse)
+    hub = Hub(machine.root, Thresholds())
+    try:
+        hub.choose(memory_status(root=machine.root))
+        listed = [each for each in hub.statuses if each.name == "psi.some"]
+    finally:
+        hub.close()
+    own, system = (str(machine.root / path) for path in ("sys/fs/cgroup/app/memory.pressure", "proc/pressure/memory"))
+    assert tried == [own, system, own, system]
+    assert [each.path for each in listed] == [own, system]
+    assert not any(each.used for each in listed)
+    assert all(reason in each.reason and each.path in each.reason for each in listed)
+
+
 def test_every_cgroup_on_the_way_up_is_a_source(machine):
     machine.cgroup("/pod", limit=256 * MIB)
     machine.cgroup("/pod/app", limit=128 * MIB).join()
