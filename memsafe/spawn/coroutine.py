@@ -56,6 +56,8 @@ async def run_async(
         conversation = _Conversation(process)
     except BaseException:
         _kill_and_reap(process)
+        for stream in _pipes(process):
+            stream.close()
         raise
     try:
         async with asyncio.timeout(timeout) as limit:
@@ -78,9 +80,10 @@ async def run_async(
 def _kill_and_reap(process: Popen) -> None:
     process.kill()
     process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
+
+
+def _pipes(process: Popen) -> list[IO[Any]]:
+    return [stream for stream in (process.stdin, process.stdout, process.stderr) if stream is not None]
 
 
 class _Conversation:
@@ -128,9 +131,8 @@ class _Conversation:
 
     def close(self) -> None:
         """Close the pipes; the child is watched until it has ended."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                self._finish(stream)
+        for stream in _pipes(self._process):
+            self._finish(stream)
 
     def _watch_the_child(self) -> None:
         process = self._process
