@@ -222,6 +222,7 @@ class Supervisor:
         error = self.run.seal() or self._failure(status)
         if error is not None:
             raise error
+        assert self._done is not None  # _failure() has found it
         return SnapshotResult(
             path=self.run.path,
             size_bytes=self._commit(),
