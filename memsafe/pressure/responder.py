@@ -19,6 +19,7 @@ _log = logging.getLogger("memsafe.pressure")
 
 # Reclaimers that could not end a shortage are asked again while it lasts, but not hounded.
 _AGAIN_S = 1.0
+_WORSE_RATIO = 1.25
 
 
 class Responder:
@@ -39,14 +40,18 @@ class Responder:
         self._clock = clock
         self._look = look
         self._unmet = PressureLevel.NORMAL  # the level whose cause was not ended by the last response
+        self._unmet_bytes = 0  # what was missing then
         self._again_at_s = 0.0
 
-    def is_due(self, raised: PressureLevel) -> bool:
+    def is_due(self, judgement: Judgement) -> bool:
         """Whether a cause that stands is to be answered (again) now."""
+        raised = judgement.raised
         if raised == PressureLevel.NORMAL:
             self._unmet = raised
             return False
-        return raised > self._unmet or self._clock() >= self._again_at_s
+        # Much less is left than after the last response: somebody fills memory faster than is waited here.
+        is_worse = judgement.shortage_bytes > self._unmet_bytes * _WORSE_RATIO
+        return raised > self._unmet or is_worse or self._clock() >= self._again_at_s
 
     def respond(self, level: PressureLevel, judgement: Judgement) -> int:
         """Reclaim; return the bytes by which the budget's use fell. A failure is logged."""
@@ -61,6 +66,7 @@ class Responder:
         except BaseException:
             # SystemExit too: a reclaimer must not end the thread that warns.
             _log.exception("reclaiming the budget %r failed", budget)
+        self._unmet_bytes = need.shortage_bytes
         self._again_at_s = self._clock() + _AGAIN_S
         return max(0, before_bytes - budget.used_bytes)
 
