@@ -142,7 +142,7 @@ def is_directory(path: str) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - a path under an injected root, and often asked for
 
 
-def is_missing(error: KernelError) -> bool:
+def is_missing(error: OSError) -> bool:
     """Whether *error* says that the file, its cgroup or its process is not there."""
     return error.errno in _MISSING
 

@@ -109,10 +109,12 @@ class AtomicFile:
             with suppress(OSError):
                 os.unlink(self._temporary, dir_fd=self._folder_fd)
             self._temporary = None
-        for fd in (self.fd, self._folder_fd):
-            if fd >= 0:
-                os.close(fd)
+        fds = (self.fd, self._folder_fd)
         self.fd = self._folder_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                with suppress(OSError):  # it is closed all the same, and what is committed was synced
+                    os.close(fd)
 
     def _mode_of_old(self) -> int | None:
         try:

@@ -5,18 +5,20 @@ the parent.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import time
 from array import array
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.forecast import LastSnapshot, observations
 from memsafe.sizes import parse_size
 from memsafe.snapshot.supervisor import Bounds, Supervisor
+from memsafe.snapshot.writer import WriterOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotRun
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import ChecksumName, SnapshotWriter, Zstd
 
     class HasFileno(Protocol):
         """A file, a socket."""
@@ -45,6 +47,9 @@ def fork_snapshot(
     on_progress: Callable[[int, int], object] | None = None,
     timeout_s: float | None = None,
     keep_fds: Iterable[int | HasFileno] = (),
+    checksum: ChecksumName | None = None,
+    compress: Literal["zstd"] | Zstd | None = None,
+    max_bytes_per_s: Size | None = None,
     root: Root = "/",
 ) -> SnapshotJob:
     """Begin a point-in-time image of this process, written by a forked child, and return while it is written.
@@ -76,6 +81,9 @@ def fork_snapshot(
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.
         keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
+        checksum: ``"crc32"`` or ``"sha256"`` of the file, for the result. *write* cannot seek then.
+        compress: ``"zstd"``, or a memsafe.snapshot.Zstd for its level and threads. *write* cannot seek then.
+        max_bytes_per_s: How fast the file is written at most, after compression.
         root: The directory that stands for "/" in the assessment and the reading of limits.
 
     Raises:
@@ -83,7 +91,8 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
-        ValueError: *max_copy* or *timeout_s* makes no sense.
+        UnsupportedError: No library for *compress* is installed.
+        ValueError: An argument makes no sense.
     """
     if not callable(write):
         raise TypeError(f"write must be callable, not {type(write).__name__}")
@@ -91,8 +100,11 @@ def fork_snapshot(
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
-    claim = _slot.claim(path)
+    options = WriterOptions.of(checksum, compress, max_bytes_per_s)
+    claim = _Claim(path)
+    supervisor: Supervisor | None = None
     try:
+        _slot.take(claim)
         assessment = assess(None, None, root, max_copy_bytes, 0, observations)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
@@ -100,13 +112,19 @@ def fork_snapshot(
                 f"the snapshot of {os.fsdecode(path)} was not begun ({assessment.decision}): {reasons}", assessment
             )
         sys.audit("os.fork")
-        supervisor = Supervisor(path, Bounds(max_copy_bytes, timeout_s, root), on_progress, _slot.release)
-        claim.run, claim.private_bytes = supervisor.run, assessment.private_bytes
+        claim.private_bytes = assessment.private_bytes
+        supervisor = Supervisor(
+            path, Bounds(max_copy_bytes, timeout_s, root), on_progress, functools.partial(_slot.release, claim)
+        )
+        claim.run = supervisor.run
+        supervisor.fork(write, kept, options)
+        return supervisor.job
     except BaseException:
-        _slot.release()
+        if supervisor is None:
+            _slot.release(claim)
+        else:
+            supervisor.give_up()
         raise
-    supervisor.fork(write, kept)
-    return supervisor.job
 
 
 class _Claim:
@@ -137,11 +155,10 @@ class _Slot:
         self._holder: dict[str, _Claim] = {}
         self._hooked = False
 
-    def claim(self, path: StrPath) -> _Claim:
-        claim = _Claim(path)
+    def take(self, claim: _Claim) -> None:
         holder = self._holder.setdefault("", claim)
         if holder is not claim:
-            running, asked = os.fsdecode(holder.path), os.fsdecode(path)
+            running, asked = os.fsdecode(holder.path), os.fsdecode(claim.path)
             raise SnapshotInProgressError(
                 f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
                 "cancel it; one fork snapshot at a time in a process"
@@ -151,13 +168,13 @@ class _Slot:
             # In a forked child: the parent's snapshot is none of its business.
             os.register_at_fork(after_in_child=self._holder.clear)
             self._hooked = True
-        return claim
 
-    def release(self, copy_bytes: int | None = None, complete: bool = False) -> None:
-        claim = self._holder.get("")
-        if claim is not None and copy_bytes is not None:
-            claim.saw(copy_bytes, complete)
-        self._holder.clear()
+    def release(self, claim: _Claim, copy_bytes: int | None = None, complete: bool = False) -> None:
+        """Let the next one begin. Does nothing where *claim* does not hold the slot, or no longer."""
+        if self._holder.get("") is claim:
+            if copy_bytes is not None:
+                claim.saw(copy_bytes, complete)
+            self._holder.clear()
 
     def end_at_exit(self) -> None:
         """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""

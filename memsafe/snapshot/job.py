@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from memsafe.errors import SnapshotCancelledError, SnapshotFailedError, SnapshotOverrunError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -42,6 +44,9 @@ class SnapshotResult:
         peak_copy_bytes: The most memory that private copies took at any measurement; None if it could not be read.
         method: The engine: ``"fork"``.
         warnings: What could not be done, though the image is complete.
+        content_bytes: What `write` wrote: more than size_bytes where the file is compressed. None where the engine does
+            not say.
+        checksum: Of the file, if one was asked for: ``"crc32:…"`` or ``"sha256:…"`` in hexadecimal.
     """
 
     path: StrPath
@@ -51,26 +56,72 @@ class SnapshotResult:
     peak_copy_bytes: int | None
     method: str
     warnings: tuple[str, ...] = ()
+    content_bytes: int | None = None
+    checksum: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return {**asdict(self), "path": os.fsdecode(self.path), "warnings": list(self.warnings)}
 
 
-class _Phase(enum.Enum):
-    RUNNING = enum.auto()
-    CANCELLING = enum.auto()
-    SEALED = enum.auto()  # past cancelling: the outcome is being settled
+class SnapshotState(enum.Enum):
+    """Where a snapshot is in its life, whichever engine takes it."""
+
+    PREPARING = "preparing"
+    """What it needs is being got."""
+    RUNNING = "running"
+    """The image is being written."""
+    ENDING = "ending"
+    """It was cancelled, or a bound was passed: the engine is being stopped, and there will be no image."""
+    SETTLING = "settling"
+    """The image is being put in place, or dropped; too late to cancel."""
+    DONE = "done"
+    """The image is at its path."""
+    FAILED = "failed"
+    """It ended by itself, without an image."""
+    CANCELLED = "cancelled"
+    """Its owner ended it."""
+    OVERRUN = "overrun"
+    """Its copies ended it."""
+
+
+# Every life goes one way, and passes SETTLING: so there is one outcome, and nothing is put in place after it.
+_NEXT = {
+    SnapshotState.PREPARING: {SnapshotState.RUNNING, SnapshotState.ENDING, SnapshotState.SETTLING},
+    SnapshotState.RUNNING: {SnapshotState.ENDING, SnapshotState.SETTLING},
+    SnapshotState.ENDING: {SnapshotState.SETTLING},
+    SnapshotState.SETTLING: {
+        SnapshotState.DONE,
+        SnapshotState.FAILED,
+        SnapshotState.CANCELLED,
+        SnapshotState.OVERRUN,
+    },
+    SnapshotState.DONE: set(),
+    SnapshotState.FAILED: set(),
+    SnapshotState.CANCELLED: set(),
+    SnapshotState.OVERRUN: set(),
+}
+
+
+def _final_state(error: BaseException) -> SnapshotState:
+    match error:
+        case SnapshotCancelledError():
+            return SnapshotState.CANCELLED
+        case SnapshotOverrunError():
+            return SnapshotState.OVERRUN
+    return SnapshotState.FAILED
 
 
 class SnapshotRun:
-    """The engine's half of a job: reports come in here, and the outcome, once.
+    """The engine's half of a job: its state, what it reports, and its outcome, once.
 
-    An engine calls report_progress() and report_copies() as it goes, then seal(), then resolve() or reject(). All of it
-    on one thread of its own; cancel() may come from anywhere, a signal handler included.
+    An engine calls begin() when the image is being written, report_progress() and report_copies() as it goes, end()
+    where a bound is passed, then seal(), then resolve() or reject(). All of it on one thread of its own; cancel() may
+    come from anywhere, a signal handler included.
 
     Attributes:
         path: The path as given.
+        state: Where it is in its life.
         progress: The last report, or None.
         copy_bytes: The last count of private copies.
         peak_copy_bytes: The largest, or None before the first.
@@ -85,14 +136,16 @@ class SnapshotRun:
         wake: Callable[[], None],
         on_progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Begin a run.
+        """Begin a run, in PREPARING.
 
         Args:
             path: Where the image goes.
-            wake: Tells the engine to look at ``cancelling``; called at most once, must not block.
+            wake: Tells the engine that its owner has ended the run. Called under a lock and never after seal(), by any
+                thread, maybe more than once; must not block.
             on_progress: The owner's callback, called on the engine's thread.
         """
         self.path = path
+        self.state = SnapshotState.PREPARING
         self.progress: SnapshotProgress | None = None
         self.copy_bytes = 0
         self.peak_copy_bytes: int | None = None
@@ -102,28 +155,54 @@ class SnapshotRun:
         self._wake = wake
         self._on_progress = on_progress
         self._reporting_thread: int | None = None
-        self._phase = _Phase.RUNNING
-        self._lock = threading.RLock()  # guards _phase; re-entered when a signal handler cancels
+        self._verdict: SnapshotFailedError | None = None  # why it was ended
+        self._lock = threading.RLock()  # guards state and _verdict; re-entered when a signal handler cancels
 
-    @property
-    def cancelling(self) -> bool:
-        """Whether the owner wants it ended, and nothing has settled it yet."""
-        return self._phase is _Phase.CANCELLING
+    def begin(self) -> None:
+        """Enter RUNNING, unless it was ended before it began."""
+        with self._lock:
+            if self.state is SnapshotState.PREPARING:
+                self._enter(SnapshotState.RUNNING)
+
+    def end(self, verdict: SnapshotFailedError) -> None:
+        """Enter ENDING: *verdict* will be the outcome, unless another one came first or the run is sealed."""
+        with self._lock:
+            if self.state in (SnapshotState.PREPARING, SnapshotState.RUNNING):
+                self._verdict = verdict
+                self._enter(SnapshotState.ENDING)
 
     def cancel(self) -> bool:
         """Ask for the end; True means that the outcome will be SnapshotCancelledError."""
+        path = os.fsdecode(self.path)
         with self._lock:
-            if self._phase is _Phase.RUNNING:
-                self._phase = _Phase.CANCELLING
-                self._wake()
-            return self._phase is _Phase.CANCELLING
+            self.end(SnapshotCancelledError(f"the snapshot of {path} was cancelled; the file there is as it was"))
+            if self.state is not SnapshotState.ENDING or not isinstance(self._verdict, SnapshotCancelledError):
+                return False
+            self._wake()
+            return True
 
-    def seal(self) -> bool:
-        """Close the run to cancel() and return whether it was cancelled before; `wake` is not called after this."""
+    def seal(self) -> SnapshotFailedError | None:
+        """Enter SETTLING: nothing can end it any more. Returns why it was ended before, if it was."""
         with self._lock:
-            cancelled = self._phase is _Phase.CANCELLING
-            self._phase = _Phase.SEALED
-            return cancelled
+            if self.state is not SnapshotState.SETTLING:
+                self._enter(SnapshotState.SETTLING)
+            return self._verdict
+
+    def resolve(self, result: SnapshotResult) -> None:
+        """End the run with an image; it is sealed."""
+        assert self._verdict is None
+        self._enter(SnapshotState.DONE)
+        self.future.set_result(result)
+
+    def reject(self, error: BaseException) -> None:
+        """End the run without one; it is sealed."""
+        self._enter(_final_state(error))
+        self.future.set_exception(error)
+
+    def _enter(self, state: SnapshotState) -> None:
+        # A handler that cancels while cancel() is here has done the same already.
+        assert state in _NEXT[self.state] or state is self.state is SnapshotState.ENDING, (self.state, state)
+        self.state = state
 
     def report_progress(self, done: int, total: int) -> None:
         """Publish progress. A callback that fails is logged: a display must not cost the image."""
@@ -154,14 +233,6 @@ class SnapshotRun:
         self.copy_bytes = copy_bytes
         self.peak_copy_bytes = max(copy_bytes, self.peak_copy_bytes or 0)
 
-    def resolve(self, result: SnapshotResult) -> None:
-        """End the run with an image."""
-        self.future.set_result(result)
-
-    def reject(self, error: BaseException) -> None:
-        """End the run without one."""
-        self.future.set_exception(error)
-
 
 class SnapshotJob:
     """A snapshot under way, whichever engine takes it. Thread-safe.
@@ -179,6 +250,11 @@ class SnapshotJob:
     def path(self) -> StrPath:
         """Where the image goes, as given."""
         return self._run.path
+
+    @property
+    def state(self) -> SnapshotState:
+        """Where it is in its life; SETTLING until wait() would return."""
+        return self._run.state
 
     @property
     def progress(self) -> SnapshotProgress | None:
@@ -204,7 +280,7 @@ class SnapshotJob:
 
         Returns:
             True when wait() will raise SnapshotCancelledError; False when it is too late, because the image is
-            complete and being put in place, or the job has ended.
+            complete and being put in place, or the job has ended or is being ended for another reason.
         """
         return self._run.cancel()
 
@@ -239,5 +315,4 @@ class SnapshotJob:
         return asyncio.wrap_future(self._run.future).__await__()
 
     def __repr__(self) -> str:
-        state = "done" if self.done() else "running"
-        return f"<SnapshotJob of {os.fsdecode(self.path)!r}, {state}>"
+        return f"<SnapshotJob of {os.fsdecode(self.path)!r}, {self.state.value}>"

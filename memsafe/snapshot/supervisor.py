@@ -25,16 +25,16 @@ from memsafe._kernel.files import is_missing
 from memsafe.errors import (
     KernelError,
     OOMKilledError,
-    SnapshotCancelledError,
     SnapshotFailedError,
     SnapshotOverrunError,
 )
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import SnapshotChild
-from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
+from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter, oom_kills, risen
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+from memsafe.snapshot.writer import ImageFile
 
 if TYPE_CHECKING:
     from array import array
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
     from memsafe.snapshot.atomic import StrPath
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
 
 METHOD = "fork"
 
@@ -55,6 +55,10 @@ _OOM_SCORE_ADJ_ABOVE = 1000
 _OOM_SCORE_ADJ_MAX = 1000
 
 
+# Only for the case that the native fork could not set the eventfd.
+_LOOK_FOR_FORK_MS = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What ends a child that would otherwise go on."""
@@ -65,7 +69,11 @@ class Bounds:
 
 
 class Supervisor:
-    """The life of one child, from before its fork until its file is in place. Runs on a thread of its own."""
+    """The life of one child, from before its fork until its file is in place.
+
+    The job's thread owns everything: it opens, watches and closes. The caller's thread only waits for it, and forks. So
+    a KeyboardInterrupt, which hits the main thread alone, never comes between a descriptor and its owner.
+    """
 
     def __init__(
         self,
@@ -74,55 +82,45 @@ class Supervisor:
         on_progress: Callable[[int, int], object] | None,
         on_end: Callable[[int | None, bool], None],
     ) -> None:
-        """Get everything that can be refused.
+        """Prepare nothing yet.
 
-        From here on *on_end* is called once, before the job's outcome is known, as on_end(peak_copy_bytes, complete).
-
-        Raises:
-            OSError: No file can be made at *path*, or descriptors have run out; *on_end* is not called.
+        *on_end* is called as on_end(peak_copy_bytes, complete) once no child is left, before the job's outcome is
+        known. It may be called again, with (None, False).
         """
+        self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
+        self.job = SnapshotJob(self.run)
         self._bounds = bounds
         self._on_end = on_end
-        self._done: Done | None = None
-        self._raised: Raised | None = None
-        self._verdict: SnapshotFailedError | None = None  # why we ended it
-        self._warnings: list[str] = []
+        self._prepared = threading.Event()  # or refused
+        self._refusal: BaseException | None = None
+        self._given_up = False  # by the caller's thread, without a child
+        self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
-        self._began_s = time.monotonic()
+        self._wake_fd = -1
         self._pid = 0
         self._pidfd = -1
-        with ExitStack() as stack:
-            self._file = stack.enter_context(AtomicFile(path))
-            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(os.close, self._wake_fd)
-            self._own_pidfd = _pidfd_of_self()
-            stack.callback(os.close, self._own_pidfd)
-            self._report_fd, self._report_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            stack.callback(os.close, self._report_fd)
-            self._close_write_end = stack.enter_context(ExitStack())
-            self._close_write_end.callback(os.close, self._report_write_fd)
-            self._reader = ReportReader(self._report_fd)
-            self._meter = Meter(bounds.root, bounds.max_copy_bytes)
-            stack.callback(self._meter.close)
-            self._oom_kills_before = oom_kills(bounds.root)
-            self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
-            self.job = SnapshotJob(self.run)
-            self._thread = threading.Thread(target=self._main, name="memsafe-snapshot", daemon=True)
-            self._resources = stack.pop_all()
+        self._done: Done | None = None
+        self._raised: Raised | None = None
+        self._warnings: list[str] = []
+        self._thread = threading.Thread(target=self._main, name="memsafe-snapshot", daemon=True)
 
     # The caller's thread.
 
-    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int]) -> None:
-        """Start the thread, then fork: after the fork nothing that can fail is left to do.
+    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int], options: WriterOptions) -> None:
+        """Have the thread get everything that can be refused, then fork. Whatever is raised, call give_up().
 
         Raises:
+            OSError: No file can be made at the path, or descriptors have run out.
             KernelError: fork failed, or no thread could be started.
         """
-        child = SnapshotChild(write, self._file.fd, self._report_write_fd)
+        _start(self._thread)
+        self._prepared.wait()
+        if self._refusal is not None:
+            raise self._refusal
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd)
         oom_score_adj = _child_oom_score_adj()
+        self._began_s = time.monotonic()
         try:
-            _start(self._thread)
-            self._began_s = time.monotonic()
             _native.fork(
                 child,
                 self._handover,
@@ -133,96 +131,134 @@ class Supervisor:
                 oom_score_adj,
                 keep_fds,
             )
-        except BaseException as error:
-            self._abandon()
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, KernelError):
-                raise KernelError(error.errno, "fork", "no child was made, nothing was changed") from None
-            raise
+        except OSError as error:
+            code = error.errno or errno.EAGAIN
+            raise KernelError(code, "fork", "no child was made, nothing was changed") from None
+        finally:
+            self._fork_returned.set()
 
-    def _abandon(self) -> None:
+    def give_up(self) -> None:
         """After an exception: end the child if there is one, as nobody will hold the job, and release everything."""
-        if self._was_forked():
-            self.run.cancel()
-        elif self._thread.ident is None:
-            self._resources.close()
+        self._given_up = True
+        self._fork_returned.set()
+        self.run.cancel()
+        if not self._was_forked():
+            if self._thread.ident is not None:
+                self._thread.join()
             self._on_end(None, False)
-        else:
-            self._wake()
-            self._thread.join()
 
     def _was_forked(self) -> bool:
         return any(self._handover)
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
+        if self._wake_fd >= 0:
+            with suppress(OSError):  # it refuses only when it is set already
+                os.eventfd_write(self._wake_fd, 1)
 
     # The job's thread.
 
     def _main(self) -> None:
         result: SnapshotResult | None = None
-        error: BaseException | None = None
-        self._wait_for_fork()
-        if self._was_forked():
-            try:
-                result = self._supervise()
-            except BaseException as failure:
-                error = self._after(failure)
+        error: SnapshotFailedError | None = None
+        resources = ExitStack()
+        try:
+            self._prepare(resources)
+            self._wait_for_fork()
+            result = self._supervise(resources)
+        except BaseException as failure:
+            error = self._after(failure)
         with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
-            self._resources.close()
+            resources.close()
         self._on_end(self.run.peak_copy_bytes, self._done is not None)
         if result is not None:
             self.run.resolve(result)
         elif error is not None:
             self.run.reject(error)
 
-    def _after(self, failure: BaseException) -> BaseException:
-        """Leave no child behind, and return what the owner of the job gets to see."""
-        self._kill()
-        self._reap()
-        self.run.seal()
-        if isinstance(failure, SnapshotFailedError):
-            return failure
-        error = SnapshotFailedError(self._ended(f"the parent could not watch over it: {failure!r}"))
-        error.__cause__ = failure
-        return error
+    def _prepare(self, resources: ExitStack) -> None:
+        try:
+            self._file = resources.enter_context(AtomicFile(self.run.path))
+            self._own_pidfd = _pidfd_of_self()
+            resources.callback(os.close, self._own_pidfd)
+            self._report_fd, self._report_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._reader = ReportReader(self._report_fd)
+            resources.callback(self._reader.close)
+            self._write_end = resources.enter_context(ExitStack())
+            self._write_end.callback(os.close, self._report_write_fd)
+            self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
+            resources.callback(self._meter.close)
+            self._oom_kills_before = oom_kills(self._bounds.root)
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            resources.callback(os.close, self._wake_fd)
+        except BaseException as refusal:
+            self._refusal = refusal
+            raise
+        finally:
+            self._prepared.set()
 
     def _wait_for_fork(self) -> None:
+        """Return when the child is there, or will never be."""
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
-        poller.poll()
+        try:
+            while not (self._was_forked() or self._given_up):
+                if poller.poll(_LOOK_FOR_FORK_MS):
+                    os.eventfd_read(self._wake_fd)
+        except OSError:
+            # The native fork sets the eventfd before any Python can run; this is set by Python, so an interrupt in the
+            # right place could prevent it. It takes both.
+            self._fork_returned.wait()
 
-    def _supervise(self) -> SnapshotResult:
+    def _supervise(self, resources: ExitStack) -> SnapshotResult:
+        if not self._was_forked():
+            raise SnapshotFailedError(f"the snapshot of {os.fsdecode(self.run.path)} was not begun")
         self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
         if self._pidfd >= 0:
-            self._resources.callback(os.close, self._pidfd)
-        self._close_write_end.close()  # so that the pipe ends with the child
+            resources.callback(os.close, self._pidfd)
+        self.run.begin()
+        self._write_end.close()  # so that the pipe ends with the child
         self._watch()
         status = self._reap()
-        cancelled = self.run.seal()
-        path = os.fsdecode(self.run.path)
-        if cancelled:
-            raise SnapshotCancelledError(f"the snapshot of {path} was cancelled; the file there is as it was")
-        error = self._verdict or self._failure(status)
+        error = self.run.seal() or self._failure(status)
         if error is not None:
             raise error
+        assert self._done is not None  # _failure() has found it
+        return SnapshotResult(
+            path=self.run.path,
+            size_bytes=self._commit(),
+            pause_s=pause_ns / 1e9,
+            duration_s=time.monotonic() - self._began_s,
+            peak_copy_bytes=self.run.peak_copy_bytes,
+            method=METHOD,
+            content_bytes=self._done.written.content_bytes,
+            checksum=self._done.written.checksum,
+            warnings=tuple(self._warnings),
+        )
+
+    def _commit(self) -> int:
         try:
-            size_bytes = self._file.commit()
+            return self._file.commit()
         except OSError as cause:
+            path = os.fsdecode(self.run.path)
             what = (
                 f"the new image is at {path}, but may not survive a power cut: its folder could not be synced"
                 if self._file.renamed
                 else f"the image is complete, but could not be put at {path}"
             )
             raise SnapshotFailedError(f"{what}: {cause}") from cause
-        return SnapshotResult(
-            path=self.run.path,
-            size_bytes=size_bytes,
-            pause_s=pause_ns / 1e9,
-            duration_s=time.monotonic() - self._began_s,
-            peak_copy_bytes=self.run.peak_copy_bytes,
-            method=METHOD,
-            warnings=tuple(self._warnings),
-        )
+
+    def _after(self, failure: BaseException) -> SnapshotFailedError:
+        """Leave no child behind, and return what the owner of the job gets to see."""
+        self._kill()
+        self._reap()
+        verdict = self.run.seal()
+        if verdict is not None:
+            return verdict
+        if isinstance(failure, SnapshotFailedError):
+            return failure
+        error = SnapshotFailedError(self._ended(f"the parent could not watch over it: {failure!r}"))
+        error.__cause__ = failure
+        return error
 
     def _watch(self) -> None:
         """Return when the child has ended and all that it said is heard."""
@@ -233,6 +269,7 @@ class Supervisor:
             poller.register(self._pidfd, select.POLLIN)
         ended = self._pidfd < 0
         while not ended:
+            self._enforce()
             ready = {fd for fd, _ in poller.poll(self._patience_ms())}
             ended = self._pidfd in ready
             if self._wake_fd in ready:
@@ -241,12 +278,10 @@ class Supervisor:
                 self._hear()
                 if self._reader.at_end:
                     poller.unregister(self._report_fd)
-            if not ended and self._verdict is None:
-                self._enforce()
         self._hear()
 
     def _patience_ms(self) -> int | None:
-        if self._verdict is not None or self.run.cancelling:
+        if self.run.state is SnapshotState.ENDING:
             return None
         wake_at_s = self._meter.next_look_s
         if self._bounds.timeout_s is not None:
@@ -271,7 +306,7 @@ class Supervisor:
 
     def _enforce(self) -> None:
         """End a child that was cancelled, takes too long, or copies too much."""
-        if self.run.cancelling:
+        if self.run.state is SnapshotState.ENDING:
             self._kill()
             return
         now_s = time.monotonic()
@@ -284,7 +319,7 @@ class Supervisor:
     def _measure(self) -> None:
         try:
             measured = self._meter.measure(self._pid)
-        except KernelError as error:
+        except OSError as error:
             if self._has_ended() or is_missing(error):
                 return
             self._meter.stop()
@@ -317,14 +352,17 @@ class Supervisor:
         return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
 
     def _end(self, verdict: SnapshotFailedError) -> None:
-        if self._verdict is None:
-            self._verdict = verdict
+        self.run.end(verdict)
         self._kill()
 
     def _kill(self) -> None:
         if self._pidfd >= 0:
-            with suppress(OSError):  # it ended by itself
+            try:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself
+                pass
+            except OSError:  # it has become another user's: its guard ends it when nobody listens
+                self._reader.close()
 
     def _has_ended(self) -> bool:
         poller = select.poll()
@@ -338,6 +376,10 @@ class Supervisor:
         try:
             return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         except ChildProcessError:
+            return None
+        except OSError:  # a sandbox that knows pidfds, but not P_PIDFD
+            with suppress(OSError):
+                os.waitpid(self._pid, 0)
             return None
 
     def _failure(self, status: os.waitid_result | None) -> SnapshotFailedError | None:

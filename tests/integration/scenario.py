@@ -24,11 +24,14 @@ def command(function, *args):
     return [sys.executable, "-X", "faulthandler", __file__, module.__file__, function.__name__, json.dumps(args)]
 
 
-def run(function, *args, returncode=0, leaves=None):
-    """Call *function* in a new interpreter; return the dict that it returned. It must leave nothing behind."""
+def run(function, *args, returncode=0, leaves=None, prefix=()):
+    """Call *function* in a new interpreter; return the dict that it returned. It must leave nothing behind.
+
+    *prefix* begins the command line, as with unshare(1).
+    """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        command(function, *map(_plain, args)), capture_output=True, text=True, timeout=TIMEOUT_S, env=env
+        [*prefix, *command(function, *map(_plain, args))], capture_output=True, text=True, timeout=TIMEOUT_S, env=env
     )
     assert done.returncode == returncode, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     last = done.stdout.splitlines()[-1] if done.stdout else "{}"

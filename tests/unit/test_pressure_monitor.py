@@ -1127,6 +1127,7 @@ def test_a_reclaimer_is_asked_again_while_what_it_gives_shows_and_is_eaten_up(ma
 def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, budget, monkeypatch):
     collections = []
     monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    monkeypatch.setattr("memsafe.pressure.monitor._QUIET_S", 3600.0)
     cache = Cache(budget, "30 MiB")
     use(machine, 15 * MIB)
     with monitored(machine, clock, budget) as monitor:

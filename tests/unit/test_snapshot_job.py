@@ -1,14 +1,15 @@
 """The job and the run, driven by hand as an engine without any child would."""
 
 import asyncio
+import itertools
 import signal
 import threading
 
 import pytest
 
 import memsafe
-from memsafe.errors import SnapshotCancelledError, SnapshotFailedError
-from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotRun
+from memsafe.errors import OOMKilledError, SnapshotCancelledError, SnapshotFailedError, SnapshotOverrunError
+from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotRun, SnapshotState
 
 RESULT = SnapshotResult("dump.db", 3, 0.001, 0.5, 4096, "by hand")
 
@@ -23,13 +24,17 @@ class Engine:
         self.wakes += 1
 
 
-def test_a_new_job_runs_and_has_reported_nothing():
+OVERRUN = SnapshotOverrunError("too much", copy_bytes=2, max_copy_bytes=1)
+
+
+def test_a_new_job_is_being_prepared_and_has_reported_nothing():
     job = Engine().job
     assert not job.done()
+    assert job.state is SnapshotState.PREPARING
     assert job.progress is None
     assert job.copy_bytes == 0
     assert job.path == "dump.db"
-    assert "running" in repr(job)
+    assert "preparing" in repr(job)
 
 
 def test_wait_returns_the_result_as_often_as_it_is_asked():
@@ -54,21 +59,108 @@ def test_wait_that_takes_too_long_is_a_timeout_and_changes_nothing():
     engine = Engine()
     with pytest.raises(TimeoutError, match=r"dump\.db is still running"):
         engine.job.wait(0)
-    assert not engine.run.cancelling
+    assert engine.job.state is SnapshotState.PREPARING
 
 
-def test_cancel_wakes_the_engine_once_and_is_seen_by_seal():
+def test_cancel_wakes_the_engine_each_time_and_is_seen_by_seal():
+    engine = Engine()
+    engine.run.begin()
+    assert engine.job.cancel()
+    assert engine.job.cancel()
+    assert engine.wakes == 2
+    assert engine.job.state is SnapshotState.ENDING
+    assert isinstance(engine.run.seal(), SnapshotCancelledError)
+
+
+def test_what_was_cancelled_before_it_began_never_runs():
     engine = Engine()
     assert engine.job.cancel()
-    assert engine.job.cancel()
-    assert engine.wakes == 1
-    assert engine.run.cancelling
-    assert engine.run.seal()
+    engine.run.begin()
+    assert engine.job.state is SnapshotState.ENDING
+
+
+def test_the_first_reason_to_end_stays_and_cancel_says_that_it_came_too_late():
+    engine = Engine()
+    engine.run.begin()
+    engine.run.end(OVERRUN)
+    engine.run.end(SnapshotFailedError("late"))
+    assert not engine.job.cancel()
+    assert engine.wakes == 0
+    assert engine.run.seal() is OVERRUN
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (SnapshotCancelledError("x"), SnapshotState.CANCELLED),
+        (OVERRUN, SnapshotState.OVERRUN),
+        (SnapshotFailedError("x"), SnapshotState.FAILED),
+        (OOMKilledError("x"), SnapshotState.FAILED),
+    ],
+)
+def test_the_last_state_says_how_it_ended_before_anybody_who_waits_hears_of_it(error, state):
+    engine = Engine()
+    seen = []
+    engine.job.add_done_callback(lambda job: seen.append(job.state))
+    engine.run.seal()
+    assert engine.job.state is SnapshotState.SETTLING
+    engine.run.reject(error)
+    assert seen == [state]
+
+
+def in_state(state):
+    engine = Engine()
+    run = engine.run
+    ways = {
+        SnapshotState.PREPARING: [],
+        SnapshotState.RUNNING: [run.begin],
+        SnapshotState.ENDING: [run.begin, run.cancel],
+        SnapshotState.SETTLING: [run.begin, run.seal],
+        SnapshotState.DONE: [run.seal, lambda: run.resolve(RESULT)],
+        SnapshotState.FAILED: [run.seal, lambda: run.reject(SnapshotFailedError("x"))],
+        SnapshotState.CANCELLED: [run.cancel, run.seal, lambda: run.reject(SnapshotCancelledError("x"))],
+        SnapshotState.OVERRUN: [lambda: run.end(OVERRUN), run.seal, lambda: run.reject(OVERRUN)],
+    }
+    for step in ways[state]:
+        step()
+    assert run.state is state
+    return run
+
+
+FINAL = {SnapshotState.DONE, SnapshotState.FAILED, SnapshotState.CANCELLED, SnapshotState.OVERRUN}
+
+
+@pytest.mark.parametrize("state", sorted(set(SnapshotState) - {SnapshotState.SETTLING}, key=lambda state: state.value))
+def test_an_outcome_before_the_run_was_sealed_or_a_second_one_is_a_defect_of_the_engine(state):
+    run = in_state(state)
+    with pytest.raises(AssertionError):
+        run.resolve(RESULT)
+    with pytest.raises(AssertionError):
+        run.reject(SnapshotFailedError("x"))
+    assert run.state is state
+
+
+def test_no_image_comes_of_a_run_that_was_cancelled():
+    run = in_state(SnapshotState.ENDING)
+    run.seal()
+    with pytest.raises(AssertionError):
+        run.resolve(RESULT)
+
+
+@pytest.mark.parametrize("state", sorted(FINAL, key=lambda state: state.value))
+def test_nothing_moves_a_run_that_has_ended(state):
+    run = in_state(state)
+    run.begin()
+    run.end(OVERRUN)
+    assert not run.cancel()
+    assert run.state is state
+    with pytest.raises(AssertionError):
+        run.seal()
 
 
 def test_cancel_is_refused_once_sealed_and_the_engine_is_left_alone():
     engine = Engine()
-    assert not engine.run.seal()
+    assert engine.run.seal() is None
     assert not engine.job.cancel()
     assert engine.wakes == 0
     engine.run.resolve(RESULT)
@@ -79,8 +171,11 @@ def test_cancel_is_refused_once_sealed_and_the_engine_is_left_alone():
 def test_cancel_from_a_signal_handler_inside_cancel_does_not_deadlock():
     engine = Engine()
 
+    nested = itertools.count()
+
     def wake():
-        signal.raise_signal(signal.SIGUSR1)
+        if next(nested) == 0:
+            signal.raise_signal(signal.SIGUSR1)
 
     engine.run._wake = wake
     before = signal.signal(signal.SIGUSR1, lambda *_: engine.job.cancel())
@@ -121,6 +216,8 @@ def test_the_ratio_of_nothing_to_do_is_one():
 def test_await_gives_the_result_of_an_engine_on_another_thread():
     engine = Engine()
 
+    engine.run.seal()
+
     async def main():
         threading.Thread(target=engine.run.resolve, args=[RESULT]).start()
         return await engine.job
@@ -143,7 +240,8 @@ def test_cancelling_a_waiting_task_leaves_the_job_running():
 
     asyncio.run(main())
     assert not engine.job.done()
-    assert not engine.run.cancelling
+    assert engine.job.state is SnapshotState.PREPARING
+    engine.run.seal()
     engine.run.resolve(RESULT)
     assert engine.job.wait() is RESULT
 
@@ -152,6 +250,7 @@ def test_done_callbacks_get_the_job_before_and_after_the_end():
     engine = Engine()
     seen = []
     engine.job.add_done_callback(seen.append)
+    engine.run.seal()
     engine.run.reject(SnapshotCancelledError("x"))
     engine.job.add_done_callback(seen.append)
     assert seen == [engine.job, engine.job]
@@ -166,6 +265,8 @@ def test_a_result_is_plain_data_and_frozen():
         "peak_copy_bytes": 4096,
         "method": "by hand",
         "warnings": [],
+        "content_bytes": None,
+        "checksum": None,
     }
     with pytest.raises(AttributeError):
         RESULT.size_bytes = 4
@@ -174,4 +275,5 @@ def test_a_result_is_plain_data_and_frozen():
 def test_the_public_names_are_reachable_from_the_package():
     assert memsafe.SnapshotJob is SnapshotJob
     assert memsafe.SnapshotResult is SnapshotResult
+    assert memsafe.SnapshotState is SnapshotState
     assert callable(memsafe.fork_snapshot)

@@ -1,0 +1,61 @@
+"""What the tests of snapshots share: outcomes as plain data, and a gate on which a child waits."""
+
+import os
+from pathlib import Path
+
+import memsafe
+import memsafe.snapshot  # now, and not when a test is another user, who may not read the interpreter's files
+
+MIB = 1024 * 1024
+PATIENCE_S = 30
+
+
+def outcome(job):
+    """The result's fields, or the error that wait() raises, as plain data."""
+    try:
+        return {"result": job.wait(PATIENCE_S).as_dict()}
+    except memsafe.MemsafeError as error:
+        return describe(error)
+
+
+def describe(error):
+    names = ("child_type", "child_message", "child_traceback", "copy_bytes", "max_copy_bytes", "errno")
+    fields = {name: getattr(error, name, None) for name in names}
+    return {"error": type(error).__name__, "message": str(error), **fields}
+
+
+def content(path):
+    return Path(path).read_bytes().decode()
+
+
+def temporaries(path):
+    return [name for name in os.listdir(os.path.dirname(path)) if ".memsafe-" in name]
+
+
+def hello(out):
+    out.write(b"new")
+
+
+class Gate:
+    """A pipe on which the child waits until the parent opens it."""
+
+    def __init__(self):
+        self.read_fd, self.write_fd = os.pipe()
+
+    def wait(self):
+        os.read(self.read_fd, 1)
+
+    def open(self):
+        os.write(self.write_fd, b"!")
+
+    def close(self):
+        os.close(self.read_fd)
+        os.close(self.write_fd)
+
+
+def gated(gate):
+    def write(out):
+        out.write(b"new")
+        gate.wait()
+
+    return write

@@ -1,0 +1,286 @@
+"""A snapshot's child: what it is like before `write` runs, and who else lives in the parent."""
+
+import atexit
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+import memsafe
+from memsafe._kernel import process
+from tests.integration import scenario
+from tests.integration.snapshots import PATIENCE_S, Gate, content, gated, hello, outcome, temporaries
+
+NOBODY = 65534
+
+
+def from_thread_that_ends(path):
+    gate = Gate()
+    jobs = []
+    thread = threading.Thread(target=lambda: jobs.append(memsafe.fork_snapshot(path, gated(gate))))
+    thread.start()
+    thread.join()
+    gate.open()
+    got = outcome(jobs[0])
+    gate.close()
+    return got
+
+
+def test_the_child_outlives_the_thread_that_forked(path):
+    assert scenario.run(from_thread_that_ends, path)["result"]["size_bytes"] == 3
+
+
+def held_locks(path):
+    lock = threading.RLock()
+
+    def write(out):
+        with lock:
+            logging.getLogger("x").debug("its locks are renewed")
+            out.write(b"new")
+
+    with lock:
+        job = memsafe.fork_snapshot(path, write)
+    return outcome(job)
+
+
+def test_a_lock_that_the_caller_holds_is_its_own_in_the_child(path):
+    assert scenario.run(held_locks, path)["result"]["size_bytes"] == 3
+
+
+def child_state(path):
+    process.oom_score_adj()
+    kept, _kept_peer = socket.socketpair()
+    dropped, peer = socket.socketpair()
+    gate, ready = Gate(), Gate()
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("term"))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    own_adj = process.oom_score_adj()
+    atexit.register(lambda: Path(path + ".atexit").touch())
+
+    def write(out):
+        os.kill(os.getpid(), signal.SIGINT)  # a Ctrl-C at the terminal is for the parent
+        state = {
+            "oom_score_adj": process.oom_score_adj(),
+            "comm": Path("/proc/self/comm").read_text().strip(),
+            "gc": gc.isenabled(),
+            "frozen": gc.get_freeze_count() > 0,
+            "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+            "kept": stat.S_ISSOCK(os.fstat(kept.fileno()).st_mode),
+            "dropped": stat.S_ISSOCK(os.fstat(dropped.fileno()).st_mode),
+            "main": threading.current_thread() is threading.main_thread(),
+            "status": [line for line in Path("/proc/self/status").read_text().splitlines() if line[:4] == "SigI"],
+        }
+        out.write(repr(state).encode())
+        out.flush()
+        ready.open()
+        gate.wait()
+
+    job = memsafe.fork_snapshot(path, write, keep_fds=[kept])
+    ready.wait()
+    dropped.close()
+    half_open = peer.recv(1) != b""
+    gate.open()
+    got = outcome(job)
+    state = eval(content(path))
+    for thing in (gate, ready, kept, _kept_peer, peer):
+        thing.close()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    return {**got, "state": state, "half_open": half_open, "own_adj": own_adj, "heard": heard}
+
+
+def test_the_child_is_tame_before_write_runs(path):
+    got = scenario.run(child_state, path)
+    state = got["state"]
+    assert state["oom_score_adj"] == min(1000, got["own_adj"] + 1000)
+    assert state["comm"] == "memsafe-snap"
+    assert (state["gc"], state["frozen"]) == (False, True)
+    assert state["blocked"] == []
+    assert (state["kept"], state["dropped"]) == (True, False)
+    assert state["main"]
+    ignored = int(state["status"][0].split()[1], 16)
+    assert all(ignored & 1 << number - 1 for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGUSR2))
+    assert not ignored & 1 << signal.SIGTERM - 1
+    assert got["half_open"] is False
+    assert got["heard"] == []
+    assert not (path.parent / "dump.db.memsafe").exists()
+
+
+def atexit_in_child(path):
+    counter = path + ".runs"
+
+    def count():
+        with open(counter, "a") as file:
+            file.write("x")
+
+    atexit.register(count)
+    sys.stdout.write("pending ")
+    return outcome(memsafe.fork_snapshot(path, hello))
+
+
+def test_neither_exit_functions_nor_pending_output_run_twice(path):
+    got = scenario.run(atexit_in_child, path)
+    assert (path.parent / "dump.db.runs").read_text() == "x"
+    assert got["stdout"].count("pending") == 1
+
+
+def terminated(path):
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("term"))
+
+    def write(out):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    return {**outcome(memsafe.fork_snapshot(path, write)), "heard": heard}
+
+
+def test_a_signal_to_the_child_does_not_run_the_parents_handler(path):
+    got = scenario.run(terminated, path)
+    assert "SIGTERM" in got["message"]
+    assert got["heard"] == []
+
+
+def killed_parent(path, pipe_fd):
+    def write(out):
+        out.write(b"new")
+        out.flush()
+        os.write(pipe_fd, b"%d\n" % os.getpid())
+        Gate().wait()
+
+    threading.Thread(target=lambda: memsafe.fork_snapshot(path, write)).start()
+    Gate().wait()
+
+
+def finishing_parent(path, pipe_fd):
+    written = Gate()
+
+    def write(out):
+        out.write(b"new")
+        os.write(pipe_fd, b"%d\n" % os.getpid())
+        written.open()
+        Gate().wait()
+
+    # Exit functions run in reverse order: this one sees what ours has done.
+    atexit.register(lambda: os.write(pipe_fd, type(job._run.future.exception(0)).__name__.encode()))
+    job = memsafe.fork_snapshot(path, write)
+    written.wait()
+    sys.exit()
+
+
+@pytest.mark.parametrize("body", [killed_parent, finishing_parent])
+def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
+    read_fd, write_fd = os.pipe()
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen(
+        scenario.command(body, str(path), write_fd), pass_fds=[write_fd], env=env, stdout=subprocess.DEVNULL
+    )
+    try:
+        os.close(write_fd)
+        child_pid = int(os.read(read_fd, 32))
+        child = os.pidfd_open(child_pid)
+        if body is killed_parent:
+            parent.kill()
+        else:
+            assert parent.wait(PATIENCE_S) == 0
+            assert os.read(read_fd, 64) == b"SnapshotCancelledError"
+        assert select.select([child], [], [], PATIENCE_S)[0], "the child outlived its parent"
+        os.close(child)
+    finally:
+        parent.kill()
+        parent.wait()
+        os.close(read_fd)
+    assert path.read_bytes() == b"old"
+    assert temporaries(path) == []
+
+
+def undumpable():
+    """As in a daemon that was started by root and changed its user: its /proc/<pid> belongs to root."""
+    if os.geteuid():
+        return {"skip": "only root can change its user"}
+    folder = tempfile.mkdtemp()
+    os.chown(folder, NOBODY, NOBODY)
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    path = folder + "/dump.db"
+    got = {"free": outcome(memsafe.fork_snapshot(path, hello)), "bounded": _bounded(path), "content": content(path)}
+    os.unlink(path)
+    os.rmdir(folder)
+    return got
+
+
+def _bounded(path):
+    gate = Gate()
+    got = outcome(memsafe.fork_snapshot(path, gated(gate), max_copy="1 GiB"))
+    gate.close()
+    return got
+
+
+def test_after_a_change_of_user_what_cannot_be_done_is_told():
+    got = scenario.run(undumpable)
+    if "skip" in got:
+        pytest.skip(got["skip"])
+    assert "result" in got["free"]
+    assert "OOM killer" in " ".join(got["free"]["result"]["warnings"])
+    assert got["bounded"]["error"] == "SnapshotFailedError"
+    assert "max_copy cannot be kept" in got["bounded"]["message"]
+    assert got["content"] == "new"
+
+
+def used_in_another_child(path):
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job.wait(PATIENCE_S)
+        except RuntimeError:
+            memsafe.fork_snapshot(path + ".2", hello).wait(PATIENCE_S)
+            os._exit(5)
+        os._exit(6)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    gate.open()
+    got = outcome(job)
+    gate.close()
+    return {**got, "status": status, "other": content(path + ".2")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_a_slot_of_its_own_and_no_claim_on_the_parents_job(path):
+    got = scenario.run(used_in_another_child, path)
+    assert (got["status"], got["other"]) == (5, "new")
+    assert got["result"]["size_bytes"] == 3
+
+
+def repeated(path, rounds):
+    busy = threading.Event()
+
+    def spin():
+        while not busy.is_set():
+            logging.getLogger("busy").error("x")
+            [object() for _ in range(100)]
+
+    logging.basicConfig(filename=os.devnull)
+    threads = [threading.Thread(target=spin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    results = [next(iter(outcome(memsafe.fork_snapshot(path, hello)))) for _ in range(rounds)]
+    busy.set()
+    for thread in threads:
+        thread.join()
+    logging.shutdown()
+    return {"kinds": sorted(set(results))}
+
+
+def test_many_snapshots_beside_busy_threads_leave_nothing_behind(path):
+    assert scenario.run(repeated, path, 50)["kinds"] == ["result"]
