@@ -11,13 +11,14 @@ import sys
 import time
 from array import array
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.forecast import LastSnapshot, observations
 from memsafe.sizes import parse_size
 from memsafe.snapshot.supervisor import Bounds, Supervisor
+from memsafe.snapshot.writer import WriterOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotRun
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import ChecksumName, SnapshotWriter, Zstd
 
     class HasFileno(Protocol):
         """A file, a socket."""
@@ -46,6 +47,9 @@ def fork_snapshot(
     on_progress: Callable[[int, int], object] | None = None,
     timeout_s: float | None = None,
     keep_fds: Iterable[int | HasFileno] = (),
+    checksum: ChecksumName | None = None,
+    compress: Literal["zstd"] | Zstd | None = None,
+    max_bytes_per_s: Size | None = None,
     root: Root = "/",
 ) -> SnapshotJob:
     """Begin a point-in-time image of this process, written by a forked child, and return while it is written.
@@ -77,6 +81,9 @@ def fork_snapshot(
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.
         keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
+        checksum: ``"crc32"`` or ``"sha256"`` of the file, for the result. *write* cannot seek then.
+        compress: ``"zstd"``, or a memsafe.snapshot.Zstd for its level and threads. *write* cannot seek then.
+        max_bytes_per_s: How fast the file is written at most, after compression.
         root: The directory that stands for "/" in the assessment and the reading of limits.
 
     Raises:
@@ -84,7 +91,8 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
-        ValueError: *max_copy* or *timeout_s* makes no sense.
+        UnsupportedError: No library for *compress* is installed.
+        ValueError: An argument makes no sense.
     """
     if not callable(write):
         raise TypeError(f"write must be callable, not {type(write).__name__}")
@@ -92,6 +100,7 @@ def fork_snapshot(
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
+    options = WriterOptions.of(checksum, compress, max_bytes_per_s)
     claim = _Claim(path)
     supervisor: Supervisor | None = None
     try:
@@ -108,7 +117,7 @@ def fork_snapshot(
             path, Bounds(max_copy_bytes, timeout_s, root), on_progress, functools.partial(_slot.release, claim)
         )
         claim.run = supervisor.run
-        supervisor.fork(write, kept)
+        supervisor.fork(write, kept, options)
         return supervisor.job
     except BaseException:
         if supervisor is None:
