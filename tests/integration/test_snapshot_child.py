@@ -158,7 +158,7 @@ def killed_parent(path, pipe_fd):
         os.write(pipe_fd, b"%d\n" % os.getpid())
         Gate().wait()
 
-    threading.Thread(target=lambda: memsafe.fork_snapshot(path, write)).start()
+    threading.Thread(target=lambda: memsafe.fork_snapshot(path, write, keep_fds=[pipe_fd])).start()
     Gate().wait()
 
 
@@ -173,7 +173,7 @@ def finishing_parent(path, pipe_fd):
 
     # Exit functions run in reverse order: this one sees what ours has done.
     atexit.register(lambda: os.write(pipe_fd, type(job._run.future.exception(0)).__name__.encode()))
-    job = memsafe.fork_snapshot(path, write)
+    job = memsafe.fork_snapshot(path, write, keep_fds=[pipe_fd])
     written.wait()
     sys.exit()
 

@@ -100,8 +100,8 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "spam"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert (
-        "no such benchmark: spam; there are budget, heap, status, spawn, fork, snapshot_write, importing, memkv, numpy, "
-        "survival" in done.stderr
+        "no such benchmark: spam; there are budget, heap, status, spawn, fork, snapshot_write, importing, memkv, "
+        "numpy, survival" in done.stderr
     )
 
 
