@@ -125,6 +125,7 @@ class Supervisor:
         self._prepared.wait()
         if self._refusal is not None:
             raise self._refusal
+        self._forked_by = threading.get_ident()
         child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
         oom_score_adj = _child_oom_score_adj()
         self._began_s = time.monotonic()
@@ -327,7 +328,8 @@ class Supervisor:
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
             stack = self._last_words()
-            what = self._ended(f"it was still running after {timeout_s} s{_where(stack)}")
+            where = _where(stack, witnesses(self._forked_by, self._bounds.root))
+            what = self._ended(f"it was still running after {timeout_s} s{where}")
             self._end(SnapshotFailedError(what, child_traceback=stack or None))
         elif now_s >= self._meter.next_look_s and self._meter.is_due(self._pid):
             self._measure()
@@ -452,13 +454,14 @@ def _pidfd_of_self() -> int:
         ) from None
 
 
-def _where(stack: str) -> str:
-    if not stack:
-        return ""
-    return (
-        f"\n\nWhere the child stood:\n{stack}\nIt has only the thread that forked: what another one held is held there "
-        f"for ever. This process has {witnesses()}"
-    )
+def _where(stack: str, witnesses: str) -> str:
+    where = f"\n\nWhere the child stood:\n{stack}" if stack else ""
+    if witnesses:
+        where += (
+            "\n\nThe child has only the thread that forked; what another one held then is held there for ever. In this "
+            f"process there are {witnesses}"
+        )
+    return where
 
 
 def _how_it_ended(status: os.waitid_result | None) -> str:

@@ -1,7 +1,7 @@
 """Threads that are not in a forked child: what they had in hand at the fork, and what can be done about it.
 
-CPython renews its own locks in a child, logging the locks of its handlers, glibc those of malloc and stdio. What is left
-over and can be let go of is let go of here. Who might hold the rest is said by witnesses().
+CPython renews its own locks in a child, logging the locks of its handlers, glibc those of malloc and stdio. What is
+left over and can be let go of is let go of here. Who might hold the rest is said by witnesses().
 """
 
 from __future__ import annotations
@@ -80,13 +80,18 @@ def _renew(handler: logging.Handler) -> None:
         handler.queue = SimpleQueue()
 
 
-def witnesses(root: Root = "/") -> str:
-    """Say who, in this process, may hold what a child of its waits for; "" when this is the only thread."""
-    mine = threading.current_thread()
-    threads = [thread for thread in threading.enumerate() if thread is not mine]
+def witnesses(forked_by: int, root: Root = "/") -> str:
+    """Say who, in this process, may hold what a child of its waits for; "" where there is nobody.
+
+    Args:
+        forked_by: The identity of the thread that the child has.
+        root: The directory that stands for "/".
+    """
+    threads = threading.enumerate()
+    innocent = {forked_by, threading.get_ident()}
     found = {
-        "threads of Python": sorted(thread.name for thread in threads),
-        "other threads": _native_threads(root, {thread.native_id for thread in [*threads, mine]}),
+        "Python's threads": sorted(thread.name for thread in threads if thread.ident not in innocent),
+        "other threads": _native_threads(root, {thread.native_id for thread in threads}),
         "libraries whose threads are not in a child": _libraries(root),
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
