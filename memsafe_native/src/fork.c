@@ -67,7 +67,6 @@ static struct pollfd guard_watch[2]; /* written once in a child before the guard
 static void *guard_main(void *unused)
 {
     (void)unused;
-    prctl(PR_SET_NAME, "memsafe-guard", 0, 0, 0);
     /* Readable when the last thread of the parent has ended; POLLERR when it no longer listens (it called execve). */
     while (poll(guard_watch, 2, -1) < 0 && errno == EINTR)
         ;
@@ -188,8 +187,9 @@ void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps
     die_with_main_thread(child);
     reset_signal_handlers();
     close(child->report_read_fd);
-    prctl(PR_SET_NAME, "memsafe-snap", 0, 0, 0);
+    prctl(PR_SET_NAME, "memsafe-guard", 0, 0, 0);                      /* which the thread inherits */
     steps->guard = start_guard(child->parent_pidfd, child->report_fd); /* before the mask opens: it takes no signals */
+    prctl(PR_SET_NAME, "memsafe-snap", 0, 0, 0);
     steps->nice = lower_priority(child->nice); /* after the guard, which is quick where there is something to do */
     steps->idle_io = lower_io_priority(child->idle_io);
     steps->descriptors = release_descriptors(child);
