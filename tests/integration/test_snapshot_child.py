@@ -266,6 +266,24 @@ def test_the_parents_own_traceback_on_a_signal_is_not_in_the_way_of_the_childs(p
     assert got["heard"] == []
 
 
+def atexit_in_child(path):
+    counter = path + ".runs"
+
+    def count():
+        with open(counter, "a") as file:
+            file.write("x")
+
+    atexit.register(count)
+    sys.stdout.write("pending ")
+    return outcome(memsafe.fork_snapshot(path, hello))
+
+
+def test_neither_exit_functions_nor_pending_output_run_twice(path):
+    got = scenario.run(atexit_in_child, path)
+    assert (path.parent / "dump.db.runs").read_text() == "x"
+    assert got["stdout"].count("pending") == 1
+
+
 def terminated(path):
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("term"))
