@@ -1,16 +1,15 @@
-"""Measuring a fork snapshot while it runs: private copies, what memory is left, and whom the OOM killer took."""
+"""Measuring a fork snapshot while it runs: private copies, and what memory is left."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import cgroup, kept, process
+from memsafe._kernel import kept, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
 from memsafe.status import status_once
@@ -135,19 +134,3 @@ class Meter:
             for c in status_once(self._root).constraints
             if c.consequence != "refuse" and c.headroom_bytes is not None
         ]
-
-
-def oom_kills(root: Root) -> dict[str, int]:
-    """Return the OOM killer's count in each memory cgroup of this process that tells it."""
-    kills = {}
-    with suppress(KernelError):
-        for group in cgroup.memory_cgroups(root):
-            with suppress(KernelError):
-                count = group.oom_kills()
-                if count is not None:
-                    kills[group.path] = count
-    return kills
-
-
-def risen(before: dict[str, int], after: dict[str, int]) -> str:
-    return ", ".join(path for path, count in after.items() if count > before.get(path, count))

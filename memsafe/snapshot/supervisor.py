@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from memsafe import _native
 from memsafe._kernel import process
 from memsafe._kernel.files import is_missing
+from memsafe._kernel.oom import KillWatch
 from memsafe.errors import (
     KernelError,
     OOMKilledError,
@@ -32,7 +33,7 @@ from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
-from memsafe.snapshot.meter import Meter, oom_kills, risen
+from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ class Supervisor:
             self._write_end.callback(os.close, self._report_write_fd)
             self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
             resources.callback(self._meter.close)
-            self._oom_kills_before = oom_kills(self._bounds.root)
+            self._kill_watch = KillWatch(self._bounds.root)
+            resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             resources.callback(os.close, self._wake_fd)
         except BaseException as refusal:
@@ -394,11 +396,11 @@ class Supervisor:
         if self._done is not None and exited and (status is None or status.si_status == 0):
             return None
         if status is None or (not exited and status.si_status == signal.SIGKILL):
-            killers = risen(self._oom_kills_before, oom_kills(self._bounds.root))
-            if killers:
+            evidence = self._kill_watch.evidence(self._pid)
+            if evidence is not None:
                 return OOMKilledError(
-                    f"{failed} the kernel's OOM killer ended the child (oom_kill of {killers} rose); copies when last "
-                    f"measured: {format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
+                    f"{failed} the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
+                    f"{format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
                 )
         return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
 
