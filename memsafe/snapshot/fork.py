@@ -11,11 +11,13 @@ import sys
 import time
 from array import array
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.forecast import LastSnapshot, observations
+from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import parse_size
 from memsafe.snapshot.supervisor import Bounds, Supervisor
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from memsafe._kernel.files import Root
+    from memsafe.commit import Decision, ForkAssessment
+    from memsafe.pressure.levels import PressureEvent
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotRun
@@ -46,6 +50,7 @@ def fork_snapshot(
     on_progress: Callable[[int, int], object] | None = None,
     timeout_s: float | None = None,
     keep_fds: Iterable[int | HasFileno] = (),
+    end_at_critical: bool = True,
     root: Root = "/",
 ) -> SnapshotJob:
     """Begin a point-in-time image of this process, written by a forked child, and return while it is written.
@@ -77,6 +82,8 @@ def fork_snapshot(
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.
         keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
+        end_at_critical: End the child when a PressureMonitor of this process goes to CRITICAL, in a drill too, and
+            do not begin while one is there.
         root: The directory that stands for "/" in the assessment and the reading of limits.
 
     Raises:
@@ -97,6 +104,8 @@ def fork_snapshot(
     try:
         _slot.take(claim)
         assessment = assess(None, None, root, max_copy_bytes, 0, observations)
+        if end_at_critical and (event := critical_event()) is not None:
+            assessment = _deferred(assessment, event)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
             raise SnapshotRefusedError(
@@ -105,7 +114,10 @@ def fork_snapshot(
         sys.audit("os.fork")
         claim.private_bytes = assessment.private_bytes
         supervisor = Supervisor(
-            path, Bounds(max_copy_bytes, timeout_s, root), on_progress, functools.partial(_slot.release, claim)
+            path,
+            Bounds(max_copy_bytes, timeout_s, end_at_critical, root),
+            on_progress,
+            functools.partial(_slot.release, claim),
         )
         claim.run = supervisor.run
         supervisor.fork(write, kept)
@@ -116,6 +128,13 @@ def fork_snapshot(
         else:
             supervisor.give_up()
         raise
+
+
+def _deferred(assessment: ForkAssessment, event: PressureEvent) -> ForkAssessment:
+    """Return the assessment of a moment in which there is something more urgent."""
+    decision: Decision = "refuse" if assessment.decision == "refuse" else "defer"
+    reason = f"memory pressure is CRITICAL ({event.source}: {event.detail}): wait until it has passed"
+    return replace(assessment, decision=decision, reasons=(*assessment.reasons, reason))
 
 
 class _Claim:

@@ -15,7 +15,7 @@ import signal
 import struct
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ from memsafe.errors import (
     SnapshotFailedError,
     SnapshotOverrunError,
 )
+from memsafe.pressure.alarm import alarm
+from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import SnapshotChild
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memsafe._kernel.files import Root
+    from memsafe.pressure.levels import PressureEvent
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.writer import SnapshotWriter
 
@@ -65,6 +68,7 @@ class Bounds:
 
     max_copy_bytes: int | None
     timeout_s: float | None
+    end_at_critical: bool
     root: Root
 
 
@@ -218,7 +222,10 @@ class Supervisor:
             resources.callback(os.close, self._pidfd)
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
-        self._watch()
+        with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
+            if self._bounds.end_at_critical and (event := critical_event()) is not None:
+                self._on_critical(event)
+            self._watch()
         status = self._reap()
         error = self.run.seal() or self._failure(status)
         if error is not None:
@@ -332,6 +339,22 @@ class Supervisor:
             copied = format_size(measured.copy_bytes)
             self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
 
+    def _on_critical(self, event: PressureEvent) -> None:
+        """End the child; in a monitor's thread, which has the GIL now: this one may have to wait for it."""
+        if self._done is None:
+            copied = format_size(self.run.copy_bytes)
+            self.run.end(
+                self._overrun_error(
+                    f"memory pressure is CRITICAL ({event.source}: {event.detail}), after {copied} of copies when "
+                    "last measured",
+                    self.run.copy_bytes,
+                )
+            )
+            if self.run.state is SnapshotState.ENDING:
+                with suppress(OSError):  # it has ended, or this process's own thread knows another way
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._wake()
+
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
         max_copy_bytes = self._bounds.max_copy_bytes
@@ -341,10 +364,12 @@ class Supervisor:
             self._overrun(f"{copied} were copied, more than max_copy allows ({bound})", copy_bytes)
 
     def _overrun(self, what: str, copy_bytes: int) -> None:
-        error = SnapshotOverrunError(
+        self._end(self._overrun_error(what, copy_bytes))
+
+    def _overrun_error(self, what: str, copy_bytes: int) -> SnapshotOverrunError:
+        return SnapshotOverrunError(
             self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._bounds.max_copy_bytes
         )
-        self._end(error)
 
     def _ended(self, what: str) -> str:
         return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
