@@ -57,7 +57,7 @@ def write_score_adj(score_adj: int, root: Root = "/") -> None:
     """
     path = score_adj_path(root)
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)  # a tree of files needs it, as does a shell's echo
         try:
             os.write(fd, b"%d" % score_adj)
         finally:
