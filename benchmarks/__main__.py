@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import budget, fork, heap, importing, memkv, numpy, spawn, status
+from benchmarks import budget, fork, heap, importing, memkv, numpy, snapshot_write, spawn, status
 from benchmarks.report import main
 from benchmarks.survival import measure as survival
 
@@ -14,6 +14,7 @@ MEASURES = {
     "status": status.measure,
     "spawn": spawn.measure,
     "fork": fork.measure,
+    "snapshot_write": snapshot_write.measure,
     "importing": importing.measure,
     "memkv": memkv.measure,
     "numpy": numpy.measure,

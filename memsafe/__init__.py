@@ -29,9 +29,13 @@ _MODULES = {
         "EmergencyReserve", "PressureEvent", "PressureLevel", "PressureMonitor", "SourceStatus", "Thresholds",
     ),
     "memsafe.region": ("Region",),
-    "memsafe.snapshot": ("SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotState", "fork_snapshot"),
+    "memsafe.snapshot": (
+        "SnapshotForecast", "SnapshotJob", "SnapshotProgress", "SnapshotResult", "SnapshotSchedule", "SnapshotState",
+        "fork_snapshot",
+    ),
     "memsafe.sizes": ("format_size", "parse_size"),
-    "memsafe.spawn": ("Popen", "run"),
+    "memsafe.spawn": ("ChildOOMKilledError", "CompletedProcess", "Popen", "run"),
+    "memsafe.spawn.coroutine": ("run_async",),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
         "SwapStatus", "memory_status",

@@ -44,13 +44,21 @@ from memsafe.pressure import (
 from memsafe.region import Region as Region
 from memsafe.sizes import format_size as format_size, parse_size as parse_size
 from memsafe.snapshot import (
+    SnapshotForecast as SnapshotForecast,
     SnapshotJob as SnapshotJob,
     SnapshotProgress as SnapshotProgress,
     SnapshotResult as SnapshotResult,
+    SnapshotSchedule as SnapshotSchedule,
     SnapshotState as SnapshotState,
     fork_snapshot as fork_snapshot,
 )
-from memsafe.spawn import Popen as Popen, run as run
+from memsafe.spawn import (
+    ChildOOMKilledError as ChildOOMKilledError,
+    CompletedProcess as CompletedProcess,
+    Popen as Popen,
+    run as run,
+)
+from memsafe.spawn.coroutine import run_async as run_async
 from memsafe.status import (
     CommitStatus as CommitStatus,
     Constraint as Constraint,

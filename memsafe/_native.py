@@ -16,6 +16,7 @@ Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 current_budget_by = _types["current_budget_by"]
+environment = _types["environment"]
 fork = _types["fork"]
 heap = _types["heap"]
 numpy_connect = _types["numpy_connect"]
@@ -42,6 +43,7 @@ __all__ = [
     "Reservation",
     "check",
     "current_budget_by",
+    "environment",
     "ffi",
     "fork",
     "heap",

@@ -16,6 +16,7 @@ RATES = (5 * MIB, 50 * MIB, None)
 BASELINES = ("none", "psutil 1 s", "psutil 100 ms", "dask")
 HIGH_RATIO = 0.9
 
+_DEMAND_RATIO = 0.8
 # As fast as it can: what a slow machine does at least, to know when to lose patience.
 _SLOWEST_FULL_SPEED = 40 * MIB
 _TO_LOW_RATIO = 0.3
@@ -65,6 +66,8 @@ class Cell:
     @property
     def chunk_bytes(self) -> int:
         """What is taken at a time: small beside the limit, and at a pace some hundred times a second at the most."""
+        if self.kind == "at once":
+            return int(_DEMAND_RATIO * self.limit_bytes)
         chunk_bytes = self.limit_bytes // 256
         return chunk_bytes if self.rate is None else min(chunk_bytes, max(64 * 1024, self.rate // 200))
 
@@ -80,7 +83,7 @@ class Cell:
         32nd more than the limit, which no more survives without an answer.
         """
         if self.rate is None:
-            return int(0.8 * self.limit_bytes)
+            return int(_DEMAND_RATIO * self.limit_bytes)
         return left_bytes + (self.limit_bytes - self.tight_bytes) + max(4 * MIB, self.limit_bytes // 32)
 
     @property

@@ -18,12 +18,15 @@ from memsafe import (
     SnapshotJob,
     SnapshotRefusedError,
     SnapshotResult,
+    SnapshotSchedule,
     fork_snapshot,
     format_size,
 )
 from memsafe.snapshot import AtomicFile, SnapshotWriter
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from examples.memkv.config import Config
 
 _log = logging.getLogger("memkv")
@@ -47,7 +50,6 @@ class Persistence:
         last_save_s: When the dump was last written, or the server begun, in seconds since 1970.
         last_error: Why the last save failed; None after one that succeeded.
         last_refused: Whether that was before it began.
-        last_result: Of the last save in the background that succeeded.
         last_pause_s: For how long the last fork stopped the server.
         saves: How many succeeded.
         loaded, loaded_expired: Keys taken from the dump at the start, and left there because their time had come.
@@ -62,20 +64,31 @@ class Persistence:
         self.last_save_s = int(time.time())
         self.last_error: str | None = None
         self.last_refused = False
-        self.last_result: SnapshotResult | None = None
         self.last_duration_s = -1.0
         self.last_pause_s = 0.0
         self.last_copy_bytes = self.copy_peak_bytes = 0
         self.saves = self.forks = 0
         self.loaded = self.loaded_expired = 0
-        self._saved_changes = self._job_changes = store.changes
         self._job_began_s = 0.0
-        self._tried_at_s = -float(_RETRY_AFTER_S)
+        self._schedule = SnapshotSchedule(
+            config.dump,
+            self._write_in_child,
+            points=config.save_points or (),
+            changes=lambda: store.changes,
+            retry_s=_RETRY_AFTER_S,
+            retry_max_s=_RETRY_AFTER_S,
+            take=self._begin,
+        )
 
     @property
     def changes(self) -> int:
         """What was changed since the last save."""
-        return self._store.changes - self._saved_changes
+        return self._schedule.changes_since
+
+    @property
+    def last_result(self) -> SnapshotResult | None:
+        """Of the last save in the background that succeeded."""
+        return self._schedule.last_result
 
     @property
     def job_age_s(self) -> float | None:
@@ -104,19 +117,26 @@ class Persistence:
         """
         if self.job is not None:
             raise SaveError("Background save already in progress")
-        self._tried_at_s = self._job_began_s = time.monotonic()
-        self._job_changes = self._store.changes
+        self._schedule.path = self._config.dump
         try:
-            job = fork_snapshot(self._config.dump, self._write_in_child, max_copy=self._config.snapshot_max_copy_bytes)
+            self._schedule.save_now()
         except (MemsafeError, OSError) as error:
-            refused = isinstance(error, (SnapshotRefusedError, SnapshotInProgressError))
-            self._failed(str(error), refused=refused)
-            raise SaveError(f"Background saving {'refused' if refused else 'failed'}: {error}") from None
+            raise SaveError(f"Background saving {'refused' if self.last_refused else 'failed'}: {error}") from None
+
+    def _begin(self, path: Path, write: Callable[[SnapshotWriter], object]) -> SnapshotJob:
+        """Take a snapshot for the schedule."""
+        self._job_began_s = time.monotonic()
+        try:
+            job = fork_snapshot(path, write, max_copy=self._config.snapshot_max_copy_bytes)
+        except (MemsafeError, OSError) as error:
+            self._failed(str(error), refused=isinstance(error, (SnapshotRefusedError, SnapshotInProgressError)))
+            raise
         self.job = job
         self.forks += 1
-        _log.info("background saving to %s started", self._config.dump)
+        _log.info("background saving to %s started", path)
         loop = asyncio.get_running_loop()
         job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._ended, job))
+        return job
 
     def _write_in_child(self, out: SnapshotWriter) -> None:
         self._write(out, lambda done, total: out.progress(done, total or 0))
@@ -144,11 +164,10 @@ class Persistence:
             self.copy_peak_bytes = max(self.copy_peak_bytes, job.peak_copy_bytes)
             self._failed(str(error))
             return
-        self.last_result = result
         self.last_pause_s = result.pause_s
         self.last_copy_bytes = result.peak_copy_bytes or 0
         self.copy_peak_bytes = max(self.copy_peak_bytes, self.last_copy_bytes)
-        self._succeeded(self._job_changes)
+        self._succeeded()
         _log.info("saved %d bytes to %s in %.2f s", result.size_bytes, self._config.dump, result.duration_s)
 
     def save(self) -> None:
@@ -167,13 +186,13 @@ class Persistence:
         except OSError as error:
             self._failed(f"{self._config.dump}: {error.strerror or error}")
             raise SaveError(self.last_error) from None
-        self._succeeded(self._store.changes)
+        self._schedule.note_saved()
+        self._succeeded()
         _log.info("saved to %s", self._config.dump)
 
-    def _succeeded(self, changes: int) -> None:
+    def _succeeded(self) -> None:
         self.last_save_s = int(time.time())
         self.last_error, self.last_refused = None, False
-        self._saved_changes = changes
         self.saves += 1
         self._on_change()
 
@@ -184,16 +203,9 @@ class Persistence:
 
     def save_if_due(self) -> None:
         """Begin a save if a save point is reached; not at once again after one that failed."""
-        if self.job is not None or not self._config.save_points:
-            return
-        since_s = time.time() - self.last_save_s
-        if self.last_error is not None and time.monotonic() - self._tried_at_s < _RETRY_AFTER_S:
-            return
-        if any(since_s > seconds and self.changes >= changes for seconds, changes in self._config.save_points):
-            try:
-                self.start()
-            except SaveError as error:
-                _log.warning("automatic save: %s", error)
+        if self.job is None:
+            self._schedule.path, self._schedule.points = self._config.dump, self._config.save_points or ()
+            self._schedule.tick()
 
     def call_off(self) -> None:
         """End the running save, if there is one, and wait until its child is gone; the old dump stays."""
@@ -202,12 +214,12 @@ class Persistence:
             return
         job.cancel()
         try:
-            self.last_result = job.wait()
+            job.wait()
         except MemsafeError as error:
             if not isinstance(error, SnapshotCancelledError):
                 _log.warning("the save that was called off had failed: %s", error)
         else:
-            self._succeeded(self._job_changes)
+            self._succeeded()
 
     def flushed(self) -> None:
         """Do what is to be done after every key was removed: a save of what was there is pointless."""
@@ -248,7 +260,7 @@ class Persistence:
                 limit = format_size(self._config.limit_bytes)
                 raise LoadError(f"the limit of {limit} is smaller than the data: {self._so_far()}") from None
             self.loaded += 1
-        self._saved_changes = store.changes
+        self._schedule.note_saved()
         _log.info("loaded %d keys from %s in %.2f s", self.loaded, dump, time.monotonic() - began)
 
     def _so_far(self) -> str:

@@ -607,7 +607,7 @@ class PressureMonitor:
         Returns:
             Whether callbacks were called, or something was freed.
         """
-        is_due = self._responder.is_due(judgement.raised)
+        is_due = self._responder.is_due(judgement)
         if self._tell(deputy):
             return True
         if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.fork import fork_snapshot
 from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotState
-from memsafe.snapshot.writer import SnapshotWriter
+from memsafe.snapshot.schedule import SavePoint, SnapshotForecast, SnapshotSchedule
+from memsafe.snapshot.writer import SnapshotWriter, Zstd
 
 __all__ = [
     "AtomicFile",
+    "SavePoint",
+    "SnapshotForecast",
     "SnapshotJob",
     "SnapshotProgress",
     "SnapshotResult",
+    "SnapshotSchedule",
     "SnapshotState",
     "SnapshotWriter",
+    "Zstd",
     "fork_snapshot",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from memsafe._kernel import process
 from memsafe.errors import KernelError
 from memsafe.snapshot.reports import Reporter
-from memsafe.snapshot.writer import SnapshotWriter
+from memsafe.snapshot.writer import ImageFile, SnapshotWriter, Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class SnapshotChild:
     """Called in the child by the native fork, which ends the process when it returns, or raises."""
 
-    def __init__(self, write: Callable[[SnapshotWriter], object], file_fd: int, report_fd: int) -> None:
-        """Will have *write* fill *file_fd* and report to *report_fd*."""
+    def __init__(self, write: Callable[[SnapshotWriter], object], image: ImageFile, report_fd: int) -> None:
+        """Will have *write* fill *image* and report to *report_fd*."""
         self._write = write
-        self._file_fd = file_fd
+        self._image = image
         self._report_fd = report_fd
 
     def __call__(self, oom_score_adj_errno: int, guard_errno: int, sockets_errno: int) -> None:
@@ -39,18 +39,16 @@ class SnapshotChild:
             gc.freeze()
             with suppress(ValueError):
                 signal.set_wakeup_fd(-1)  # it is the parent's event loop's
-            self._take_image(reporter)
+            written = self._take_image(reporter)
         except BaseException as error:
             reporter.raised(error)
         else:
-            reporter.done(_copy_bytes(), _warnings(oom_score_adj_errno, sockets_errno))
+            reporter.done(_copy_bytes(), _warnings(oom_score_adj_errno, sockets_errno), written)
 
-    def _take_image(self, reporter: Reporter) -> None:
-        out = SnapshotWriter(self._file_fd, reporter.progress)
+    def _take_image(self, reporter: Reporter) -> Written:
+        out = SnapshotWriter(self._image, reporter.progress)
         self._write(out)
-        if not out.closed:
-            out.flush()
-        os.fsync(self._file_fd)  # here, where it can be cancelled; the parent's own then has little left to do
+        return out.finish()  # here, where it can be cancelled; the parent's own sync then has little left to do
 
 
 def _copy_bytes() -> int | None:

@@ -12,7 +12,7 @@ import time
 from array import array
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
@@ -20,6 +20,7 @@ from memsafe.forecast import LastSnapshot, observations
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import parse_size
 from memsafe.snapshot.supervisor import Bounds, Supervisor
+from memsafe.snapshot.writer import WriterOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotRun
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import ChecksumName, SnapshotWriter, Zstd
 
     class HasFileno(Protocol):
         """A file, a socket."""
@@ -51,6 +52,9 @@ def fork_snapshot(
     timeout_s: float | None = None,
     keep_fds: Iterable[int | HasFileno] = (),
     end_at_critical: bool = True,
+    checksum: ChecksumName | None = None,
+    compress: Literal["zstd"] | Zstd | None = None,
+    max_bytes_per_s: Size | None = None,
     root: Root = "/",
 ) -> SnapshotJob:
     """Begin a point-in-time image of this process, written by a forked child, and return while it is written.
@@ -84,6 +88,9 @@ def fork_snapshot(
         keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
         end_at_critical: End the child when a PressureMonitor of this process goes to CRITICAL, in a drill too, and
             do not begin while one is there.
+        checksum: ``"crc32"`` or ``"sha256"`` of the file, for the result. *write* cannot seek then.
+        compress: ``"zstd"``, or a memsafe.snapshot.Zstd for its level and threads. *write* cannot seek then.
+        max_bytes_per_s: How fast the file is written at most, after compression.
         root: The directory that stands for "/" in the assessment and the reading of limits.
 
     Raises:
@@ -91,7 +98,8 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
-        ValueError: *max_copy* or *timeout_s* makes no sense.
+        UnsupportedError: No library for *compress* is installed.
+        ValueError: An argument makes no sense.
     """
     if not callable(write):
         raise TypeError(f"write must be callable, not {type(write).__name__}")
@@ -99,6 +107,7 @@ def fork_snapshot(
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
     kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
+    options = WriterOptions.of(checksum, compress, max_bytes_per_s)
     claim = _Claim(path)
     supervisor: Supervisor | None = None
     try:
@@ -120,7 +129,7 @@ def fork_snapshot(
             functools.partial(_slot.release, claim),
         )
         claim.run = supervisor.run
-        supervisor.fork(write, kept)
+        supervisor.fork(write, kept, options)
         return supervisor.job
     except BaseException:
         if supervisor is None:

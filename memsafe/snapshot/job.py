@@ -44,6 +44,9 @@ class SnapshotResult:
         peak_copy_bytes: The most memory that private copies took at any measurement; None if it could not be read.
         method: The engine: ``"fork"``.
         warnings: What could not be done, though the image is complete.
+        content_bytes: What `write` wrote: more than size_bytes where the file is compressed. None where the engine does
+            not say.
+        checksum: Of the file, if one was asked for: ``"crc32:…"`` or ``"sha256:…"`` in hexadecimal.
     """
 
     path: StrPath
@@ -53,6 +56,8 @@ class SnapshotResult:
     peak_copy_bytes: int | None
     method: str
     warnings: tuple[str, ...] = ()
+    content_bytes: int | None = None
+    checksum: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""

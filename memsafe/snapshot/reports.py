@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from memsafe.snapshot.writer import Written
+
 _LENGTH = struct.Struct("=I")
 _FRAME_BYTES_MAX = 2**20
 _READ_BYTES = 64 * 1024
@@ -51,10 +53,12 @@ class Done:
     Attributes:
         copy_bytes: Private copies, counted by the child itself; None where it could not.
         warnings: What could not be done.
+        written: What became of the image.
     """
 
     copy_bytes: int | None
     warnings: tuple[str, ...]
+    written: Written
 
 
 Report: TypeAlias = Progress | Raised | Done
@@ -81,10 +85,10 @@ class Reporter:
             self._credit -= 1
             self._send_pending(wait=False)
 
-    def done(self, copy_bytes: int | None, warnings: list[str]) -> None:
+    def done(self, copy_bytes: int | None, warnings: list[str], written: Written) -> None:
         """Send the success, after the last progress."""
         self._send_pending(wait=True)
-        self._send(["done", copy_bytes, warnings], wait=True)
+        self._send(["done", copy_bytes, warnings, *written], wait=True)
 
     def raised(self, error: BaseException) -> None:
         """Send what was raised."""
@@ -180,8 +184,8 @@ def _decode(frame: bytes) -> Report:
         match json.loads(frame):
             case ["progress", int(done), int(total)]:
                 return Progress(done, total)
-            case ["done", (int() | None) as copy_bytes, list(warnings)]:
-                return Done(copy_bytes, tuple(map(str, warnings)))
+            case ["done", (int() | None) as copy_bytes, list(warnings), int(content_bytes), (str() | None) as checksum]:
+                return Done(copy_bytes, tuple(map(str, warnings)), Written(content_bytes, checksum))
             case ["raised", str(kind), str(message), str(text)]:
                 return Raised(kind, message, text)
     except ValueError:

@@ -37,6 +37,7 @@ from memsafe.snapshot.child import SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+from memsafe.snapshot.writer import ImageFile
 
 if TYPE_CHECKING:
     from array import array
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from memsafe._kernel.files import Root
     from memsafe.pressure.levels import PressureEvent
     from memsafe.snapshot.atomic import StrPath
-    from memsafe.snapshot.writer import SnapshotWriter
+    from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
 
 METHOD = "fork"
 
@@ -110,7 +111,7 @@ class Supervisor:
 
     # The caller's thread.
 
-    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int]) -> None:
+    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int], options: WriterOptions) -> None:
         """Have the thread get everything that can be refused, then fork. Whatever is raised, call give_up().
 
         Raises:
@@ -121,7 +122,7 @@ class Supervisor:
         self._prepared.wait()
         if self._refusal is not None:
             raise self._refusal
-        child = SnapshotChild(write, self._file.fd, self._report_write_fd)
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd)
         oom_score_adj = _child_oom_score_adj()
         self._began_s = time.monotonic()
         try:
@@ -230,6 +231,7 @@ class Supervisor:
         error = self.run.seal() or self._failure(status)
         if error is not None:
             raise error
+        assert self._done is not None  # _failure() has found it
         return SnapshotResult(
             path=self.run.path,
             size_bytes=self._commit(),
@@ -237,6 +239,8 @@ class Supervisor:
             duration_s=time.monotonic() - self._began_s,
             peak_copy_bytes=self.run.peak_copy_bytes,
             method=METHOD,
+            content_bytes=self._done.written.content_bytes,
+            checksum=self._done.written.checksum,
             warnings=tuple(self._warnings),
         )
 

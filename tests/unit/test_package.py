@@ -20,7 +20,7 @@ LAYERS = [
     {"budget", "numpy", "region", "heap", "limits", "trimming", "spawn", "oom"},
     {"pressure"},
     {"snapshot"},
-    {"testing"},
+    {"testing", "integrations"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -265,6 +265,8 @@ def test_a_result_is_plain_data_and_frozen():
         "peak_copy_bytes": 4096,
         "method": "by hand",
         "warnings": [],
+        "content_bytes": None,
+        "checksum": None,
     }
     with pytest.raises(AttributeError):
         RESULT.size_bytes = 4

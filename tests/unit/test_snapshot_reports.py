@@ -8,6 +8,9 @@ import threading
 import pytest
 
 from memsafe.snapshot.reports import Done, Progress, Raised, Reporter, ReportReader
+from memsafe.snapshot.writer import Written
+
+WRITTEN = Written(7, "crc32:00000000")
 
 
 @pytest.fixture
@@ -26,13 +29,13 @@ def heard(pipe):
 def test_reports_arrive_as_they_were_sent(pipe):
     reporter = Reporter(pipe["write"])
     reporter.progress(1, 2**70)
-    reporter.done(4096, ["a warning with \udc80 in it"])
-    assert heard(pipe) == [Progress(1, 2**70), Done(4096, ("a warning with \udc80 in it",))]
+    reporter.done(4096, ["a warning with \udc80 in it"], WRITTEN)
+    assert heard(pipe) == [Progress(1, 2**70), Done(4096, ("a warning with \udc80 in it",), WRITTEN)]
 
 
 def test_copies_that_could_not_be_counted_are_none(pipe):
-    Reporter(pipe["write"]).done(None, [])
-    assert heard(pipe) == [Done(None, ())]
+    Reporter(pipe["write"]).done(None, [], Written(0, None))
+    assert heard(pipe) == [Done(None, (), Written(0, None))]
 
 
 def test_an_exception_arrives_with_its_name_message_and_traceback(pipe):
@@ -49,7 +52,7 @@ def test_an_exception_arrives_with_its_name_message_and_traceback(pipe):
 
 def test_a_report_in_pieces_is_put_together(pipe):
     writer_read, writer_write = os.pipe2(os.O_NONBLOCK)
-    Reporter(writer_write).done(1, [])
+    Reporter(writer_write).done(1, [], WRITTEN)
     whole = os.read(writer_read, 1000)
     os.close(writer_read)
     os.close(writer_write)
@@ -58,7 +61,7 @@ def test_a_report_in_pieces_is_put_together(pipe):
         os.write(pipe["write"], bytes([byte]))
         assert reader.read() == []
     os.write(pipe["write"], whole[-1:])
-    assert reader.read() == [Done(1, ())]
+    assert reader.read() == [Done(1, (), WRITTEN)]
     assert not reader.at_end
 
 
@@ -79,14 +82,14 @@ def test_a_full_pipe_drops_progress_but_the_last_one_and_the_outcome_wait(pipe):
             break
     reporter = Reporter(pipe["write"])
     reporter.progress(7, 9)
-    ending = threading.Thread(target=reporter.done, args=[None, []])
+    ending = threading.Thread(target=reporter.done, args=[None, [], Written(0, None)])
     ending.start()
     reader = ReportReader(pipe["read"])
     reports = []
     while not any(isinstance(report, Done) for report in reports):
         reports += reader.read()
     ending.join()
-    assert reports[-2:] == [Progress(7, 9), Done(None, ())]
+    assert reports[-2:] == [Progress(7, 9), Done(None, (), Written(0, None))]
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,28 @@ def test_in_mode_2_a_fork_that_fits_is_foretold_and_granted(sysctl, path):
     assert told["assessment"]["kernel_would_allow"] is True
     assert (told["fork"], told["run"]) == (0, 0)
     assert path.read_bytes() == b"new"
+
+
+def image_from(size_bytes, path, spared):
+    block = bytes(range(256)) * 4096
+
+    def write(out):
+        for _ in range(size_bytes // MIB):
+            out.write(block)
+
+    if spared:
+        return memsafe.fork_snapshot(path, write, max_copy="24 MiB", checksum="crc32").wait(PATIENCE_S).as_dict()
+    with open(path, "wb") as out:
+        write(out)
+        os.fsync(out.fileno())
+    return {"size_bytes": os.stat(path).st_size}
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_an_image_larger_than_its_cgroup_never_meets_the_limit_where_a_plain_file_does(group, path, spared):
+    own = group.child("own", memory_max=64 * MIB)
+    told = child.run(image_from, 128 * MIB, str(path), spared, cgroup=own)
+    assert told["size_bytes"] == 128 * MIB
+    events = own.flat("memory.events")
+    assert bool(events["max"]) is not spared
+    assert events["oom_kill"] == 0
