@@ -15,24 +15,27 @@ import signal
 import struct
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memsafe import _native
 from memsafe._kernel import process
 from memsafe._kernel.files import is_missing
+from memsafe._kernel.oom import KillWatch
 from memsafe.errors import (
     KernelError,
     OOMKilledError,
     SnapshotFailedError,
     SnapshotOverrunError,
 )
+from memsafe.pressure.alarm import alarm
+from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
-from memsafe.snapshot.meter import Meter, oom_kills, risen
+from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memsafe._kernel.files import Root
+    from memsafe.pressure.levels import PressureEvent
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.child import ChildOptions
     from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
@@ -70,6 +74,7 @@ class Bounds:
 
     max_copy_bytes: int | None
     timeout_s: float | None
+    end_at_critical: bool
     root: Root
 
 
@@ -202,7 +207,8 @@ class Supervisor:
                 with suppress(OSError):  # then nothing is said of where a child hangs
                     self._stack_fd = os.memfd_create("memsafe-stack")
                     resources.callback(os.close, self._stack_fd)
-            self._oom_kills_before = oom_kills(self._bounds.root)
+            self._kill_watch = KillWatch(self._bounds.root)
+            resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             resources.callback(os.close, self._wake_fd)
         except BaseException as refusal:
@@ -232,7 +238,10 @@ class Supervisor:
             resources.callback(os.close, self._pidfd)
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
-        self._watch()
+        with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
+            if self._bounds.end_at_critical and (event := critical_event()) is not None:
+                self._on_critical(event)
+            self._watch()
         status = self._reap()
         error = self.run.seal() or self._failure(status)
         if error is not None:
@@ -352,6 +361,22 @@ class Supervisor:
             copied = format_size(measured.copy_bytes)
             self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
 
+    def _on_critical(self, event: PressureEvent) -> None:
+        """End the child; in a monitor's thread, which has the GIL now: this one may have to wait for it."""
+        if self._done is None:
+            copied = format_size(self.run.copy_bytes)
+            self.run.end(
+                self._overrun_error(
+                    f"memory pressure is CRITICAL ({event.source}: {event.detail}), after {copied} of copies when "
+                    "last measured",
+                    self.run.copy_bytes,
+                )
+            )
+            if self.run.state is SnapshotState.ENDING:
+                with suppress(OSError):  # it has ended, or this process's own thread knows another way
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._wake()
+
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
         max_copy_bytes = self._bounds.max_copy_bytes
@@ -361,10 +386,12 @@ class Supervisor:
             self._overrun(f"{copied} were copied, more than max_copy allows ({bound})", copy_bytes)
 
     def _overrun(self, what: str, copy_bytes: int) -> None:
-        error = SnapshotOverrunError(
+        self._end(self._overrun_error(what, copy_bytes))
+
+    def _overrun_error(self, what: str, copy_bytes: int) -> SnapshotOverrunError:
+        return SnapshotOverrunError(
             self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._bounds.max_copy_bytes
         )
-        self._end(error)
 
     def _ended(self, what: str) -> str:
         return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
@@ -428,11 +455,11 @@ class Supervisor:
         if self._done is not None and exited and (status is None or status.si_status == 0):
             return None
         if status is None or (not exited and status.si_status == signal.SIGKILL):
-            killers = risen(self._oom_kills_before, oom_kills(self._bounds.root))
-            if killers:
+            evidence = self._kill_watch.evidence(self._pid)
+            if evidence is not None:
                 return OOMKilledError(
-                    f"{failed} the kernel's OOM killer ended the child (oom_kill of {killers} rose); copies when last "
-                    f"measured: {format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
+                    f"{failed} the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
+                    f"{format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
                 )
         return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
 

@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 import memsafe
-from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.testing import FakeKernel
 from tests import snapshot_faults
 from tests.integration import scenario
@@ -461,39 +459,12 @@ def test_the_oom_killer_is_named_only_for_sigkill_with_a_counter_that_rose(
 
 
 @pytest.mark.cgroup
-def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path):
-    own = memory_cgroups()
-    if not own:
-        pytest.skip("no memory cgroup holds this process")
-    if own[0].version == 2 and "memory" not in Path(own[0].file("cgroup.subtree_control")).read_text().split():
-        pytest.skip(f"cgroup {own[0].path} gives its children no memory controller")
-    limit_file = "memory.max" if own[0].version == 2 else "memory.limit_in_bytes"
-    folder = Path(own[0].directory, f"memsafe-test-{os.getpid()}")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup may be made: {error}")
-    try:
-        got = scenario.run(oom_killed, path, folder, limit_file)
-    finally:
-        _remove_cgroup(folder)
+def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path, memory_group):
+    got = scenario.run(oom_killed, path, *memory_group)
     assert got["ended"] == [True]
     assert got["error"] == "OOMKilledError"
     assert "oom_kill" in got["message"]
     assert path.read_bytes() == b"old"
-
-
-def _remove_cgroup(folder):
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            folder.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)  # the last process is being taken apart
-        else:
-            return
 
 
 def without_room_for_a_thread(path):

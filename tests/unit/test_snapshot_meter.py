@@ -56,6 +56,29 @@ def test_faults_that_could_eat_the_headroom_make_a_reading_due_without_a_bound(m
     assert meter.is_due(os.getpid())
 
 
+def test_faults_that_bring_no_bound_nearer_are_believed_less_each_time(machine):
+    meter = Meter(machine.root, 1024 * MIB)
+    meter.measure(os.getpid())
+    duties = []
+    for _ in range(6):
+        touch(MIB)  # and given back
+        meter.measure(os.getpid())
+        duties.append(meter._duty_in_doubt)
+    assert duties == [20, 40, 80, 100, 100, 100]  # as seldom as without doubt
+
+
+def test_faults_that_bring_a_bound_nearer_are_believed_again(machine):
+    meter = Meter(machine.root, None)
+    meter.measure(os.getpid())
+    touch(2 * MIB)
+    meter.measure(os.getpid())
+    assert meter._duty_in_doubt == 20
+    machine.cgroup("/app").usage = 576 * MIB
+    touch(32 * MIB)
+    meter.measure(os.getpid())
+    assert meter._duty_in_doubt == 10
+
+
 def test_headroom_below_the_reserve_is_told(machine):
     meter = Meter(machine.root, None)
     machine.cgroup("/app").usage = 1012 * MIB
