@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
 
-# Libraries that keep threads of their own and do not start them again in a child: a call there may wait for ever.
+# Libraries that wait in a child for threads of their own, or on a lock of theirs that another thread held.
 _LIBRARIES = {
     "libgomp": "OpenMP of GCC",
     "libtbb": "oneTBB",
@@ -33,6 +33,7 @@ _LIBRARIES = {
     "libzmq": "ZeroMQ",
     "librdkafka": "Kafka",
     "libjvm": "Java",
+    "sqlite3": "SQLite",
 }
 
 _abandoned: list[object] = []  # never finalized: that would write the parent's pending bytes, or wait for their lock
@@ -91,7 +92,7 @@ def witnesses(forked_by: int, root: Root = "/") -> str:
     found = {
         "Python's threads": _suspects(thread.name for thread in threads if thread.ident != forked_by),
         "other threads": _suspects(_native_threads(root, {thread.native_id for thread in threads})),
-        "libraries whose threads are not in a child": _libraries(root),
+        "libraries that may wait for ever in a child": _libraries(root),
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
 

@@ -38,4 +38,4 @@ def test_threads_that_python_does_not_know_are_told_by_their_names(tree):
 def test_libraries_with_threads_of_their_own_are_told(tree):
     tree.write("/proc/self/maps", "00400000-00401000 r-xp 00000000 08:01 11 /usr/lib/libgomp-a34b.so.1.0.0\n")
     told = witnesses(threading.get_ident(), tree.root)
-    assert told == "libraries whose threads are not in a child: OpenMP of GCC (libgomp)"
+    assert told == "libraries that may wait for ever in a child: OpenMP of GCC (libgomp)"
