@@ -19,11 +19,11 @@ from memsafe._kernel import process
 from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from memsafe._kernel.files import Root
 
-# Libraries that keep threads of their own and do not start them again in a child: a call there may wait for ever.
+# Libraries that wait in a child for threads of their own, or on a lock of theirs that another thread held.
 _LIBRARIES = {
     "libgomp": "OpenMP of GCC",
     "libtbb": "oneTBB",
@@ -33,6 +33,7 @@ _LIBRARIES = {
     "libzmq": "ZeroMQ",
     "librdkafka": "Kafka",
     "libjvm": "Java",
+    "sqlite3": "SQLite",
 }
 
 _abandoned: list[object] = []  # never finalized: that would write the parent's pending bytes, or wait for their lock
@@ -88,11 +89,10 @@ def witnesses(forked_by: int, root: Root = "/") -> str:
         root: The directory that stands for "/".
     """
     threads = threading.enumerate()
-    innocent = {forked_by, threading.get_ident()}
     found = {
-        "Python's threads": sorted(thread.name for thread in threads if thread.ident not in innocent),
-        "other threads": _native_threads(root, {thread.native_id for thread in threads}),
-        "libraries whose threads are not in a child": _libraries(root),
+        "Python's threads": _suspects(thread.name for thread in threads if thread.ident != forked_by),
+        "other threads": _suspects(_native_threads(root, {thread.native_id for thread in threads})),
+        "libraries that may wait for ever in a child": _libraries(root),
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
 
@@ -100,8 +100,13 @@ def witnesses(forked_by: int, root: Root = "/") -> str:
 def _native_threads(root: Root, known: set[int | None]) -> list[str]:
     with suppress(KernelError):
         named = process.thread_names(root)
-        return sorted({name for tid, name in named.items() if tid not in known})
+        return [name for tid, name in named.items() if tid not in known]
     return []
+
+
+def _suspects(names: Iterable[str]) -> list[str]:
+    """Return *names* without memsafe's own, whose locks are all usable in a child."""
+    return sorted({name for name in names if not name.startswith("memsafe")})
 
 
 def _libraries(root: Root) -> list[str]:
