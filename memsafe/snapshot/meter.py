@@ -33,10 +33,10 @@ _LOOKS_UNTIL_FULL = 4
 # The child is ended before the last bytes are gone, as a share of the limit, or of what there was when it began.
 _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
-# And earlier, where at the present rate they would be gone before the child has given its memory back: but not before
-# half of what there was at the start is.
-_NOTICE_S = 0.03
-_HASTE_SHARE_OF_START = 2
+# And earlier, where at the present rate they would be gone before the child has given its memory back, on a machine
+# that is busy: but not before a quarter of what there was at the start is gone.
+_NOTICE_S = 0.05
+_HASTE_SHARE_OF_START = 0.75
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -180,7 +180,7 @@ class Meter:
         for c, headroom in self._headrooms():
             start = self._starts.get((c.kind, c.path), c.limit_bytes)
             reserve = min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start // _RESERVE_SHARE_OF_START)
-            if headroom < max(reserve, min(soon_bytes, start // _HASTE_SHARE_OF_START)):
+            if headroom < max(reserve, min(soon_bytes, start * _HASTE_SHARE_OF_START)):
                 where = f"{c.kind} of {c.path}" if c.path else c.kind
                 haste = (
                     f", and {format_size(int(soon_bytes / _NOTICE_S))} more are taken a second"

@@ -64,7 +64,7 @@ _OOM_SCORE_ADJ_MAX = 1000
 _LOOK_FOR_FORK_MS = 1000
 
 # For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
-_STANDSTILL_MS = 100
+_STANDSTILL_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)

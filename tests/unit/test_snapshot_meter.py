@@ -97,9 +97,9 @@ def test_faults_that_bring_a_bound_nearer_are_believed_again(machine, now):
     assert meter._headroom.due_s == pytest.approx(now.s + 0.01)
 
 
-def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_half_of_it_is(machine, now):
+def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_is(machine, now):
     meter = Meter(machine.root, None)
-    for usage_mib, short in ((700, False), (800, True)):  # of 512 MiB that were left at the start
+    for usage_mib, short in ((600, False), (700, True)):  # of 512 MiB that were left at the start
         machine.cgroup("/app").usage = usage_mib * MIB
         now.s += 0.1
         touch(16 * MIB)
