@@ -58,9 +58,10 @@ class Measurement:
 class _Doubt:
     """How near a bound was when last read, and how soon to read again when page faults say that it may be passed."""
 
-    def __init__(self, slack_bytes: float, now_s: float) -> None:
+    def __init__(self, slack_bytes: float, now_s: float, cost_s: float = 0) -> None:
         self.slack_bytes = slack_bytes
         self.due_s = now_s
+        self.wait_s = _MEASURE_DUTY_IN_DOUBT * cost_s  # from one reading to the next
         self._faulted_bytes = 0
         self._duty = _MEASURE_DUTY_IN_DOUBT
 
@@ -73,7 +74,8 @@ class _Doubt:
         foretold = self.slack_bytes - slack_bytes >= (faulted_bytes - self._faulted_bytes) / 2
         self._duty = _MEASURE_DUTY_IN_DOUBT if foretold else min(2 * self._duty, _MEASURE_DUTY)
         self.slack_bytes, self._faulted_bytes = slack_bytes, faulted_bytes
-        self.due_s = time.monotonic() + self._duty * cost_s
+        self.wait_s = self._duty * cost_s
+        self.due_s = time.monotonic() + self.wait_s
 
 
 class Meter:
@@ -91,9 +93,11 @@ class Meter:
         self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
         with self._measured.reading():
             self._starts = {(c.kind, c.path): headroom for c, headroom in self._headrooms()}
+        began_s = time.thread_time()
+        with self._looked.reading():
             _, margin_bytes = self._look_around(0)
         now_s = time.monotonic()
-        self._headroom = _Doubt(margin_bytes, now_s)
+        self._headroom = _Doubt(margin_bytes, now_s, time.thread_time() - began_s)
         self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, now_s)
         self._rate_bytes_per_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
@@ -124,7 +128,7 @@ class Meter:
         self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
         self._counted_bytes, self._counted_s = faulted_bytes, now_s
         short = None
-        soon_bytes = self._rate_bytes_per_s * _NOTICE_S
+        soon_bytes = self._soon_bytes()
         if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
             began_s = time.thread_time()
             with self._looked.reading():
@@ -149,13 +153,17 @@ class Meter:
             with self._measured.reading():
                 faulted_bytes = self._faulted_bytes(pid)
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
-                short, _ = self._look_around(self._rate_bytes_per_s * _NOTICE_S)
+                short, _ = self._look_around(self._soon_bytes())
             slack_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
             self._bound.settle(slack_bytes, faulted_bytes, time.thread_time() - began_s)
         finally:
             cost_s = time.thread_time() - began_s
             self._due_s = time.monotonic() + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)
         return Measurement(copy_bytes, short)
+
+    def _soon_bytes(self) -> float:
+        """Return what will be gone, at this rate, before the next reading could help."""
+        return self._rate_bytes_per_s * (_NOTICE_S + self._headroom.wait_s)
 
     def _look_every_s(self) -> float:
         full_within_s = max(self._headroom.slack_bytes, 0) / _FILL_BYTES_PER_S
@@ -183,7 +191,7 @@ class Meter:
             if headroom < max(reserve, min(soon_bytes, start * _HASTE_SHARE_OF_START)):
                 where = f"{c.kind} of {c.path}" if c.path else c.kind
                 haste = (
-                    f", and {format_size(int(soon_bytes / _NOTICE_S))} more are taken a second"
+                    f", and {format_size(int(self._rate_bytes_per_s))} more are taken a second"
                     if headroom >= reserve
                     else ""
                 )
