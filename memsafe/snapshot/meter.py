@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. Where the
 # page faults say that a bound may have been passed since, it is read sooner; but each time that this proves wrong, half
 # as soon, until there is no difference. It can prove right only some twenty times before the bound is passed, as what
-# is left is halved then. So the cost stays at 1 % for as long as a snapshot takes.
-_MEASURE_DUTY = 100
+# is left is halved then. So readings stay at half a percent of a core for as long as a snapshot takes, and so do the
+# looks, which count page faults, unless memory may be gone within a few of them.
+_MEASURE_DUTY = 200
 _MEASURE_DUTY_IN_DOUBT = 10
+_LOOK_DUTY = 200
 _LOOK_EVERY_S = 0.01
 _LOOK_EVERY_S_MIN = 0.002
-# The nearer the end of memory at the fastest plausible rate, the sooner the next look, which counts page faults.
+# The nearer the end of memory at the fastest plausible rate, the sooner the next look.
 _FILL_BYTES_PER_S = 4 << 30
 _LOOKS_UNTIL_FULL = 4
 
@@ -99,7 +101,7 @@ class Meter:
         now_s = time.monotonic()
         self._headroom = _Doubt(margin_bytes, now_s, time.thread_time() - began_s)
         self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, now_s)
-        self._rate_bytes_per_s = 0.0
+        self._rate_bytes_per_s = self._look_cost_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
         self._due_s = now_s + _LOOK_EVERY_S
@@ -124,17 +126,20 @@ class Meter:
 
         Plans the next look. Cheap: unless the faults say that there is reason, nothing but them is read.
         """
+        began_s = time.thread_time()
         now_s, faulted_bytes = time.monotonic(), self._faulted_bytes(pid)
         self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
         self._counted_bytes, self._counted_s = faulted_bytes, now_s
         short = None
         soon_bytes = self._soon_bytes()
         if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
-            began_s = time.thread_time()
             with self._looked.reading():
                 short, margin_bytes = self._look_around(soon_bytes)
             self._headroom.settle(margin_bytes, faulted_bytes, time.thread_time() - began_s)
-        self.next_look_s = now_s + self._look_every_s()
+        else:
+            self._look_cost_s = time.thread_time() - began_s
+        every_s = self._look_every_s()
+        self.next_look_s = now_s + (every_s if self.is_tight else max(every_s, _LOOK_DUTY * self._look_cost_s))
         return short
 
     def is_due(self) -> bool:
