@@ -18,6 +18,7 @@ RegionCore = _types["RegionCore"]
 current_budget_by = _types["current_budget_by"]
 environment = _types["environment"]
 fork = _types["fork"]
+fork_end = _types["fork_end"]
 heap = _types["heap"]
 numpy_connect = _types["numpy_connect"]
 numpy_handler = _types["numpy_handler"]
@@ -46,6 +47,7 @@ __all__ = [
     "environment",
     "ffi",
     "fork",
+    "fork_end",
     "heap",
     "lib",
     "numpy_connect",

@@ -30,6 +30,7 @@ from memsafe.errors import (
     SnapshotOverrunError,
 )
 from memsafe.pressure.alarm import alarm
+from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
@@ -66,6 +67,8 @@ _LOOK_FOR_FORK_MS = 1000
 # How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
 _LAST_WORDS_MS = 2000
 _LAST_WORDS_BYTES_MAX = 64 * 1024
+# For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
+_STANDSTILL_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class Supervisor:
         child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
         oom_score_adj = _child_oom_score_adj()
         self._began_s = time.monotonic()
+        if self._meter.is_tight:
+            shorter_turns.ask(self)
         try:
             _native.fork(
                 child,
@@ -183,6 +188,7 @@ class Supervisor:
             result = self._supervise(resources)
         except BaseException as failure:
             error = self._after(failure)
+        shorter_turns.release(self)
         with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
             resources.close()
         self._on_end(self.run.peak_copy_bytes, self._done is not None)
@@ -340,7 +346,17 @@ class Supervisor:
             where = _where(stack, witnesses(self._forked_by, self._bounds.root))
             what = self._ended(f"it was still running after {timeout_s} s{where}")
             self._end(SnapshotFailedError(what, child_traceback=stack or None))
-        elif now_s >= self._meter.next_look_s and self._meter.is_due(self._pid):
+        elif now_s >= self._meter.next_look_s:
+            self._look()
+
+    def _look(self) -> None:
+        """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
+        short = self._meter.runs_short(self._pid)
+        if self._meter.is_tight:
+            shorter_turns.ask(self)
+        if short is not None:
+            self._end_for_shortage(short)
+        elif self._meter.is_due():
             self._measure()
 
     def _measure(self) -> None:
@@ -358,24 +374,21 @@ class Supervisor:
             return  # where somebody else reaps, the number may be another process's by now
         self._count_copies(measured.copy_bytes)
         if measured.short is not None:
-            copied = format_size(measured.copy_bytes)
-            self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
+            self._end_for_shortage(measured.short)
 
     def _on_critical(self, event: PressureEvent) -> None:
-        """End the child; in a monitor's thread, which has the GIL now: this one may have to wait for it."""
+        """End the child, in a monitor's thread: this one may have to wait for the GIL."""
         if self._done is None:
-            copied = format_size(self.run.copy_bytes)
-            self.run.end(
-                self._overrun_error(
-                    f"memory pressure is CRITICAL ({event.source}: {event.detail}), after {copied} of copies when "
-                    "last measured",
-                    self.run.copy_bytes,
-                )
-            )
-            if self.run.state is SnapshotState.ENDING:
-                with suppress(OSError):  # it has ended, or this process's own thread knows another way
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                self._wake()
+            self._end_for_shortage(f"memory pressure is CRITICAL ({event.source}: {event.detail})")
+            self._wake()
+
+    def _end_for_shortage(self, what: str) -> None:
+        """End the child, and let no Python thread go on until its memory is back."""
+        copy_bytes = self.run.copy_bytes
+        self.run.end(self._overrun_error(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes))
+        if self.run.state is SnapshotState.ENDING:
+            with suppress(OSError):  # the job's thread knows another way
+                _native.fork_end(self._pidfd, _STANDSTILL_MS)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
