@@ -136,7 +136,7 @@ def test_a_look_sets_the_timer_and_reads_the_files(waiter, tmp_path):
     look.set(timer_s=0, rest_s=0.001)
     assert [report.token for report in waiter.wait(look)] == [5]
     file.write_bytes(b"333")
-    assert not reserve._blocks
+    assert not reserve._portions[0]
     with kept.reading():
         assert files.read(str(file)) == b"22"
     with kept.reading():
