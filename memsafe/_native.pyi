@@ -115,6 +115,7 @@ class Reservation:
     ) -> None: ...
 
 def current_budget_by(get: Callable[[], Budget | None], /) -> Callable[[], Budget | None]: ...
+def environment() -> bytes: ...
 
 class RegionCore:
     def _open(self, budget: BudgetCore, size_bytes: int, flags: int, /) -> tuple[int, str] | None: ...
@@ -126,16 +127,19 @@ class RegionCore:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def fork(
-    main: Callable[[int, int, int], object],
+    main: Callable[[int, int, int, int, int], object],
     handover: bytearray,
     wake_fd: int,
     parent_pidfd: int,
     report_fd: int,
     report_read_fd: int,
     oom_score_adj: int,
+    nice: int,
+    idle_io: bool,
     keep_fds: array[int],
     /,
 ) -> None: ...
+def fork_end(pidfd: int, patience_ms: int, /) -> None: ...
 def numpy_connect(array_api: object, /) -> bool: ...
 def numpy_handler(
     budget: Budget, name: bytes, refused: Callable[[Budget, int, int], MemoryError | None], huge_pages: bool, /

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import levels
+from memsafe.pressure.alarm import alarm
 from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
@@ -84,6 +85,8 @@ class PressureMonitor:
     All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
     the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
     logged with its stack. Callbacks hear of it afterwards, as one change.
+
+    CRITICAL also ends a snapshot by fork that runs in this process, at once: see fork_snapshot().
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
@@ -565,6 +568,7 @@ class PressureMonitor:
                 os.eventfd_write(self._changed_fd, 1)
         if event.level == PressureLevel.CRITICAL:
             self._give_reserve()
+            alarm.sound(event)
         for stream in streams:
             stream.feed(event)
 
@@ -607,7 +611,7 @@ class PressureMonitor:
         Returns:
             Whether callbacks were called, or something was freed.
         """
-        is_due = self._responder.is_due(judgement.raised)
+        is_due = self._responder.is_due(judgement)
         if self._tell(deputy):
             return True
         if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:
@@ -650,6 +654,12 @@ class PressureMonitor:
         with deputy.back(), hub.reading():
             hub.draw()
             return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
+
+
+def critical_event() -> PressureEvent | None:
+    """Return why memory is at CRITICAL by a monitor that runs in this process; None: by none of them."""
+    events = [monitor._last_event for monitor in list(_monitors) if not monitor._stopping]
+    return next((event for event in events if event is not None and event.level == PressureLevel.CRITICAL), None)
 
 
 def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:

@@ -12,15 +12,21 @@ struct ms_fork_child {
     int report_fd;      /* write end of the pipe to the parent */
     int report_read_fd; /* its read end: the child's copy is closed, or the pipe would never break */
     int oom_score_adj;
-    const int *keep_fds; /* sockets that stay open */
+    int nice;            /* added to the inherited niceness */
+    int idle_io;         /* whether the disk serves it only when nobody else wants it */
+    pid_t parent_tid;    /* the thread that forks; its process's main thread where it equals parent_pid */
+    pid_t parent_pid;    /* as seen by the parent */
+    const int *keep_fds; /* sockets and pipes that stay open */
     size_t keep_count;
 };
 
-/* errno of each step that can fail, 0 where it went well. */
+/* errno of each step that can fail, 0 where it went well or was not asked for. */
 struct ms_fork_steps {
     int oom_score_adj;
     int guard;
-    int sockets;
+    int descriptors;
+    int nice;
+    int idle_io;
 };
 
 /* The first acts of a forked child, before any Python.
@@ -32,5 +38,10 @@ void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps
  * *pidfd is -1 when the child has ended and somebody else has reaped it: its number may be another process's by now.
  * Returns 0, or -errno: then the child was killed and reaped, and *pidfd is untouched. Any thread. */
 int ms_fork_adopt(pid_t pid, int *pidfd);
+
+/* Kill the child, take its memory back, and wait until it is gone, for patience_ms at most.
+ * Returns 0, or -errno where it may not be signalled; a child that is gone already is no failure. Blocks. Any thread.
+ */
+int ms_fork_end(int pidfd, int patience_ms);
 
 #endif

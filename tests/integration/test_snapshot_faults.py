@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 import memsafe
-from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.testing import FakeKernel
 from tests import snapshot_faults
 from tests.integration import scenario
@@ -461,39 +459,12 @@ def test_the_oom_killer_is_named_only_for_sigkill_with_a_counter_that_rose(
 
 
 @pytest.mark.cgroup
-def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path):
-    own = memory_cgroups()
-    if not own:
-        pytest.skip("no memory cgroup holds this process")
-    if own[0].version == 2 and "memory" not in Path(own[0].file("cgroup.subtree_control")).read_text().split():
-        pytest.skip(f"cgroup {own[0].path} gives its children no memory controller")
-    limit_file = "memory.max" if own[0].version == 2 else "memory.limit_in_bytes"
-    folder = Path(own[0].directory, f"memsafe-test-{os.getpid()}")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup may be made: {error}")
-    try:
-        got = scenario.run(oom_killed, path, folder, limit_file)
-    finally:
-        _remove_cgroup(folder)
+def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path, memory_group):
+    got = scenario.run(oom_killed, path, *memory_group)
     assert got["ended"] == [True]
     assert got["error"] == "OOMKilledError"
     assert "oom_kill" in got["message"]
     assert path.read_bytes() == b"old"
-
-
-def _remove_cgroup(folder):
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            folder.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)  # the last process is being taken apart
-        else:
-            return
 
 
 def without_room_for_a_thread(path):
@@ -536,6 +507,44 @@ def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(pa
     assert got["error"] == "SnapshotFailedError"
     assert "may not survive a power cut" in got["message"]
     assert got["content"] == "new"
+
+
+def cancelled_then_junk(path):
+    from memsafe.snapshot import reports
+
+    jobs, begin, cancelled, written = [], Gate(), Gate(), Gate()
+    fds = []
+    real = reports.Reporter.__init__
+
+    def init(self, fd):
+        fds.append(fd)
+        real(self, fd)
+
+    reports.Reporter.__init__ = init
+
+    def write(out):
+        begin.wait()
+        out.progress(1, 2)
+        cancelled.wait()
+        os.write(fds[0], b"junk" * 100)
+        written.open()
+        Gate().wait()
+
+    def on_progress(done, total):
+        jobs[0].cancel()
+        cancelled.open()
+        written.wait()
+
+    jobs.append(memsafe.fork_snapshot(path, write, on_progress=on_progress))
+    begin.open()
+    got = outcome(jobs[0])
+    for gate in (begin, cancelled, written):
+        gate.close()
+    return got
+
+
+def test_what_was_cancelled_is_cancelled_whatever_goes_wrong_after(path):
+    assert scenario.run(cancelled_then_junk, path)["error"] == "SnapshotCancelledError"
 
 
 def unkillable(path):

@@ -514,6 +514,21 @@ def test_a_budget_is_asked_again_while_the_cause_lasts(machine, clock, budget):
     cache.held.release()
 
 
+def test_a_budget_is_asked_again_at_once_where_much_less_is_left_than_after_the_last_time(machine, clock):
+    budget = Budget(name="db")
+    cache = Cache(budget, "60 MiB")
+    with monitored(machine, clock, budget) as monitor:
+        use(machine, 15 * MIB)
+        monitor.check()
+        use(machine, 14 * MIB)
+        monitor.check()
+        assert cache.asked == [missing_bytes(15 * MIB)], "a little less is no reason"
+        use(machine, 10 * MIB)
+        monitor.check()
+        assert cache.asked == [missing_bytes(15 * MIB), missing_bytes(10 * MIB)]
+    cache.held.release()
+
+
 def test_passing_the_soft_limit_of_the_budget_raises_low_without_a_look_by_the_clock(machine, clock, budget):
     heard = threading.Event()
     with monitored(machine, clock, budget) as monitor:
