@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.survival import place
 from memsafe import PressureMonitor
 from memsafe._kernel import cgroup, notify
-from memsafe.pressure.sources import UsageThreshold
+from memsafe.pressure.sources import Source, StallTrigger, UsageThreshold
 from tests.kernel.lab import image, kernels
 from tests.kernel.lab.machine import Machine
 
@@ -60,58 +60,78 @@ def compiled() -> bytes:
         return library.read_bytes()
 
 
+class Filler:
+    """A process that grows by so many bytes, and shrinks again."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", FILL]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.await_done()
+
+    def begin(self, additional_bytes: int | None) -> None:
+        """Grow, or with None shrink."""
+        assert self._process.stdin is not None
+        print("" if additional_bytes is None else additional_bytes, file=self._process.stdin, flush=True)
+
+    def await_done(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+def same_as(source: Source) -> int:
+    """Return a descriptor of the kind that *source* waits for."""
+    if isinstance(source, UsageThreshold):
+        return notify.arm_usage_threshold(source.group.directory, source.usage_bytes)
+    assert source.path is not None
+    if isinstance(source, StallTrigger):
+        return notify.arm_stall_trigger(source.path, "some", source._stall_us)
+    return notify.open_watched(source.path)
+
+
 def measure(name: str, library: str) -> dict[str, Any]:
     """Run in a process of its own, which moves to a new cgroup: how much later, in ms, each time."""
-    group = make_group(limited="memory.limit_in_bytes" if name == "usage.low" else "memory.high")
+    group = make_group("memory.limit_in_bytes" if name == "usage.low" else "memory.high")
     (group / "cgroup.procs").write_text("0")
+    own = cgroup.memory_cgroups()[0]
     bare = ctypes.CDLL(library)
     bare.notice_first_after.restype = ctypes.c_int64
     bare.notice_first_after.argtypes = [ctypes.c_int64]
-    (own, *_), mark_bytes = cgroup.memory_cgroups(), LIMIT_BYTES
+    filler, heard_ns = Filler(), list[int]()
     later_ms, missed = [], 0
-    filler = subprocess.Popen([sys.executable, "-c", FILL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert filler.stdin is not None
-    assert filler.stdout is not None
-    filler.stdout.readline()
     with PressureMonitor() as monitor:
+        assert monitor._hub is not None
         source = next(each for each in monitor._hub._chosen if each.name == name and each.used)
-        if isinstance(source, UsageThreshold):
-            mark_bytes = source.usage_bytes
-            fd = notify.arm_usage_threshold(str(group), mark_bytes)
-        elif name == "psi.some":
-            fd = notify.arm_stall_trigger(source.path, "some", source._stall_us)
-        else:
-            fd = notify.open_watched(source.path)
-        if bare.notice_start(fd, int(name != "usage.low")):
-            sys.exit("the bare thread cannot be started")
-        heard_ns: list[int] = []
         hear = monitor._hub.hear
-        monitor._hub.hear = lambda reports: (
+        monitor._hub.hear = lambda reports: (  # type: ignore[method-assign]
             heard_ns.extend(each.first_ns for each in reports if each.token == source.token) or hear(reports)
         )
+        mark_bytes = source.usage_bytes if isinstance(source, UsageThreshold) else LIMIT_BYTES
+        if bare.notice_start(same_as(source), int(name != "usage.low")):
+            sys.exit("the bare thread cannot be started")
         for _ in range(ROUNDS[name]):
             began_ns = time.monotonic_ns()
             heard_ns.clear()
-            filler.stdin.write(f"{mark_bytes + 4 * MIB - own.usage_bytes()}\n")
-            filler.stdin.flush()
+            filler.begin(mark_bytes + 4 * MIB - (own.usage_bytes() or 0))
             give_up_s = time.monotonic() + PATIENCE_S
             while time.monotonic() < give_up_s and not (heard_ns and bare.notice_first_after(began_ns)):
                 time.sleep(0.001)
-            filler.stdout.readline()
             if heard_ns and (bare_ns := bare.notice_first_after(began_ns)):
                 later_ms.append((heard_ns[0] - bare_ns) / 1e6)
             else:
                 missed += 1
-            filler.stdin.write("\n")
-            filler.stdin.flush()
-            filler.stdout.readline()
+            filler.await_done()
+            filler.begin(None)
+            filler.await_done()
             time.sleep(0.02)  # what else it brings about has come
-    filler.stdin.close()
-    filler.wait()
+    filler.end()
     return {"name": name, "later_ms": later_ms, "missed": missed, "group": str(group)}
 
 
 def make_group(limited: str) -> Path:
+    """Make a cgroup with that limit."""
     version, parent = place._parent()
     if (version == 1) != (limited == "memory.limit_in_bytes"):
         sys.exit(f"{limited} cannot be had in cgroup v{version}")
