@@ -1,8 +1,12 @@
-"""How long this process stands still for a snapshot by fork, beside a bare os.fork() and Redis's own BGSAVE."""
+"""How long this process stands still for a snapshot by fork, beside a bare os.fork() and Redis's own BGSAVE.
+
+The same bytes are held in pages of 4 KiB, in huge pages, and kept out of the image by MADV_DONTFORK.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
 import tempfile
@@ -20,7 +24,9 @@ from benchmarks.rounds import Loop, alternate
 from benchmarks.servers import UnavailableError, program, redis_server
 from memsafe import fork_snapshot, format_size
 
-OURS = "fork_snapshot"
+OURS = "4 KiB pages"
+HUGE = "huge pages"
+KEPT_OUT = "MADV_DONTFORK"
 FORK = "os.fork() alone"
 WHOLE = "os.fork, _exit, waitpid"
 REDIS = "redis BGSAVE, latest_fork_usec"
@@ -37,20 +43,35 @@ def _fork() -> tuple[float, float]:
     return forked_s - began_s, perf_counter() - began_s
 
 
+def sizes(options: Options) -> tuple[int, ...]:
+    return (resident.GIB // 4,) if options.quick else (resident.GIB // 4, resident.GIB, 4 * resident.GIB)
+
+
 def work(size_bytes: int, rounds: int) -> dict[str, list[float]]:
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="memsafe-bench-"))
-        cleanup.enter_context(resident.held(size_bytes))
+        small = cleanup.enter_context(resident.held(size_bytes))
+        huge = cleanup.enter_context(resident.held(size_bytes, mmap.MADV_HUGEPAGE))
 
-        def snapshot(_loops: int) -> float:
-            return fork_snapshot(Path(folder, "image"), lambda out: out.write(b"x")).wait().pause_s
+        def pause_with(*forked: mmap.mmap) -> float:
+            for memory in (small, huge):
+                memory.madvise(mmap.MADV_DOFORK if memory in forked else mmap.MADV_DONTFORK)
+            job = fork_snapshot(Path(folder, "image"), lambda out: out.write(b"x"), max_copy="256 MiB")
+            return job.wait().pause_s
+
+        def fork_alone() -> tuple[float, float]:
+            small.madvise(mmap.MADV_DOFORK)
+            huge.madvise(mmap.MADV_DONTFORK)
+            return _fork()
 
         contenders: dict[str, Loop] = {
-            OURS: snapshot,
-            FORK: lambda _loops: _fork()[0],
-            WHOLE: lambda _loops: _fork()[1],
+            OURS: lambda _loops: pause_with(small),
+            HUGE: lambda _loops: pause_with(huge),
+            KEPT_OUT: lambda _loops: pause_with(),
+            FORK: lambda _loops: fork_alone()[0],
+            WHOLE: lambda _loops: fork_alone()[1],
         }
-        if size_bytes and why_no_redis() is None:
+        if why_no_redis() is None:
             contenders[REDIS] = cleanup.enter_context(redis_holding(size_bytes))
         return alternate(contenders, rounds=rounds)
 
@@ -89,16 +110,17 @@ def redis_holding(size_bytes: int) -> Iterator[Loop]:
 
 
 def measure(options: Options) -> Iterator[Outcome]:
-    for size_bytes in resident.sizes(options):
+    for size_bytes in sizes(options):
         what = f"pause for a snapshot at {format_size(size_bytes)}"
-        if (skipped := resident.refusal(what, size_bytes, processes=2)) is not None:
+        if (skipped := resident.refusal(what, size_bytes, processes=3)) is not None:
             yield skipped
             continue
-        rounds = options.rounds(20 if size_bytes > resident.GIB else 40)
+        rounds = options.rounds(10 if size_bytes > resident.GIB else 40)
         seconds = resident.measure_in_worker("benchmarks.fork", size_bytes, rounds)
-        for peer in (FORK, WHOLE, REDIS):
-            if peer in seconds:
-                yield compare(what, peer, seconds[OURS], seconds[peer])
+        for ours in (OURS, HUGE, KEPT_OUT):
+            for peer in (FORK, WHOLE, REDIS) if ours == OURS else (REDIS,):
+                if peer in seconds:
+                    yield compare(f"{what}, {ours}", peer, seconds[ours], seconds[peer])
     if (why := why_no_redis()) is not None:
         yield Skipped("pause for a snapshot, beside Redis", why)
 

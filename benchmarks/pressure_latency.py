@@ -1,6 +1,6 @@
-"""From a kernel's signal to the callback, and what a monitor costs while nothing happens.
+"""From a kernel's signal to the callback; what a monitor costs while nothing happens is in benchmarks.pressure_idle.
 
-    python -m benchmarks.pressure_latency [idle seconds]
+    python -m benchmarks.pressure_latency
 
 The signal is a write to the eventfd of a v1 OOM notice, which is what the kernel does; the first callback is timed. The
 figures beside busy threads show the price of the GIL: each return from a system call may wait a switch interval.
@@ -9,7 +9,6 @@ figures beside busy threads show the price of the GIL: each return from a system
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import sys
 import threading
@@ -17,7 +16,7 @@ import time
 
 from memsafe import PressureLevel, PressureMonitor
 
-ROUNDS = 200
+ROUNDS = 1000
 
 
 def spin(stop: threading.Event) -> None:
@@ -61,24 +60,13 @@ def latencies_ms(busy: int) -> tuple[list[float], list[float]]:
     return native, called
 
 
-def idle_ratio(seconds: float) -> float:
-    with PressureMonitor():
-        time.sleep(1)
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        time.sleep(seconds)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / seconds
-
-
 def main() -> None:
-    print(f"{'':24} {'median':>10} {'p90':>10} {'max':>10}   ms")
+    print(f"{'':24} {'median':>10} {'p99':>10} {'max':>10}   ms, {ROUNDS} each, load {os.getloadavg()[0]:.1f}")
     for busy in (0, 1, 4):
         for name, values in zip(("native thread", "callback"), latencies_ms(busy), strict=True):
-            p90 = statistics.quantiles(values, n=10)[-1]
+            p99 = statistics.quantiles(values, n=100)[-1]
             label = f"{name}, {busy} busy"
-            print(f"{label:24} {statistics.median(values):10.3f} {p90:10.3f} {max(values):10.3f}")
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
-    print(f"idle: {idle_ratio(seconds):.4%} of a core over {seconds:.0f} s")
+            print(f"{label:24} {statistics.median(values):10.3f} {p99:10.3f} {max(values):10.3f}")
 
 
 if __name__ == "__main__":

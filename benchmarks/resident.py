@@ -48,13 +48,10 @@ def worker_arguments() -> tuple[int, int] | None:
 
 
 @contextmanager
-def held(size_bytes: int) -> Iterator[None]:
+def held(size_bytes: int, advice: int = mmap.MADV_NOHUGEPAGE) -> Iterator[mmap.mmap]:
     """Hold *size_bytes* of private memory, every page of it written."""
-    if not size_bytes:
-        yield
-        return
-    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    with mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(advice)
         for offset in range(0, size_bytes, mmap.PAGESIZE):
             memory[offset] = 1
-        yield
+        yield memory

@@ -34,7 +34,8 @@ _MODULES = {
         "fork_snapshot",
     ),
     "memsafe.sizes": ("format_size", "parse_size"),
-    "memsafe.spawn": ("Popen", "run"),
+    "memsafe.spawn": ("ChildOOMKilledError", "CompletedProcess", "Popen", "run"),
+    "memsafe.spawn.coroutine": ("run_async",),
     "memsafe.status": (
         "CommitStatus", "Constraint", "MemoryStatus", "Pressure", "ProcessMemory", "Stall", "SwapLimit",
         "SwapStatus", "memory_status",

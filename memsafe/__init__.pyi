@@ -52,7 +52,13 @@ from memsafe.snapshot import (
     SnapshotState as SnapshotState,
     fork_snapshot as fork_snapshot,
 )
-from memsafe.spawn import Popen as Popen, run as run
+from memsafe.spawn import (
+    ChildOOMKilledError as ChildOOMKilledError,
+    CompletedProcess as CompletedProcess,
+    Popen as Popen,
+    run as run,
+)
+from memsafe.spawn.coroutine import run_async as run_async
 from memsafe.status import (
     CommitStatus as CommitStatus,
     Constraint as Constraint,

@@ -16,7 +16,9 @@ Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
 current_budget_by = _types["current_budget_by"]
+environment = _types["environment"]
 fork = _types["fork"]
+fork_end = _types["fork_end"]
 heap = _types["heap"]
 numpy_connect = _types["numpy_connect"]
 numpy_handler = _types["numpy_handler"]
@@ -42,8 +44,10 @@ __all__ = [
     "Reservation",
     "check",
     "current_budget_by",
+    "environment",
     "ffi",
     "fork",
+    "fork_end",
     "heap",
     "lib",
     "numpy_connect",

@@ -120,11 +120,11 @@ class SnapshotFailedError(MemsafeError):
 
 
 class SnapshotOverrunError(SnapshotFailedError):
-    """The snapshot was ended because its copies passed the bound, or ate the headroom of the process.
+    """The snapshot was ended because its copies passed the bound, or memory ran short: the message says which.
 
     Attributes:
         copy_bytes: Copies counted when it was ended.
-        max_copy_bytes: The bound, or None when the headroom was what ended it.
+        max_copy_bytes: The bound; None where there was none.
     """
 
     def __init__(self, message: str, *, copy_bytes: int, max_copy_bytes: int | None) -> None:

@@ -1,7 +1,8 @@
 """This process and the OOM killer: how likely it is chosen, and how often it struck here.
 
-An ordinary user may make the process likelier to be chosen, and take that back; less likely than whoever started it
-made it takes CAP_SYS_RESOURCE (Documentation/filesystems/proc.rst, 3.1).
+An ordinary user may make the process likelier to be chosen, and take that back. The lowest that it may have is what
+somebody with CAP_SYS_RESOURCE set last, for it or for the process that it descends from; less takes that capability
+(Documentation/filesystems/proc.rst, 3.1; fs/proc/base.c, __set_oom_adj()). Nothing is changed unless it is asked for.
 """
 
 from __future__ import annotations
@@ -13,10 +14,57 @@ from memsafe._kernel import cgroup, files, oom as kernel, process
 from memsafe.errors import KernelError, UnsupportedError
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     from memsafe._kernel.files import Root
 
 PROTECTED_BY = 500
 """What protect() takes off oom_score_adj: the process counts as if it used half of all memory less than it does."""
+
+
+_LOWER = (
+    "below what the process was started with takes CAP_SYS_RESOURCE: have it started with OOMScoreAdjust= (systemd), "
+    "--oom-score-adj (docker, podman) or choom -n, or raise its children instead, memsafe.Popen(..., oom_score_adj=500)"
+)
+_OWNER = (
+    "anybody may raise it, but the file is root's in a process that has changed its user and run no program since: "
+    "raise it before"
+)
+
+
+class Adjusted(int):
+    """The oom_score_adj that was there before a change. As a context manager it takes the change back at the end.
+
+    What is taken back is the difference, not the number: what others have changed meanwhile stays, and changes that
+    overlap may end in any order.
+
+    Example:
+        >>> from memsafe import oom
+        >>> with oom.set_score_adj(oom.score_adj() + 1) as before:
+        ...     oom.score_adj() - before
+        1
+    """
+
+    _offset: int
+    _root: Root
+
+    @classmethod
+    def of(cls, before: int, after: int, root: Root) -> Self:
+        """Return what stands for the change of *before* to *after*."""
+        adjusted = cls(before)
+        adjusted._offset, adjusted._root = after - before, root
+        return adjusted
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        wanted = score_adj(root=self._root) - self._offset
+        self._offset = 0
+        set_score_adj(min(max(wanted, kernel.SCORE_ADJ_MIN), kernel.SCORE_ADJ_MAX), root=self._root)
 
 
 def score(*, root: Root = "/") -> int:
@@ -43,8 +91,10 @@ def score_adj(*, root: Root = "/") -> int:
     return _told(process.oom_score_adj(root), "/proc/self/oom_score_adj", root)
 
 
-def set_score_adj(n: int, *, root: Root = "/") -> int:
+def set_score_adj(n: int, *, root: Root = "/") -> Adjusted:
     """Set what is added to the score of this process. Children that it starts later inherit it.
+
+    For good; or, as ``with set_score_adj(n):``, until the end of the block.
 
     Args:
         n: -1000 (never chosen) to 1000 (chosen first), in thousandths of all memory that the process may use.
@@ -55,7 +105,7 @@ def set_score_adj(n: int, *, root: Root = "/") -> int:
 
     Raises:
         ValueError: *n* is out of its range.
-        KernelError: EACCES: *n* is lower than what the process was started with, and CAP_SYS_RESOURCE is missing.
+        KernelError: EACCES: *n* is lower than the process may have, and CAP_SYS_RESOURCE is missing. Nothing changed.
     """
     kernel.check_score_adj(n)
     before = score_adj(root=root)
@@ -64,32 +114,32 @@ def set_score_adj(n: int, *, root: Root = "/") -> int:
     except KernelError as error:
         if error.errno not in (errno.EACCES, errno.EPERM):
             raise
-        advice = (
-            f"it is {before}; below what the process was started with takes CAP_SYS_RESOURCE: have it started with "
-            "OOMScoreAdjust= (systemd), --oom-score-adj (docker, podman) or choom -n, or raise its children instead, "
-            "memsafe.Popen(..., oom_score_adj=500)"
-        )
-        raise KernelError(error.errno or errno.EACCES, error.call, advice) from None
-    return before
+        raise KernelError(
+            error.errno or errno.EACCES, error.call, f"it is {before}; {_LOWER if n < before else _OWNER}"
+        ) from None
+    return Adjusted.of(before, n, root)
 
 
-def protect(*, root: Root = "/") -> int:
+def protect(*, root: Root = "/") -> Adjusted:
     """Make the OOM killer less likely to choose this process: take 500 off its oom_score_adj, to -999 at the lowest.
 
-    Never -1000: where all that is large is exempt, the kernel kills what is small, or panics.
+    Never -1000: where all that is large is exempt, the kernel kills what is small, or panics. Children that are started
+    meanwhile inherit it; a snapshot's child does not, and memsafe.Popen has ``oom_score_adj``.
+
+    For good; or, as ``with protect():``, until the end of the block.
 
     Args:
         root: What stands for "/".
 
     Returns:
-        The value that was there before; ``set_score_adj`` with it takes the protection back.
+        The value that was there before.
 
     Raises:
         KernelError: EACCES: CAP_SYS_RESOURCE is missing. The error says who can do it instead.
     """
     before = score_adj(root=root)
     if before <= kernel.SCORE_ADJ_MIN + 1:
-        return before
+        return Adjusted.of(before, before, root)
     return set_score_adj(max(before - PROTECTED_BY, kernel.SCORE_ADJ_MIN + 1), root=root)
 
 
@@ -123,4 +173,4 @@ def _told(value: int | None, path: str, root: Root) -> int:
     return value
 
 
-__all__ = ["kills", "protect", "score", "score_adj", "set_score_adj"]
+__all__ = ["Adjusted", "kills", "protect", "score", "score_adj", "set_score_adj"]

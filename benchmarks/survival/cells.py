@@ -16,6 +16,7 @@ RATES = (5 * MIB, 50 * MIB, None)
 BASELINES = ("none", "psutil 1 s", "psutil 100 ms", "dask")
 HIGH_RATIO = 0.9
 
+_DEMAND_RATIO = 0.8
 # As fast as it can: what a slow machine does at least, to know when to lose patience.
 _SLOWEST_FULL_SPEED = 40 * MIB
 _TO_LOW_RATIO = 0.3
@@ -65,6 +66,8 @@ class Cell:
     @property
     def chunk_bytes(self) -> int:
         """What is taken at a time: small beside the limit, and at a pace some hundred times a second at the most."""
+        if self.kind == "at once":
+            return int(_DEMAND_RATIO * self.limit_bytes)
         chunk_bytes = self.limit_bytes // 256
         return chunk_bytes if self.rate is None else min(chunk_bytes, max(64 * 1024, self.rate // 200))
 
@@ -80,16 +83,16 @@ class Cell:
         32nd more than the limit, which no more survives without an answer.
         """
         if self.rate is None:
-            return int(0.8 * self.limit_bytes)
+            return int(_DEMAND_RATIO * self.limit_bytes)
         return left_bytes + (self.limit_bytes - self.tight_bytes) + max(4 * MIB, self.limit_bytes // 32)
 
     @property
     def patience_s(self) -> float:
         """Until when the demand is to be met; where it is not, the program stands still."""
         if self.rate is None:
-            return 15.0 + 1.3 * self.limit_bytes / _SLOWEST_FULL_SPEED
+            return 45.0 + 1.3 * self.limit_bytes / _SLOWEST_FULL_SPEED
         paced_bytes = self.demand_bytes(self.pace_from_bytes)
-        return 15.0 + 2.0 * paced_bytes / self.rate
+        return 45.0 + 2.0 * paced_bytes / self.rate
 
 
 def matrix(

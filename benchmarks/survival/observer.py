@@ -18,7 +18,7 @@ from benchmarks.survival.place import Place
 from benchmarks.survival.program import live
 
 # Of the machine's memory, so much may be taken by runs side by side.
-_SIDE_BY_SIDE_RATIO = 0.6
+_SIDE_BY_SIDE_RATIO = 0.8
 _SIDE_BY_SIDE_MAX = 10
 
 

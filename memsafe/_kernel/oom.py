@@ -1,14 +1,19 @@
-"""What steers the OOM killer, and joining a cgroup: the files here are written, by this process or by its child.
+"""What steers the OOM killer, joining a cgroup, and whom the killer took: by its counters and by the kernel's log.
 
-Sources: Documentation/filesystems/proc.rst, 3.1; Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst.
+Sources: Documentation/filesystems/proc.rst, 3.1; Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst;
+Documentation/ABI/testing/dev-kmsg; mm/oom_kill.c, __oom_kill_process().
 """
 
 from __future__ import annotations
 
 import os
+import re
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import files
+from memsafe._kernel import cgroup, files
+from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
     from memsafe._kernel.files import Root
@@ -21,6 +26,16 @@ SCORE_ADJ_MAX = 1000
 JOIN_FILE = "cgroup.procs"
 JOIN_TEXT = b"0"
 """Written to a cgroup's JOIN_FILE it moves the writer, whatever its pid, v1 and v2 alike."""
+
+
+# A record is "level+facility,number,time,flags;text", then lines that begin with a space. Facility 0 is the kernel's
+# own: what others write to the log has another. The name that somebody gave his cgroup stands further behind.
+_KILLED = re.compile(rb"^[0-7],[^;]*;(?:Memory cgroup o|O)ut of memory[^:]*: Killed process (\d+) \(", re.MULTILINE)
+_RECORD_BYTES_MAX = 16 * 1024  # CONSOLE_EXT_LOG_MAX is 8192: a shorter buffer would be refused
+# The log knows the pids of this namespace only, whose inode has always this number (include/linux/proc_ns.h).
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+# The kernel counts a kill, then sends the signal, then logs it: a victim may be reaped before it is named.
+_LOG_LAG_S = 0.1
 
 
 def check_score_adj(score_adj: int) -> None:
@@ -42,7 +57,7 @@ def write_score_adj(score_adj: int, root: Root = "/") -> None:
     """
     path = score_adj_path(root)
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)  # a tree of files needs it, as does a shell's echo
         try:
             os.write(fd, b"%d" % score_adj)
         finally:
@@ -63,11 +78,102 @@ def machine_kills(root: Root = "/") -> int | None:
     return None if text is None else files.Flat(text, path).get(b"oom_kill")
 
 
+class KillLog:
+    """Whom the kernel's log names as killed for want of memory, from now on. One thread at a time.
+
+    Reading it may be forbidden (kernel.dmesg_restrict), it may be missing, as in most containers, and in a pid
+    namespace of its own a process cannot tell which of the pids there is whose. Then nothing is known.
+    """
+
+    def __init__(self, root: Root = "/") -> None:
+        """Begin behind what is logged so far."""
+        self._fd = -1
+        self.victims: set[int] = set()
+        with suppress(OSError):
+            if files.read_link(files.under(root, "/proc/self/ns/pid")) == _FIRST_PID_NAMESPACE:
+                self._fd = os.open(files.under(root, "/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                os.lseek(self._fd, 0, os.SEEK_END)
+
+    def names(self, pid: int) -> bool | None:
+        """Whether *pid* was killed for want of memory; None: it is not named, but may have been all the same."""
+        try:
+            while self._fd >= 0 and (record := os.read(self._fd, _RECORD_BYTES_MAX)):
+                self.victims.update(map(int, _KILLED.findall(record)))
+        except BlockingIOError:
+            pass  # that is all
+        except OSError:  # EPIPE: some were overwritten unread
+            self.close()
+        return True if pid in self.victims else None if self._fd < 0 else False
+
+    def close(self) -> None:
+        """Read no more. Twice is a no-op."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+class KillWatch:
+    """Tells a process that the OOM killer ends from one that somebody else kills. One thread at a time.
+
+    The counters say that somebody in the cgroups of this process was shot; who it was, only the log says.
+    """
+
+    def __init__(self, root: Root = "/") -> None:
+        """Begin to watch. Nothing is raised: what cannot be read is not known."""
+        self._root = root
+        self._log = KillLog(root)
+        self._before = _kills(root)
+
+    def evidence(self, pid: int) -> str | None:
+        """Return what says that the OOM killer ended *pid*, which SIGKILL has ended; None: nothing, so it did not."""
+        counts = _kills(self._root)
+        rises = {path: rise for path, count in counts.items() if (rise := count - self._before.get(path, count)) > 0}
+        named = self._named(pid, max(rises.values(), default=0))
+        if named is False and self._log.victims:
+            return None  # they are the ones that were counted
+        said = [f"oom_kill of {', '.join(rises)} rose"] if rises else []
+        if named:
+            said.append("the kernel's log names it")
+        return " and ".join(said) or None
+
+    def _named(self, pid: int, kills: int) -> bool | None:
+        """Return whether the log names *pid*, once it has as many victims as *kills*, or has had the time."""
+        told_by_s = time.monotonic() + _LOG_LAG_S
+        while (named := self._log.names(pid)) is False and len(self._log.victims) < kills:
+            if time.monotonic() > told_by_s:
+                break
+            time.sleep(_LOG_LAG_S / 100)
+        return named
+
+    def close(self) -> None:
+        """Close what is open. Twice is a no-op."""
+        self._log.close()
+
+
+def _kills(root: Root) -> dict[str, int]:
+    """Return the OOM killer's count in each memory cgroup of this process that tells it; in none, the machine's."""
+    kills: dict[str, int] = {}
+    with suppress(KernelError):
+        for group in cgroup.memory_cgroups(root):
+            with suppress(KernelError):
+                count = group.oom_kills()
+                if count is not None:
+                    kills[group.path] = count
+    if not kills:
+        with suppress(KernelError):
+            count = machine_kills(root)
+            if count is not None:
+                kills["the machine"] = count
+    return kills
+
+
 __all__ = [
     "JOIN_FILE",
     "JOIN_TEXT",
     "SCORE_ADJ_MAX",
     "SCORE_ADJ_MIN",
+    "KillLog",
+    "KillWatch",
     "check_score_adj",
     "join_path",
     "machine_kills",

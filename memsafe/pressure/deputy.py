@@ -142,6 +142,7 @@ class Deputy:
             self._is_wanted_back = False
 
     def _run(self) -> None:
+        self._hub.ready()
         while self._hub.await_alarm() and not self._has_ended:
             is_first = True
             while not self._has_ended and self._lead.acquire(blocking=False):

@@ -103,6 +103,7 @@ class Gauge(Source):
             for path in (path for each in self._sums for path, _, _ in each.terms):
                 if path not in self._fds:
                     self._fds[path] = Owned(notify.open_read(path))
+                    _read_once(self._fds[path].fd, path)
         except KernelError:
             self._close_fd()
             raise
@@ -142,6 +143,14 @@ class CpuTime(Source):
 
     def _close_fd(self) -> None:
         """Nothing: it has none."""
+
+
+def _read_once(fd: int, path: str) -> None:
+    """Have the kernel allocate now what it does at a file's first read, which may come when the cgroup is full."""
+    try:
+        os.pread(fd, 1, 0)
+    except OSError as error:
+        raise KernelError(error.errno or 0, f"read {path}") from error
 
 
 def limits(status: MemoryStatus) -> Iterator[tuple[Limit, Constraint]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import levels
+from memsafe.pressure.alarm import alarm
 from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
@@ -84,6 +85,8 @@ class PressureMonitor:
     All of it runs on one thread of the monitor's own, never two at once. While that is kept, another thread looks at
     the machine: the level, fileno() and events() go on, the reserve is given back, and what keeps it for a second is
     logged with its stack. Callbacks hear of it afterwards, as one change.
+
+    CRITICAL also ends a snapshot by fork that runs in this process, at once: see fork_snapshot().
 
     In a forked child the monitor is inert: closed, with its descriptors. Make a new one there.
 
@@ -381,6 +384,7 @@ class PressureMonitor:
     def _run(self, hub: Hub) -> None:
         deputy = self._deputy
         assert deputy is not None
+        hub.ready()
         requests: list[_Request] = []
         rest_s = 0.0
         deputy.begin()
@@ -439,6 +443,8 @@ class PressureMonitor:
     def _stand_in(self, hub: Hub, is_first: bool) -> None:
         """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
         with self._surviving(hub):
+            if is_first:
+                hub.draw()
             if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
                 hub.provide()
 
@@ -472,6 +478,7 @@ class PressureMonitor:
             self._has_answered = True
             if deputy.has_led:
                 return True  # it has looked since, and has done all that follows
+            hub.draw()  # callbacks may have used up what the wake-up gave
             with hub.reading():
                 _, causes = hub.hear([])
                 status = status_once(self._root)
@@ -561,6 +568,7 @@ class PressureMonitor:
                 os.eventfd_write(self._changed_fd, 1)
         if event.level == PressureLevel.CRITICAL:
             self._give_reserve()
+            alarm.sound(event)
         for stream in streams:
             stream.feed(event)
 
@@ -603,7 +611,7 @@ class PressureMonitor:
         Returns:
             Whether callbacks were called, or something was freed.
         """
-        is_due = self._responder.is_due(judgement.raised)
+        is_due = self._responder.is_due(judgement)
         if self._tell(deputy):
             return True
         if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:
@@ -644,7 +652,14 @@ class PressureMonitor:
         assert hub is not None
         assert deputy is not None
         with deputy.back(), hub.reading():
+            hub.draw()
             return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
+
+
+def critical_event() -> PressureEvent | None:
+    """Return why memory is at CRITICAL by a monitor that runs in this process; None: by none of them."""
+    events = [monitor._last_event for monitor in list(_monitors) if not monitor._stopping]
+    return next((event for event in events if event is not None and event.level == PressureLevel.CRITICAL), None)
 
 
 def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:

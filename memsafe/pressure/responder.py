@@ -19,6 +19,9 @@ _log = logging.getLogger("memsafe.pressure")
 
 # Reclaimers that could not end a shortage are asked again while it lasts, but not hounded.
 _AGAIN_S = 1.0
+_WORSE_RATIO = 1.25
+# Until the next response takes effect, as much may be taken so many times as from the judgement to the first look.
+_LOOKS_AHEAD = 8
 
 
 class Responder:
@@ -39,14 +42,18 @@ class Responder:
         self._clock = clock
         self._look = look
         self._unmet = PressureLevel.NORMAL  # the level whose cause was not ended by the last response
+        self._unmet_bytes = 0  # what was missing then
         self._again_at_s = 0.0
 
-    def is_due(self, raised: PressureLevel) -> bool:
+    def is_due(self, judgement: Judgement) -> bool:
         """Whether a cause that stands is to be answered (again) now."""
+        raised = judgement.raised
         if raised == PressureLevel.NORMAL:
             self._unmet = raised
             return False
-        return raised > self._unmet or self._clock() >= self._again_at_s
+        # Much less is left than after the last response: somebody fills memory faster than is waited here.
+        is_worse = judgement.shortage_bytes > self._unmet_bytes * _WORSE_RATIO
+        return raised > self._unmet or is_worse or self._clock() >= self._again_at_s
 
     def respond(self, level: PressureLevel, judgement: Judgement) -> int:
         """Reclaim; return the bytes by which the budget's use fell. A failure is logged."""
@@ -61,6 +68,7 @@ class Responder:
         except BaseException:
             # SystemExit too: a reclaimer must not end the thread that warns.
             _log.exception("reclaiming the budget %r failed", budget)
+        self._unmet_bytes = need.shortage_bytes
         self._again_at_s = self._clock() + _AGAIN_S
         return max(0, before_bytes - budget.used_bytes)
 
@@ -99,6 +107,7 @@ class _Need:
         self.shortage_bytes = judgement.shortage_bytes
         self.most_bytes = 0
         self._look = look
+        self._growth_bytes = 0  # what was taken from the judgement to the first look
         self._seen_bytes: int | None = None  # what the budget used at the last call
 
     def __call__(self) -> int:
@@ -107,7 +116,9 @@ class _Need:
         # The figures that raised LOW are some ms old by now: the GIL had to be waited for. At CRITICAL all is asked for
         # whatever they say, and a look takes memory, which may be what nobody has.
         if self._follows_headroom and (seen_bytes is not None or self._level < PressureLevel.CRITICAL):
-            self.shortage_bytes = self._look()
+            before_bytes, self.shortage_bytes = self.shortage_bytes, self._look()
+            if seen_bytes is None:
+                self._growth_bytes = max(0, self.shortage_bytes - before_bytes)
             if self.shortage_bytes > 0 and seen_bytes is not None and used_bytes < seen_bytes:
                 give_back(collects=False)  # it may still lie in the allocators, where no headroom tells of it
                 self.shortage_bytes = self._look()
@@ -121,6 +132,7 @@ class _Need:
             return 0 if self._follows_headroom and shortage_bytes <= 0 else max(used_bytes, 1)
         soft_limit_bytes = self._budget.soft_limit_bytes
         if soft_limit_bytes is None:
-            return min(used_bytes, shortage_bytes)
+            ahead_bytes = _LOOKS_AHEAD * self._growth_bytes if shortage_bytes > 0 else 0
+            return min(used_bytes, shortage_bytes + ahead_bytes)
         over_bytes = used_bytes - soft_limit_bytes
         return min(over_bytes, shortage_bytes) if self._follows_headroom else over_bytes

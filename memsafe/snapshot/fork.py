@@ -11,12 +11,14 @@ import sys
 import time
 from array import array
 from contextlib import suppress
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from memsafe.commit import assess
 from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.forecast import LastSnapshot, observations
+from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import parse_size
 from memsafe.snapshot.child import ChildOptions
 from memsafe.snapshot.supervisor import Bounds, Supervisor
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from memsafe._kernel.files import Root
+    from memsafe.commit import Decision, ForkAssessment
+    from memsafe.pressure.levels import PressureEvent
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotRun
@@ -51,6 +55,7 @@ def fork_snapshot(
     keep_fds: Iterable[int | HasFileno] = (),
     nice: int = 0,
     idle_io: bool = False,
+    end_at_critical: bool = True,
     checksum: ChecksumName | None = None,
     compress: Literal["zstd"] | Zstd | None = None,
     max_bytes_per_s: Size | None = None,
@@ -93,6 +98,8 @@ def fork_snapshot(
         idle_io: Whether the disk is to serve the child only when nobody else wants it (ioprio_set(2)); only some I/O
             schedulers listen. A refusal is in the result's warnings. Either makes the snapshot take longer, and so
             copy more.
+        end_at_critical: End the child when a PressureMonitor of this process goes to CRITICAL, in a drill too, and
+            do not begin while one is there.
         checksum: ``"crc32"`` or ``"sha256"`` of the file, for the result. *write* cannot seek then.
         compress: ``"zstd"``, or a memsafe.snapshot.Zstd for its level and threads. *write* cannot seek then.
         max_bytes_per_s: How fast the file is written at most, after compression.
@@ -119,6 +126,8 @@ def fork_snapshot(
     try:
         _slot.take(claim)
         assessment = assess(None, None, root, max_copy_bytes, 0, observations)
+        if end_at_critical and (event := critical_event()) is not None:
+            assessment = _deferred(assessment, event)
         if assessment.decision != "admit":
             reasons = "; ".join(assessment.reasons)
             raise SnapshotRefusedError(
@@ -127,7 +136,10 @@ def fork_snapshot(
         sys.audit("os.fork")
         claim.private_bytes = assessment.private_bytes
         supervisor = Supervisor(
-            path, Bounds(max_copy_bytes, timeout_s, root), on_progress, functools.partial(_slot.release, claim)
+            path,
+            Bounds(max_copy_bytes, timeout_s, end_at_critical, root),
+            on_progress,
+            functools.partial(_slot.release, claim),
         )
         claim.run = supervisor.run
         supervisor.fork(write, child_options, options)
@@ -138,6 +150,13 @@ def fork_snapshot(
         else:
             supervisor.give_up()
         raise
+
+
+def _deferred(assessment: ForkAssessment, event: PressureEvent) -> ForkAssessment:
+    """Return the assessment of a moment in which there is something more urgent."""
+    decision: Decision = "refuse" if assessment.decision == "refuse" else "defer"
+    reason = f"memory pressure is CRITICAL ({event.source}: {event.detail}): wait until it has passed"
+    return replace(assessment, decision=decision, reasons=(*assessment.reasons, reason))
 
 
 class _Claim:

@@ -1,16 +1,15 @@
-"""Measuring a fork snapshot while it runs: private copies, what memory is left, and whom the OOM killer took."""
+"""Measuring a fork snapshot while it runs: private copies, and what memory is left."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
-from memsafe._kernel import cgroup, kept, process
+from memsafe._kernel import kept, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
 from memsafe.status import status_once
@@ -20,14 +19,26 @@ if TYPE_CHECKING:
     from memsafe.status import Constraint
 
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. Where the
-# page faults say that a bound may have been passed since, it is read sooner.
-_MEASURE_DUTY = 100
+# page faults say that a bound may have been passed since, it is read sooner; but each time that this proves wrong, half
+# as soon, until there is no difference. It can prove right only some twenty times before the bound is passed, as what
+# is left is halved then. So readings stay at half a percent of a core for as long as a snapshot takes, and so do the
+# looks, which count page faults, unless memory may be gone within a few of them.
+_MEASURE_DUTY = 200
 _MEASURE_DUTY_IN_DOUBT = 10
+_LOOK_DUTY = 200
 _LOOK_EVERY_S = 0.01
+_LOOK_EVERY_S_MIN = 0.002
+# The nearer the end of memory at the fastest plausible rate, the sooner the next look.
+_FILL_BYTES_PER_S = 4 << 30
+_LOOKS_UNTIL_FULL = 4
 
 # The child is ended before the last bytes are gone, as a share of the limit, or of what there was when it began.
 _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
+# And earlier, where at the present rate they would be gone before the child has given its memory back, on a machine
+# that is busy: but not before a quarter of what there was at the start is gone.
+_NOTICE_S = 0.05
+_HASTE_SHARE_OF_START = 0.75
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -46,6 +57,29 @@ class Measurement:
     short: str | None
 
 
+class _Doubt:
+    """How near a bound was when last read, and how soon to read again when page faults say that it may be passed."""
+
+    def __init__(self, slack_bytes: float, now_s: float, cost_s: float = 0) -> None:
+        self.slack_bytes = slack_bytes
+        self.due_s = now_s
+        self.wait_s = _MEASURE_DUTY_IN_DOUBT * cost_s  # from one reading to the next
+        self._faulted_bytes = 0
+        self._duty = _MEASURE_DUTY_IN_DOUBT
+
+    def is_due(self, now_s: float, faulted_bytes: float) -> bool:
+        """Whether so many bytes of faults, counted from the start, could have passed the bound, and it is time."""
+        return now_s >= self.due_s and faulted_bytes - self._faulted_bytes >= self.slack_bytes
+
+    def settle(self, slack_bytes: float, faulted_bytes: int, cost_s: float) -> None:
+        """Note what was read; the faults are believed as far as they foretold that the bound came nearer."""
+        foretold = self.slack_bytes - slack_bytes >= (faulted_bytes - self._faulted_bytes) / 2
+        self._duty = _MEASURE_DUTY_IN_DOUBT if foretold else min(2 * self._duty, _MEASURE_DUTY)
+        self.slack_bytes, self._faulted_bytes = slack_bytes, faulted_bytes
+        self.wait_s = self._duty * cost_s
+        self.due_s = time.monotonic() + self.wait_s
+
+
 class Meter:
     """When to measure, and what: private copies of the child, and what memory is left to this process.
 
@@ -58,33 +92,60 @@ class Meter:
         self._root = root
         self._max_copy_bytes = max_copy_bytes
         # Of their own: what is measured seldom takes long to read, what is counted often does not.
-        self._measured, self._counted = kept.keep(root), kept.keep(root)
-        now_s = time.monotonic()
-        self.next_look_s = self._due_s = self._in_doubt_due_s = now_s + _LOOK_EVERY_S
+        self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
         with self._measured.reading():
-            self._reserves = {
-                (c.kind, c.path): min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, headroom // _RESERVE_SHARE_OF_START)
-                for c, headroom in self._headrooms()
-            }
-        self._faults = 0  # when last measured; the child's begin at 0
-        self._slack_bytes: float = 0  # copies until a bound, when last measured
+            self._starts = {(c.kind, c.path): headroom for c, headroom in self._headrooms()}
+        began_s = time.thread_time()
+        with self._looked.reading():
+            _, margin_bytes = self._look_around(0)
+        now_s = time.monotonic()
+        self._headroom = _Doubt(margin_bytes, now_s, time.thread_time() - began_s)
+        self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, now_s)
+        self._rate_bytes_per_s = self._look_cost_s = 0.0
+        self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
+        self._counted_bytes, self._counted_s = 0, now_s
+        self._due_s = now_s + _LOOK_EVERY_S
+        self.next_look_s = now_s + self._look_every_s()
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether memory may be gone within a few of the usual looks."""
+        return self._look_every_s() < _LOOK_EVERY_S
 
     def stop(self) -> None:
         """Measure no more."""
-        self.next_look_s = self._due_s = self._in_doubt_due_s = math.inf
+        self.next_look_s = self._due_s = self._headroom.due_s = self._bound.due_s = math.inf
 
     def close(self) -> None:
         """Close what was kept open. Twice is a no-op."""
-        self._measured.close()
-        self._counted.close()
+        for files in (self._measured, self._looked, self._counted):
+            files.close()
 
-    def is_due(self, pid: int) -> bool:
-        """Whether measure() should be called now; plans the next look."""
+    def runs_short(self, pid: int) -> str | None:
+        """Return a sentence where memory is nearly gone, or will be at this rate; None too where nobody need look.
+
+        Plans the next look. Cheap: unless the faults say that there is reason, nothing but them is read.
+        """
+        began_s = time.thread_time()
+        now_s, faulted_bytes = time.monotonic(), self._faulted_bytes(pid)
+        self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
+        self._counted_bytes, self._counted_s = faulted_bytes, now_s
+        short = None
+        soon_bytes = self._soon_bytes()
+        if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
+            with self._looked.reading():
+                short, margin_bytes = self._look_around(soon_bytes)
+            self._headroom.settle(margin_bytes, faulted_bytes, time.thread_time() - began_s)
+        else:
+            self._look_cost_s = time.thread_time() - began_s
+        every_s = self._look_every_s()
+        self.next_look_s = now_s + (every_s if self.is_tight else max(every_s, _LOOK_DUTY * self._look_cost_s))
+        return short
+
+    def is_due(self) -> bool:
+        """Whether measure() should be called now."""
         now_s = time.monotonic()
-        self.next_look_s = now_s + _LOOK_EVERY_S
-        if now_s >= self._due_s:
-            return True
-        return now_s >= self._in_doubt_due_s and self._count_faults(pid, self._faults) >= self._slack_bytes
+        return now_s >= self._due_s or self._bound.is_due(now_s, self._counted_bytes)
 
     def measure(self, pid: int) -> Measurement:
         """Return what the child has copied and whether memory runs short, and plan the next reading.
@@ -95,37 +156,53 @@ class Meter:
         began_s = time.thread_time()
         try:
             with self._measured.reading():
-                self._faults = self._count_faults(pid, 0) // _PAGE_BYTES
+                faulted_bytes = self._faulted_bytes(pid)
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
-                short, margin_bytes = self._look_around()
+                short, _ = self._look_around(self._soon_bytes())
+            slack_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
+            self._bound.settle(slack_bytes, faulted_bytes, time.thread_time() - began_s)
         finally:
             cost_s = time.thread_time() - began_s
-            now_s = time.monotonic()
-            self._due_s = now_s + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)
-            self._in_doubt_due_s = now_s + _MEASURE_DUTY_IN_DOUBT * cost_s
-        bound_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
-        self._slack_bytes = min(margin_bytes, bound_bytes)
+            self._due_s = time.monotonic() + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)
         return Measurement(copy_bytes, short)
 
-    def _count_faults(self, pid: int, since: int) -> int:
-        """Return the most that both processes can have copied since they had taken *since* faults, in bytes."""
-        own = getrusage(RUSAGE_SELF).ru_minflt
+    def _soon_bytes(self) -> float:
+        """Return what will be gone, at this rate, before the next reading could help."""
+        return self._rate_bytes_per_s * (_NOTICE_S + self._headroom.wait_s)
+
+    def _look_every_s(self) -> float:
+        full_within_s = max(self._headroom.slack_bytes, 0) / _FILL_BYTES_PER_S
+        return min(max(full_within_s / _LOOKS_UNTIL_FULL, _LOOK_EVERY_S_MIN), _LOOK_EVERY_S)
+
+    def _faulted_bytes(self, pid: int) -> int:
+        """Return the most that both processes can have copied; the child's faults begin at 0."""
+        own = getrusage(RUSAGE_SELF).ru_minflt - self._own_faults
         try:
             with self._counted.reading():
-                return (own + process.minor_faults(pid) - since) * _PAGE_BYTES
+                return (own + process.minor_faults(pid)) * _PAGE_BYTES
         except KernelError:
-            return 0  # it has ended; the next reading by the clock finds out
+            return self._counted_bytes  # it has ended; the next reading by the clock finds out
 
-    def _look_around(self) -> tuple[str | None, float]:
-        """Return a sentence where headroom has run short, and how far the nearest reserve is."""
-        margin_bytes = math.inf
+    def _look_around(self, soon_bytes: float) -> tuple[str | None, float]:
+        """Return a sentence where headroom has run short, and how far the nearest reserve is.
+
+        Args:
+            soon_bytes: What will be gone before anything that is done now helps.
+        """
+        nearest_bytes = math.inf
         for c, headroom in self._headrooms():
-            reserve = self._reserves.get((c.kind, c.path), c.limit_bytes // _RESERVE_SHARE_OF_LIMIT)
-            if headroom < reserve:
+            start = self._starts.get((c.kind, c.path), c.limit_bytes)
+            reserve = min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start // _RESERVE_SHARE_OF_START)
+            if headroom < max(reserve, min(soon_bytes, start * _HASTE_SHARE_OF_START)):
                 where = f"{c.kind} of {c.path}" if c.path else c.kind
-                return f"only {format_size(headroom)} are left below {where} ({format_size(c.limit_bytes)})", 0
-            margin_bytes = min(margin_bytes, headroom - reserve)
-        return None, margin_bytes
+                haste = (
+                    f", and {format_size(int(self._rate_bytes_per_s))} more are taken a second"
+                    if headroom >= reserve
+                    else ""
+                )
+                return f"only {format_size(headroom)} are left below {where} ({format_size(c.limit_bytes)}){haste}", 0
+            nearest_bytes = min(nearest_bytes, headroom - reserve)
+        return None, nearest_bytes
 
     def _headrooms(self) -> list[tuple[Constraint, int]]:
         """Return what copies count against, with its headroom: no rlimit of the parent, and no commit."""
@@ -135,19 +212,3 @@ class Meter:
             for c in status_once(self._root).constraints
             if c.consequence != "refuse" and c.headroom_bytes is not None
         ]
-
-
-def oom_kills(root: Root) -> dict[str, int]:
-    """Return the OOM killer's count in each memory cgroup of this process that tells it."""
-    kills = {}
-    with suppress(KernelError):
-        for group in cgroup.memory_cgroups(root):
-            with suppress(KernelError):
-                count = group.oom_kills()
-                if count is not None:
-                    kills[group.path] = count
-    return kills
-
-
-def risen(before: dict[str, int], after: dict[str, int]) -> str:
-    return ", ".join(path for path, count in after.items() if count > before.get(path, count))

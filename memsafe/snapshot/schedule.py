@@ -5,14 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import statistics
 import threading
 import time
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from memsafe.errors import (
     SnapshotCancelledError,
@@ -245,9 +244,9 @@ class SnapshotSchedule:
         copies = [run.peak_copy_bytes for run in runs if run.peak_copy_bytes is not None]
         return SnapshotForecast(
             runs=len(runs),
-            duration_s=statistics.median(run.duration_s for run in runs),
-            size_bytes=round(statistics.median(run.size_bytes for run in runs)),
-            pause_s=statistics.median(run.pause_s for run in runs),
+            duration_s=_median([run.duration_s for run in runs]),
+            size_bytes=_median([run.size_bytes for run in runs]),
+            pause_s=_median([run.pause_s for run in runs]),
             copy_bytes=max(copies, default=None),
         )
 
@@ -496,6 +495,13 @@ class SnapshotSchedule:
     def _check_not_driven(self) -> None:
         if self._thread is not None or self._task is not None:
             raise RuntimeError("the schedule is driven already")
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _median(numbers: list[_Number]) -> _Number:
+    return sorted(numbers)[len(numbers) // 2]  # of an even number the upper one: a forecast errs upwards
 
 
 def _is_deferral(error: Exception) -> bool:

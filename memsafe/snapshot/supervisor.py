@@ -15,24 +15,28 @@ import signal
 import struct
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memsafe import _native
 from memsafe._kernel import process
 from memsafe._kernel.files import is_missing
+from memsafe._kernel.oom import KillWatch
 from memsafe.errors import (
     KernelError,
     OOMKilledError,
     SnapshotFailedError,
     SnapshotOverrunError,
 )
+from memsafe.pressure.alarm import alarm
+from memsafe.pressure.hurry import hurry as shorter_turns
+from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
-from memsafe.snapshot.meter import Meter, oom_kills, risen
+from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memsafe._kernel.files import Root
+    from memsafe.pressure.levels import PressureEvent
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.child import ChildOptions
     from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
@@ -62,6 +67,8 @@ _LOOK_FOR_FORK_MS = 1000
 # How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
 _LAST_WORDS_MS = 2000
 _LAST_WORDS_BYTES_MAX = 64 * 1024
+# For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
+_STANDSTILL_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Bounds:
 
     max_copy_bytes: int | None
     timeout_s: float | None
+    end_at_critical: bool
     root: Root
 
 
@@ -129,6 +137,8 @@ class Supervisor:
         child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
         oom_score_adj = _child_oom_score_adj()
         self._began_s = time.monotonic()
+        if self._meter.is_tight:
+            shorter_turns.ask(self)
         try:
             _native.fork(
                 child,
@@ -178,6 +188,7 @@ class Supervisor:
             result = self._supervise(resources)
         except BaseException as failure:
             error = self._after(failure)
+        shorter_turns.release(self)
         with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
             resources.close()
         self._on_end(self.run.peak_copy_bytes, self._done is not None)
@@ -202,7 +213,8 @@ class Supervisor:
                 with suppress(OSError):  # then nothing is said of where a child hangs
                     self._stack_fd = os.memfd_create("memsafe-stack")
                     resources.callback(os.close, self._stack_fd)
-            self._oom_kills_before = oom_kills(self._bounds.root)
+            self._kill_watch = KillWatch(self._bounds.root)
+            resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             resources.callback(os.close, self._wake_fd)
         except BaseException as refusal:
@@ -232,12 +244,15 @@ class Supervisor:
             resources.callback(os.close, self._pidfd)
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
-        self._watch()
+        with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
+            if self._bounds.end_at_critical and (event := critical_event()) is not None:
+                self._on_critical(event)
+            self._watch()
         status = self._reap()
         error = self.run.seal() or self._failure(status)
         if error is not None:
             raise error
-        assert self._done is not None
+        assert self._done is not None  # _failure() has found it
         return SnapshotResult(
             path=self.run.path,
             size_bytes=self._commit(),
@@ -331,7 +346,17 @@ class Supervisor:
             where = _where(stack, witnesses(self._forked_by, self._bounds.root))
             what = self._ended(f"it was still running after {timeout_s} s{where}")
             self._end(SnapshotFailedError(what, child_traceback=stack or None))
-        elif now_s >= self._meter.next_look_s and self._meter.is_due(self._pid):
+        elif now_s >= self._meter.next_look_s:
+            self._look()
+
+    def _look(self) -> None:
+        """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
+        short = self._meter.runs_short(self._pid)
+        if self._meter.is_tight:
+            shorter_turns.ask(self)
+        if short is not None:
+            self._end_for_shortage(short)
+        elif self._meter.is_due():
             self._measure()
 
     def _measure(self) -> None:
@@ -349,8 +374,21 @@ class Supervisor:
             return  # where somebody else reaps, the number may be another process's by now
         self._count_copies(measured.copy_bytes)
         if measured.short is not None:
-            copied = format_size(measured.copy_bytes)
-            self._overrun(f"{measured.short}, after {copied} of copies", measured.copy_bytes)
+            self._end_for_shortage(measured.short)
+
+    def _on_critical(self, event: PressureEvent) -> None:
+        """End the child, in a monitor's thread: this one may have to wait for the GIL."""
+        if self._done is None:
+            self._end_for_shortage(f"memory pressure is CRITICAL ({event.source}: {event.detail})")
+            self._wake()
+
+    def _end_for_shortage(self, what: str) -> None:
+        """End the child, and let no Python thread go on until its memory is back."""
+        copy_bytes = self.run.copy_bytes
+        self.run.end(self._overrun_error(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes))
+        if self.run.state is SnapshotState.ENDING:
+            with suppress(OSError):  # the job's thread knows another way
+                _native.fork_end(self._pidfd, _STANDSTILL_MS)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
@@ -361,10 +399,12 @@ class Supervisor:
             self._overrun(f"{copied} were copied, more than max_copy allows ({bound})", copy_bytes)
 
     def _overrun(self, what: str, copy_bytes: int) -> None:
-        error = SnapshotOverrunError(
+        self._end(self._overrun_error(what, copy_bytes))
+
+    def _overrun_error(self, what: str, copy_bytes: int) -> SnapshotOverrunError:
+        return SnapshotOverrunError(
             self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._bounds.max_copy_bytes
         )
-        self._end(error)
 
     def _ended(self, what: str) -> str:
         return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
@@ -428,11 +468,11 @@ class Supervisor:
         if self._done is not None and exited and (status is None or status.si_status == 0):
             return None
         if status is None or (not exited and status.si_status == signal.SIGKILL):
-            killers = risen(self._oom_kills_before, oom_kills(self._bounds.root))
-            if killers:
+            evidence = self._kill_watch.evidence(self._pid)
+            if evidence is not None:
                 return OOMKilledError(
-                    f"{failed} the kernel's OOM killer ended the child (oom_kill of {killers} rose); copies when last "
-                    f"measured: {format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
+                    f"{failed} the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
+                    f"{format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
                 )
         return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
 

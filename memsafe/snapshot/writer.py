@@ -6,7 +6,6 @@ Three layers: SnapshotWriter buffers, a compressor packs where that is asked for
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 import time
@@ -100,7 +99,13 @@ class _Crc32:
         return f"{self._value:08x}"
 
 
-_CHECKSUMS: dict[str, Callable[[], Checksum]] = {"crc32": _Crc32, "sha256": hashlib.sha256}
+def _sha256() -> Checksum:
+    import hashlib  # it loads OpenSSL: for those who ask
+
+    return hashlib.sha256()
+
+
+_CHECKSUMS: dict[str, Callable[[], Checksum]] = {"crc32": _Crc32, "sha256": _sha256}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,6 @@
-/* The environment that an exec without one would pass on; read with the GIL held, as os.putenv writes it. */
-extern char **environ;
-
 /* What the child does before it runs its program, in this order. */
 enum ms_spawn_step {
-    MS_SPAWN_START, /* in the parent: memory for the lists, clone() */
+    MS_SPAWN_START, /* in the parent: memory for the lists, clone3(), clone() */
     MS_SPAWN_WRITE,
     MS_SPAWN_RLIMIT,
     MS_SPAWN_NICE,
@@ -21,7 +18,7 @@ enum ms_spawn_step {
 /* Strings one after another, each ended by NUL. */
 struct ms_spawn_strings {
     const char *packed;
-    size_t count;
+    size_t size_bytes;
 };
 
 /* A file that the child opens and writes, as itself: "0" to cgroup.procs, a number to /proc/self/oom_score_adj. */
@@ -54,6 +51,8 @@ struct ms_spawn {
     int64_t gid;
     const uint32_t *groups;
     int64_t groups_count;
+    const char *birthplace; /* NULL, or the folder of the cgroup v2 that the first of writes joins: born there, the
+                             * child leaves that one out */
     const struct ms_spawn_write *writes;
     size_t writes_count;
     const struct ms_spawn_rlimit *rlimits;
@@ -61,9 +60,14 @@ struct ms_spawn {
     int nice; /* added to the parent's */
 };
 
-/* Start a child without copying this process: by posix_spawn() where that can do all of it, else by
- * clone(CLONE_VM | CLONE_VFORK). No atfork handler runs. Returns once the program runs or cannot.
- * pid: set on success. failed_step, failed_index: set on failure only; the index counts within writes and rlimits.
- * Returns 0, or -errno, and then there is no child and no zombie.
+/* pid: set on success. The others: set on failure only; the index counts within writes and rlimits. */
+struct ms_spawn_result {
+    int pid;
+    int failed_step;
+    int failed_index;
+};
+
+/* Start a child without copying this process, by clone3() or clone() with CLONE_VM and CLONE_VFORK. No atfork handler
+ * runs. Returns once the program runs or cannot: 0, or -errno, and then there is no child and no zombie.
  * Any thread, any number at once; the calling thread is suspended, the others run. Needs no GIL. */
-int ms_spawn(const struct ms_spawn *spawn, int *pid, int *failed_step, int *failed_index);
+int ms_spawn(const struct ms_spawn *spawn, struct ms_spawn_result *out);

@@ -39,4 +39,9 @@ void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps
  * Returns 0, or -errno: then the child was killed and reaped, and *pidfd is untouched. Any thread. */
 int ms_fork_adopt(pid_t pid, int *pidfd);
 
+/* Kill the child, take its memory back, and wait until it is gone, for patience_ms at most.
+ * Returns 0, or -errno where it may not be signalled; a child that is gone already is no failure. Blocks. Any thread.
+ */
+int ms_fork_end(int pidfd, int patience_ms);
+
 #endif

@@ -100,13 +100,41 @@ release:
     Py_RETURN_NONE;
 }
 
+static const char end_doc[] = "fork_end(pidfd, patience_ms): kill a snapshot's child and take its memory back, while "
+                              "every Python thread waits.\n\n"
+                              "The GIL is kept on purpose: where memory runs out, threads that go on writing would "
+                              "take the rest of it before the\n"
+                              "child has given its own back, and the OOM killer, which does not wait for a process "
+                              "that is ending, would take the\n"
+                              "parent. Raises OSError where the child may not be signalled.";
+
+static PyObject *end_with_gil(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int pidfd, patience_ms;
+    if (!PyArg_ParseTuple(args, "ii:fork_end", &pidfd, &patience_ms))
+        return NULL;
+    int result = ms_fork_end(pidfd, patience_ms);
+    if (result < 0) {
+        errno = -result;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
 int ms_fork_py_add(PyObject *dict)
 {
-    static PyMethodDef method = {"fork", supervised_fork, METH_VARARGS, fork_doc};
-    PyObject *function = PyCFunction_New(&method, NULL);
-    if (!function)
-        return -1;
-    int failed = PyDict_SetItemString(dict, method.ml_name, function);
-    Py_DECREF(function);
-    return failed;
+    static PyMethodDef methods[] = {
+        {"fork", supervised_fork, METH_VARARGS, fork_doc},
+        {"fork_end", end_with_gil, METH_VARARGS, end_doc},
+    };
+    for (size_t i = 0; i < sizeof methods / sizeof *methods; i++) {
+        PyObject *function = PyCFunction_New(&methods[i], NULL);
+        if (!function)
+            return -1;
+        int failed = PyDict_SetItemString(dict, methods[i].ml_name, function);
+        Py_DECREF(function);
+        if (failed)
+            return failed;
+    }
+    return 0;
 }

@@ -9,5 +9,6 @@ int ms_heap_py_add(PyObject *dict);
 int ms_numpy_handler_py_add(PyObject *dict);
 int ms_object_heap_py_add(PyObject *dict);
 int ms_region_py_add(PyObject *dict);
+int ms_spawn_py_add(PyObject *dict);
 
 #endif

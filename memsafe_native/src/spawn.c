@@ -6,7 +6,6 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -37,13 +36,11 @@
 #define FIRST_OTHER_FD 3
 #define NOT_GIVEN      (-1)
 
-/* glibc 2.34; elsewhere children that close descriptors take the other way. */
-extern int posix_spawn_file_actions_addclosefrom_np(posix_spawn_file_actions_t *, int) __attribute__((weak));
-
 struct child {
     const struct ms_spawn *plan;
     char **paths, **args, **env;
     sigset_t parent_mask;
+    int born_in_cgroup, handlers_gone;    /* what the kernel did already, as clone3() was asked to */
     int failed_step, failed_index, error; /* written by the child, read by the parent once it is gone */
 };
 
@@ -56,7 +53,7 @@ static int last_error(void)
 
 static int write_files(struct child *child)
 {
-    for (size_t i = 0; i < child->plan->writes_count; i++) {
+    for (size_t i = child->born_in_cgroup ? 1 : 0; i < child->plan->writes_count; i++) {
         const struct ms_spawn_write *file = &child->plan->writes[i];
         child->failed_index = (int)i;
         int fd = open(file->path, O_WRONLY | O_CLOEXEC);
@@ -146,7 +143,7 @@ static int change_dir(struct child *child)
 static int reset_signals(struct child *child)
 {
     struct sigaction by_default = {.sa_handler = SIG_DFL}, now;
-    for (int number = 1; number < _NSIG; number++)
+    for (int number = 1; number < _NSIG && !child->handlers_gone; number++)
         if (!sigaction(number, NULL, &now) && now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN)
             sigaction(number, &by_default, NULL);
     if (child->plan->restore_signals) {
@@ -277,123 +274,133 @@ static int child_main(void *argument)
 
 /* ---- In the parent ------------------------------------------------------------------------------------------ */
 
-/* Only what posix_spawn() can do, and what cannot fail there in a way that needs more words than an errno. */
-static int is_plain(const struct ms_spawn *plan)
-{
-    for (int i = 0; i < 3; i++)
-        if (plan->stdio[i] != NOT_GIVEN && plan->stdio[i] < FIRST_OTHER_FD)
-            return 0;
-    return plan->paths.count == 1 && !plan->cwd && !plan->keep_fds_count && plan->process_group < 0 &&
-           plan->umask < 0 && plan->uid < 0 && plan->gid < 0 && plan->groups_count < 0 && !plan->writes_count &&
-           !plan->rlimits_count && !plan->nice && (!plan->close_fds || posix_spawn_file_actions_addclosefrom_np);
-}
+/* struct clone_args of <linux/sched.h>, which older headers lack. */
+struct clone3_arguments {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
 
-static int describe(const struct ms_spawn *plan, posix_spawn_file_actions_t *actions, posix_spawnattr_t *attributes)
-{
-    short flags = 0;
-    int error = 0;
-    for (int target = 0; !error && target < 3; target++)
-        if (plan->stdio[target] != NOT_GIVEN)
-            error = posix_spawn_file_actions_adddup2(actions, plan->stdio[target], target);
-    if (!error && plan->close_fds)
-        error = posix_spawn_file_actions_addclosefrom_np(actions, FIRST_OTHER_FD);
-    if (plan->new_session)
-        flags |= POSIX_SPAWN_SETSID;
-    if (plan->restore_signals) {
-        sigset_t restored;
-        sigemptyset(&restored);
-        sigaddset(&restored, SIGPIPE);
-        sigaddset(&restored, SIGXFSZ);
-        posix_spawnattr_setsigdefault(attributes, &restored);
-        flags |= POSIX_SPAWN_SETSIGDEF;
-    }
-    posix_spawnattr_setflags(attributes, flags);
-    return -error;
-}
+#define FLAG_CLEAR_SIGHAND UINT64_C(0x100000000) /* Linux 5.5 */
+#define FLAG_INTO_CGROUP   UINT64_C(0x200000000) /* Linux 5.7 */
 
-static int by_posix_spawn(struct child *child, int *pid)
+/* libc has no clone3() that starts a function on a stack of ours. Returns the pid, or -errno. */
+#if defined(__x86_64__) && defined(__LP64__)
+static long clone3(struct clone3_arguments *arguments, struct child *child)
 {
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attributes;
-    int error = -posix_spawn_file_actions_init(&actions);
-    if (error)
-        return error;
-    error = -posix_spawnattr_init(&attributes);
-    if (!error) {
-        error = describe(child->plan, &actions, &attributes);
-        if (!error)
-            error = -posix_spawn(pid, child->paths[0], &actions, &attributes, child->args, child->env);
-        posix_spawnattr_destroy(&attributes);
-    }
-    posix_spawn_file_actions_destroy(&actions);
-    return error;
+    long result;
+    __asm__ volatile("syscall\n\t"
+                     "testq %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "movq %[child], %%rdi\n\t"
+                     "callq *%[main]\n\t" /* does not return */
+                     "hlt\n"
+                     "1:"
+                     : "=a"(result)
+                     : "a"(435L), "D"(arguments), "S"(sizeof *arguments), [child] "r"(child), [main] "r"(child_main)
+                     : "rcx", "r11", "cc", "memory");
+    return result;
+}
+#else
+static long clone3(struct clone3_arguments *arguments, struct child *child)
+{
+    (void)arguments, (void)child;
+    return -ENOSYS;
+}
+#endif
+
+/* By clone3() where that is to be had: the kernel then resets all handlers at once, and the child is born in the
+ * cgroup. What clone3() refuses is tried by clone(), whose child does both itself and tells what was refused; but not
+ * where the cgroup has no room for another process, or the machine none at all. */
+static long start(struct child *child, char *stack)
+{
+    int cgroup = child->plan->birthplace ? open(child->plan->birthplace, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
+    struct clone3_arguments arguments = {
+        .flags = CLONE_VM | CLONE_VFORK | FLAG_CLEAR_SIGHAND | (cgroup < 0 ? 0 : FLAG_INTO_CGROUP),
+        .exit_signal = SIGCHLD,
+        .stack = (uintptr_t)stack,
+        .stack_size = STACK_BYTES,
+        .cgroup = cgroup < 0 ? 0 : (uint64_t)cgroup,
+    };
+    child->born_in_cgroup = cgroup >= 0;
+    child->handlers_gone = 1;
+    long started = clone3(&arguments, child);
+    if (cgroup >= 0)
+        close(cgroup);
+    if (started > 0 || started == -EAGAIN || started == -ENOMEM)
+        return started;
+    child->born_in_cgroup = child->handlers_gone = 0;
+    int pid = clone(child_main, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, child);
+    return pid < 0 ? last_error() : pid;
 }
 
 /* The child's stack lies in our frame, which waits below it: nothing is mapped, so nothing can be refused, and no
  * unmapping has to interrupt the processor that the child ran on. Signals are blocked meanwhile, libc's internal ones
  * too: a handler that ran in the child would run on the parent's data. */
-static int by_clone(struct child *child, int *pid)
+static int run_child(struct child *child, int *pid)
 {
     _Alignas(64) char stack[STACK_BYTES];
     sigset_t all;
     memset(&all, 0xff, sizeof all);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &child->parent_mask, SIGSET_BYTES);
-    int started = clone(child_main, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, child);
-    int error = started < 0 ? last_error() : 0;
+    long started = start(child, stack);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &child->parent_mask, NULL, SIGSET_BYTES);
-    if (!error && child->error) {
-        error = child->error;
-        while (waitpid(started, NULL, 0) < 0 && errno == EINTR)
-            ;
+    if (started < 0)
+        return (int)started;
+    if (!child->error) {
+        *pid = (int)started;
+        return 0;
     }
-    if (!error)
-        *pid = started;
-    return error;
+    while (waitpid((pid_t)started, NULL, 0) < 0 && errno == EINTR)
+        ;
+    return child->error;
 }
 
-/* As by_clone. A change of ids clears the memory's dumpable flag, and the memory is ours: put it back, or /proc/self
- * would belong to root from now on. */
-static int by_clone_keeping_dumpable(struct child *child, int *pid)
+/* A change of ids clears the memory's dumpable flag, and the memory is ours: put it back, or /proc/self would belong
+ * to root from now on. */
+static int run_child_as_another(struct child *child, int *pid)
 {
     int dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
-    int result = by_clone(child, pid);
+    int result = run_child(child, pid);
     if (dumpable == 1 && prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != dumpable)
         prctl(PR_SET_DUMPABLE, dumpable, 0, 0, 0);
     return result;
 }
 
+static size_t count(const struct ms_spawn_strings *strings)
+{
+    size_t number = 0;
+    const char *at = strings->packed, *end = at + strings->size_bytes;
+    for (; at < end; at += strlen(at) + 1)
+        number++;
+    return number;
+}
+
 /* Returns where the next list may begin. */
 static char **unpack(const struct ms_spawn_strings *strings, char **into)
 {
-    const char *at = strings->packed;
-    for (size_t i = 0; i < strings->count; i++) {
+    const char *at = strings->packed, *end = at + strings->size_bytes;
+    for (; at < end; at += strlen(at) + 1)
         *into++ = (char *)(uintptr_t)at; /* exec takes it writable and does not write */
-        at += strlen(at) + 1;
-    }
     *into++ = NULL;
     return into;
 }
 
-int ms_spawn(const struct ms_spawn *spawn, int *pid, int *failed_step, int *failed_index)
+int ms_spawn(const struct ms_spawn *spawn, struct ms_spawn_result *out)
 {
     struct child child = {.plan = spawn, .failed_step = MS_SPAWN_START};
-    char **lists = calloc(spawn->paths.count + spawn->args.count + spawn->env.count + 3, sizeof *lists);
+    char **lists = calloc(count(&spawn->paths) + count(&spawn->args) + count(&spawn->env) + 3, sizeof *lists);
     int result = -ENOMEM;
     if (lists) {
         child.paths = lists;
         child.args = unpack(&spawn->paths, child.paths);
         child.env = unpack(&spawn->args, child.args);
         unpack(&spawn->env, child.env);
-        /* posix_spawn() tells an errno and not the step: when it fails, our own child tells. */
-        if (is_plain(spawn))
-            result = by_posix_spawn(&child, pid);
-        if (result)
-            result = by_clone_keeping_dumpable(&child, pid);
+        int other_ids = spawn->uid >= 0 || spawn->gid >= 0;
+        result = (other_ids ? run_child_as_another : run_child)(&child, &out->pid);
         free(lists);
     }
     if (result) {
-        *failed_step = child.failed_step;
-        *failed_index = child.failed_index;
+        out->failed_step = child.failed_step;
+        out->failed_index = child.failed_index;
     }
     return result;
 }

@@ -1,19 +1,28 @@
 """Children and the OOM killer with this machine's kernel: users, cgroups, kills, and what fork cannot do."""
 
-import ctypes
+import asyncio
 import errno
+import mmap
 import os
+import pickle
+import resource
+import select
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import memsafe
-from memsafe._kernel import cgroup, machine, process
+from memsafe._kernel import cgroup, child_cgroup, machine, process
+from tests.integration import scenario, sealed
 
 PIPE = subprocess.PIPE
+PROJECT = Path(__file__).parents[2]
 ROOT = os.geteuid() == 0
 SOMEBODY = 65533  # else than us: nobody is 65534
 
@@ -62,8 +71,8 @@ def unified_cgroup():
 @pytest.mark.cgroup
 def test_a_child_joins_a_memory_cgroup_before_it_runs(memory_cgroup):
     folder, _ = memory_cgroup
-    for given in (folder, str(folder), [folder]):
-        said = memsafe.run(["cat", "/proc/self/cgroup"], cgroup=given, stdout=PIPE, text=True, check=True).stdout
+    for spelled in (folder, str(folder), [folder]):
+        said = memsafe.run(["cat", "/proc/self/cgroup"], cgroup=spelled, stdout=PIPE, text=True, check=True).stdout
         assert f"/{folder.name}\n" in said
     assert folder.name not in Path("/proc/self/cgroup").read_text()
 
@@ -93,6 +102,191 @@ def test_kills_counts_what_the_oom_killer_ends_in_our_cgroup(memory_cgroup):
         print(status, memsafe.oom.kills() - before)
     """
     assert run_in_a_child(code, cgroup=folder).split() == ["-9", "1"]
+
+
+# A cgroup of the child's own
+
+EAT = [sys.executable, "-c", "held = b'x' * (512 << 20)"]
+
+
+@pytest.fixture
+def making():
+    """The folder in which cgroups for children are made; nothing may be left in it, nor an open lock of one."""
+    try:
+        probe = child_cgroup.make(2**30)
+    except memsafe.UnsupportedError as error:
+        pytest.skip(str(error))
+    probe.remove()
+    folder = Path(probe.cgroup.directory).parent
+    descriptors = os.listdir("/proc/self/fd")
+    yield folder
+    assert os.listdir("/proc/self/fd") == descriptors
+    assert list(folder.glob(f"memsafe-child-{os.getpid()}-*")) == []
+
+
+@pytest.mark.cgroup
+def test_memory_limit_is_that_of_a_cgroup_which_goes_with_the_child(making):
+    with memsafe.Popen(["cat"], stdin=PIPE, memory_limit="1 GiB") as process:
+        made = Path(process.memory_cgroup)
+        assert made.parent == making
+        assert process.oom_killed is None
+        member = next(one for one in cgroup.placement(pid=process.pid).memberships if one.path.endswith(made.name))
+        assert "memory" in member.controllers or member.hierarchy == 0
+        group = child_cgroup.at(str(made))
+        assert group.limit_bytes() == 1 << 30
+        assert group.swap_limit_bytes() in {None, 0}
+        assert group.memsw_limit_bytes() in {None, 1 << 30}
+    assert not made.exists()
+    assert (process.returncode, process.oom_killed, process.memory_cgroup) == (0, False, None)
+
+
+@pytest.mark.cgroup
+def test_a_child_that_passes_it_is_killed_and_told_from_one_that_crashed(making):
+    done = memsafe.run(EAT, memory_limit="128 MiB")
+    assert (done.returncode, done.oom_killed) == (-signal.SIGKILL, True)
+    killed = memsafe.run(["sh", "-c", "kill -9 $$"], memory_limit="128 MiB")
+    assert (killed.returncode, killed.oom_killed) == (-signal.SIGKILL, False)
+    unlimited = memsafe.run(["sh", "-c", "kill -9 $$"])
+    assert (unlimited.returncode, unlimited.oom_killed) == (-signal.SIGKILL, None)
+
+
+@pytest.mark.cgroup
+def test_with_check_the_kill_is_an_error_of_both_kinds(making):
+    with pytest.raises(memsafe.OOMKilledError, match=r"SIGKILL.*OOM killer") as shot:
+        memsafe.run(EAT, memory_limit="128 MiB", check=True, capture_output=True)
+    assert isinstance(shot.value, subprocess.CalledProcessError)
+    assert isinstance(shot.value, memsafe.ChildOOMKilledError)
+    assert (shot.value.returncode, shot.value.cmd, shot.value.stderr) == (-9, EAT, b"")
+    again = pickle.loads(pickle.dumps(shot.value))
+    assert (str(again), again.returncode) == (str(shot.value), -9)
+    with pytest.raises(subprocess.CalledProcessError) as crashed:
+        memsafe.run(["sh", "-c", "kill -9 $$"], memory_limit="128 MiB", check=True)
+    assert not isinstance(crashed.value, memsafe.OOMKilledError)
+    with pytest.raises(memsafe.OOMKilledError):
+        asyncio.run(memsafe.run_async(EAT, memory_limit="128 MiB", check=True))
+
+
+@pytest.mark.cgroup
+def test_a_tree_of_processes_has_the_limit_together(making):
+    """Neither half is too much, both are."""
+    half = f"{sys.executable} -c \"held = b'x' * (96 << 20); print(flush=True); input()\""
+    done = memsafe.run(["sh", "-c", f"{half} | {half}"], stdin=subprocess.DEVNULL, stdout=PIPE, memory_limit="160 MiB")
+    assert done.oom_killed
+
+
+@pytest.mark.cgroup
+def test_a_kill_in_a_cgroup_that_was_given_is_told_too(memory_cgroup):
+    folder, limit = memory_cgroup
+    limit.write_text(str(96 << 20))
+    assert memsafe.run(EAT, cgroup=folder).oom_killed is True
+    assert memsafe.run(["true"], cgroup=folder).oom_killed is False
+    assert memsafe.run(["sh", "-c", "kill -9 $$"], cgroup=folder).oom_killed is False
+    with memsafe.Popen(["cat"], stdin=PIPE, cgroup=folder) as survivor:
+        assert memsafe.run(EAT, cgroup=folder, oom_score_adj=1000).oom_killed is True
+    assert survivor.oom_killed is False
+
+
+@pytest.mark.cgroup
+@pytest.mark.parametrize("limit_bytes", [1, 4096, 64 << 10, 256 << 10, 1 << 20])
+def test_a_limit_that_no_program_fits_into_fails_or_kills_the_child_and_not_the_parent(making, limit_bytes):
+    """The child runs in the parent's memory when the killer comes: it must not take both."""
+    told = scenario.run(start_in_too_little, limit_bytes)
+    assert told["ended"] in [
+        ["returned", -signal.SIGKILL],
+        ["returned", -signal.SIGSEGV],
+        ["raised", errno.ENOMEM],
+    ] or (limit_bytes > 4096 and told["ended"] == ["returned", 0])
+
+
+def start_in_too_little(limit_bytes):
+    try:
+        return {"ended": ["returned", memsafe.run(["/bin/true"], memory_limit=limit_bytes).returncode]}
+    except OSError as error:
+        return {"ended": ["raised", error.errno]}
+
+
+@pytest.mark.cgroup
+def test_a_child_that_does_not_start_leaves_no_cgroup(making):
+    with pytest.raises(FileNotFoundError):
+        memsafe.Popen(["/nonexistent"], memory_limit="1 GiB")
+    with pytest.raises(ValueError, match="null byte"):
+        memsafe.Popen(["true", "\0"], memory_limit="1 GiB")
+
+
+@pytest.mark.cgroup
+def test_what_a_grandchild_keeps_is_removed_by_the_next_who_makes_one(making):
+    """So is what a parent that crashed has left."""
+    never_ending, keep_open = os.pipe()
+    with memsafe.Popen(
+        ["sh", "-c", "exec 3<&0; cat <&3 & exit 0"], stdin=never_ending, memory_limit="1 GiB"
+    ) as process:
+        kept = Path(process.memory_cgroup)
+    assert process.returncode == 0
+    assert kept.exists()
+    other = memsafe.run(["true"], memory_limit="1 GiB")
+    assert (other.returncode, kept.exists()) == (0, True)
+    pidfd = os.pidfd_open(int((kept / "cgroup.procs").read_text()))
+    os.close(keep_open)
+    os.close(never_ending)
+    select.select([pidfd], [], [])
+    os.close(pidfd)
+    while kept.exists():  # it is not our child: whoever it was given to reaps it
+        memsafe.run(["true"], memory_limit="1 GiB")
+
+
+def crash_with_a_child():
+    process = memsafe.Popen(["true"], memory_limit="1 GiB")
+    print(process.memory_cgroup, flush=True)
+    os._exit(7)
+
+
+@pytest.mark.cgroup
+def test_what_a_crashed_parent_left_is_removed(making):
+    command = scenario.command(crash_with_a_child)
+    done = subprocess.run(command, stdout=PIPE, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    assert done.returncode == 7
+    left = Path(done.stdout.strip())
+    assert left.parent == making
+    assert left.exists()
+    while left.exists():
+        memsafe.run(["true"], memory_limit="1 GiB")
+
+
+@pytest.mark.cgroup
+def test_one_that_is_in_use_is_not_taken_for_a_left_over(making):
+    """Empty as it is: its child has not joined it yet."""
+    made = child_cgroup.make(2**30)
+    assert memsafe.run(["true"], memory_limit="1 GiB").returncode == 0
+    assert Path(made.cgroup.directory).exists()
+    made.remove()
+
+
+@pytest.mark.cgroup
+def test_threads_that_make_and_sweep_at_once_do_not_disturb_each_other(making):
+    codes = []
+
+    def work():
+        codes.extend(
+            memsafe.run(["true"], memory_limit="1 GiB", memory_limit_by="cgroup").returncode for _ in range(10)
+        )
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 40
+
+
+@pytest.mark.cgroup
+def test_a_child_that_is_dropped_while_it_runs_is_reaped_later_and_its_cgroup_removed(making):
+    process = memsafe.Popen(["cat"], stdin=PIPE, memory_limit="1 GiB")
+    made, stdin = Path(process.memory_cgroup), process.stdin
+    with pytest.warns(ResourceWarning, match="still running"):
+        del process
+    stdin.close()
+    while made.exists():
+        memsafe.run(["true"])
 
 
 def test_adjusting_up_and_back_needs_nobodys_leave():
@@ -168,66 +362,129 @@ def test_another_user_for_the_child_leaves_this_process_as_it_was():
     assert run_in_a_child(code).split() == ["1", "True"]
 
 
-@pytest.mark.parametrize("extra", ["umask=-1", "umask=0o22", "oom_score_adj=900", "cwd='/'", "pass_fds=[1]"])
-def test_children_start_where_fork_is_refused(extra):
-    """One mapping larger than all memory is refused to fork by the heuristic of overcommit mode 0."""
+def list_what_is_open(error):
+    sealed.forbid(sealed.CLOSE_RANGE, error)
+    ends = [os.pipe() for _ in range(200)]
+    for fd in sum(ends, ()):
+        os.set_inheritable(fd, True)
+    kept = ends[100][1]
+    said = memsafe.run(["sh", "-c", "ls /proc/$$/fd; :"], pass_fds=[kept], stdout=PIPE).stdout
+    for fd in sum(ends, ()):
+        os.close(fd)
+    return {"open": sorted(map(int, said.split())), "expected": [0, 1, 2, kept]}
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])
+def test_descriptors_are_closed_without_close_range_too(error):
+    """Linux 5.4 has no close_range(); a seccomp filter makes this kernel such a one."""
+    told = scenario.run(list_what_is_open, error)
+    assert told["open"] == told["expected"]
+
+
+# Never fork
+
+
+def hinder_forks(how):
+    """Make copying this process impossible: death by a filter, or refused by the kernel for want of memory.
+
+    One mapping larger than all memory is refused to fork by the heuristic of overcommit mode 0.
+    """
+    if how == "a filter":
+        sealed.seal_forks()
+        return None
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    maps = [mmap.mmap(-1, total // 5 * 3, flags=flags) for _ in range(2)]  # neighbours: one to the kernel
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        os.fork()
+    return maps
+
+
+HOW = ["a filter", "want of memory"]
+
+
+@pytest.fixture(params=HOW)
+def how(request):
+    if request.param == "want of memory" and machine.overcommit_mode() != 0:
+        pytest.skip("vm.overcommit_memory is not 0: fork would not be refused by the size of one mapping")
+    return request.param
+
+
+def fork_by(name):
+    held = hinder_forks("a filter")
+    calls = {
+        "os.fork": os.fork,
+        "preexec_fn": lambda: subprocess.run(["true"], preexec_fn=int),
+        "user": lambda: subprocess.run(["true"], user=os.getuid()),
+    }
+    calls[name]()
+    return {"held": bool(held)}
+
+
+@pytest.mark.parametrize("name", ["os.fork", "preexec_fn", "user"])
+def test_the_filter_kills_who_forks(name):
+    scenario.run(fork_by, name, returncode=-signal.SIGSYS)
+
+
+def arguments():
+    """Every argument of Popen that a child may be started with, in any combination."""
+    own = {"user": os.getuid(), "group": os.getgid(), **({"extra_groups": [os.getgid()]} if ROOT else {})}
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "cwd": st.sampled_from(["/", Path("/usr")]),
+            "env": st.sampled_from([{}, {"A": "1"}, {"PATH": os.environ["PATH"]}]),
+            "umask": st.sampled_from([0, 0o77]),
+            "start_new_session": st.booleans(),
+            "close_fds": st.booleans(),
+            "pass_fds": st.sampled_from([(), (0,), (1, 2)]),
+            "restore_signals": st.booleans(),
+            "stdin": st.sampled_from([subprocess.DEVNULL, PIPE]),
+            "stderr": st.sampled_from([subprocess.DEVNULL, PIPE, subprocess.STDOUT]),
+            "executable": st.just("/bin/echo"),
+            "text": st.booleans(),
+            "bufsize": st.sampled_from([0, -1]),
+            "oom_score_adj": st.sampled_from([900, 1000]),
+            "memory_limit": st.sampled_from(["1 GiB", 2**31]),
+            "memory_limit_by": st.sampled_from(["auto", "rlimit"]),
+            "rlimits": st.sampled_from([{}, {resource.RLIMIT_NOFILE: 64}, {resource.RLIMIT_CORE: (0, 0)}]),
+            "nice": st.integers(0, 2),
+            **{name: st.just(value) for name, value in own.items()},
+        },
+    ).map(lambda given: given if given.get("start_new_session") else {**given, "process_group": 0})
+
+
+def start_in_every_way(how, count):
+    held = hinder_forks(how)
+    started = 0
+
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(arguments(), st.booleans())
+    def start(kwargs, awaited):
+        nonlocal started
+        command = ["/bin/echo", "started"]
+        if awaited:
+            done = asyncio.run(memsafe.run_async(command, stdout=PIPE, **kwargs))
+        else:
+            done = memsafe.run(command, stdout=PIPE, **kwargs)
+        assert (done.returncode, done.stdout) in [(0, b"started\n"), (0, "started\n")]
+        started += 1
+
+    start()
+    return {"started": started, "held": bool(held)}
+
+
+def test_no_combination_of_arguments_forks(how):
+    assert scenario.run(start_in_every_way, how, 100)["started"] >= 100
+
+
+def start_where_fork_is_refused():
+    held = hinder_forks("want of memory")
+    return {"said": memsafe.run("echo started; exit 3", shell=True, stdout=PIPE).stdout.decode(), "held": bool(held)}
+
+
+def test_a_shell_starts_where_fork_is_refused():
+    """It forks itself, being small."""
     if machine.overcommit_mode() != 0:
         pytest.skip("vm.overcommit_memory is not 0: fork would not be refused by the size of one mapping")
-    code = f"""
-        import mmap
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        maps = [mmap.mmap(-1, total // 5 * 3, flags=flags) for _ in range(2)]  # neighbours: one to the kernel
-        try:
-            if not os.fork():
-                os._exit(0)
-            print("forked")
-        except OSError as error:
-            print(error.errno)
-        print(memsafe.run(["echo", "started"], {extra}, stdout=subprocess.PIPE).stdout.decode())
-    """
-    assert run_in_a_child(code).split() == [str(errno.ENOMEM), "started"]
-
-
-class _Filter(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
-
-
-def test_descriptors_are_closed_without_close_range_too():
-    """Linux 5.4 has no close_range(); a seccomp filter makes this kernel such a one."""
-    code = """
-        import ctypes
-        sys.path.insert(0, %r)
-        from tests.integration.test_children import forbid
-        forbid(436, %d)
-        ends = [os.pipe() for _ in range(200)]
-        for pair in ends:
-            for end in pair:
-                os.set_inheritable(end, True)
-        kept = ends[100][1]
-        script = "ls /proc/$$/fd; :"
-        said = memsafe.run(["sh", "-c", script], pass_fds=[kept], stdout=subprocess.PIPE, umask=0).stdout
-        print(sorted(map(int, said.split())) == [0, 1, 2, kept])
-    """
-    project = Path(__file__).parents[2]
-    for error in (errno.ENOSYS, errno.EPERM):
-        assert run_in_a_child(code % (str(project), error)).strip() == "True"
-
-
-def forbid(call, error):
-    """Let the system call number *call* fail with *error* in this process from now on."""
-    load, jump_if_equal, answer = 0x20, 0x15, 0x06
-    program = (_Filter * 4)(
-        _Filter(load, 0, 0, 0),
-        _Filter(jump_if_equal, 0, 1, call),
-        _Filter(answer, 0, 0, 0x00050000 | error),
-        _Filter(answer, 0, 0, 0x7FFF0000),
-    )
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Filter))]
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    no_new_privileges, set_seccomp, by_filter = 38, 22, 2
-    assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
-    assert libc.prctl(set_seccomp, by_filter, ctypes.byref(Program(4, program)), 0, 0) == 0
+    assert scenario.run(start_where_fork_is_refused)["said"] == "started\n"

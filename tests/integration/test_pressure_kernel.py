@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import errno
 import mmap
 import os
@@ -22,7 +23,7 @@ from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
-from tests.integration.sealed import seal
+from tests.integration.sealed import refuse_to_sleep_by_cpu_time, seal
 
 MIB = 1024**2
 
@@ -142,7 +143,9 @@ def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
     assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
 
 
-def is_warned_by_gauges_alone(group):
+def is_warned_by_gauges_alone(group, refused):
+    if refused:
+        refuse_to_sleep_by_cpu_time(errno.EPERM)
     join(group)
     (own, *_) = cgroup.memory_cgroups()
     filler, heard = Filler(), []
@@ -151,6 +154,7 @@ def is_warned_by_gauges_alone(group):
     thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
     with PressureMonitor(thresholds=thresholds) as monitor:
         used = [source.name for source in monitor.sources if source.used]
+        reasons = {source.name: source.reason for source in monitor.sources if not source.used}
         for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
             monitor.on(level, lambda event: (heard.append((event.level.name, event.available_bytes)), came.set()))
             begins_at = 128 * MIB - thresholds.begins_at(level, 128 * MIB)
@@ -160,14 +164,20 @@ def is_warned_by_gauges_alone(group):
             came.clear()
     return {
         "used": used,
+        "unused": reasons,
         "heard": heard[:2],
         "limits": [thresholds.begins_at(PressureLevel(n), 128 * MIB) for n in (1, 2)],
     }
 
 
-def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
-    found = scenario.run(is_warned_by_gauges_alone, v1_group)
-    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "cpu_time", "polling"}
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_gauge_tells_what_no_source_of_the_kernel_does_also_where_no_thread_may_follow_the_cpu_time(
+    v1_group, refused
+):
+    found = scenario.run(is_warned_by_gauges_alone, v1_group, refused)
+    used = {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert set(found["used"]) == (used if refused else used | {"cpu_time"})
+    assert ("Operation not permitted" in found["unused"].get("cpu_time", "")) == refused
     assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
     assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
 
@@ -427,6 +437,46 @@ def test_a_gauge_whose_cgroup_is_removed_is_silent_and_the_next_look_lets_it_go(
     assert len(found["told"]) >= 3, "of the inner cgroup, of the outer one, and of the machine"
     assert set(map(tuple, found["told"])) == {(0, -1)}
     assert (found["level"], found["gauges"]) == ("NORMAL", [1, 0])
+
+
+def gives_its_reserve_back_beside_a_thread_that_keeps_the_gil(group):
+    join(group)
+    (own, *_) = cgroup.memory_cgroups()
+    sources.choose = lambda *_: []
+    libc = ctypes.PyDLL(None)  # its calls keep the GIL
+    hoard = mmap.mmap(-1, 128 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(hoard))
+    usage_fd, text = os.open(own.file("memory.usage_in_bytes"), os.O_RDONLY), ctypes.create_string_buffer(32)
+
+    def usage_bytes():
+        libc.pread(usage_fd, text, 31, ctypes.c_long(0))
+        return int(text.value.split()[0])  # behind it may be what is left of a longer one
+
+    heard, critical_bytes = [], Thresholds().begins_at(PressureLevel.CRITICAL, 128 * MIB)
+    with PressureMonitor(reserve="8 MiB") as monitor:
+        monitor.on(PressureLevel.CRITICAL, lambda event: heard.append([event.source, event.detail]))
+        for _ in range(2):
+            monitor.check()  # what the first one found is watched from the wait before the second one on
+        held_bytes = monitor.reserve.held_bytes
+        filled_bytes = 129 * MIB - critical_bytes + sum(own.file_cache_bytes())
+        switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(3600)  # nobody asks for the GIL any more
+        libc.memset(ctypes.c_void_p(address), 1, ctypes.c_size_t(filled_bytes - usage_bytes()))
+        while usage_bytes() > filled_bytes - 4 * MIB:
+            pass  # until it was given back, and nobody could have done that but a native thread
+        sys.setswitchinterval(switch_s)
+        monitor.check()
+        left_bytes = monitor.reserve.held_bytes
+    os.close(usage_fd)
+    return {"held": held_bytes, "left": left_bytes, "heard": heard}
+
+
+def test_the_reserve_is_given_back_without_the_gil_and_critical_is_told_after(v1_group):
+    found = scenario.run(gives_its_reserve_back_beside_a_thread_that_keeps_the_gil, v1_group)
+    assert (found["held"], found["left"]) == (8 * MIB, 0)
+    ((source, detail),) = found["heard"]
+    assert source == "headroom.memory.limit_in_bytes"
+    assert "the emergency reserve was given back when" in detail
 
 
 def acts_in_a_full_cgroup(group, gives):

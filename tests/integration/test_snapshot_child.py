@@ -325,6 +325,7 @@ def finishing_parent(path, pipe_fd):
     atexit.register(lambda: os.write(pipe_fd, type(job._run.future.exception(0)).__name__.encode()))
     job = memsafe.fork_snapshot(path, write, keep_fds=[pipe_fd])
     written.wait()
+    sys.stdin.read()  # until the test has hold of the child
     sys.exit()
 
 
@@ -343,12 +344,17 @@ def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
     said = os.fdopen(read_fd, "rb")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen(
-        scenario.command(body, str(path), write_fd), pass_fds=[write_fd], env=env, stdout=subprocess.DEVNULL
+        scenario.command(body, str(path), write_fd),
+        pass_fds=[write_fd],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     os.close(write_fd)
     try:
         child_pid = int(said.readline())
         child = os.pidfd_open(child_pid)
+        parent.stdin.close()
         if body is stopped_parent:
             while "T (stopped)" not in Path(f"/proc/{child_pid}/status").read_text():
                 time.sleep(0.001)  # nothing tells a stranger that a process has stopped

@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 import memsafe
-from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.testing import FakeKernel
 from tests import snapshot_faults
 from tests.integration import scenario
@@ -461,39 +459,12 @@ def test_the_oom_killer_is_named_only_for_sigkill_with_a_counter_that_rose(
 
 
 @pytest.mark.cgroup
-def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path):
-    own = memory_cgroups()
-    if not own:
-        pytest.skip("no memory cgroup holds this process")
-    if own[0].version == 2 and "memory" not in Path(own[0].file("cgroup.subtree_control")).read_text().split():
-        pytest.skip(f"cgroup {own[0].path} gives its children no memory controller")
-    limit_file = "memory.max" if own[0].version == 2 else "memory.limit_in_bytes"
-    folder = Path(own[0].directory, f"memsafe-test-{os.getpid()}")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup may be made: {error}")
-    try:
-        got = scenario.run(oom_killed, path, folder, limit_file)
-    finally:
-        _remove_cgroup(folder)
+def test_a_child_shot_by_the_oom_killer_is_told_and_the_parent_lives(path, memory_group):
+    got = scenario.run(oom_killed, path, *memory_group)
     assert got["ended"] == [True]
     assert got["error"] == "OOMKilledError"
     assert "oom_kill" in got["message"]
     assert path.read_bytes() == b"old"
-
-
-def _remove_cgroup(folder):
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            folder.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)  # the last process is being taken apart
-        else:
-            return
 
 
 def without_room_for_a_thread(path):
@@ -538,6 +509,86 @@ def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(pa
     assert got["content"] == "new"
 
 
+def cancelled_then_junk(path):
+    from memsafe.snapshot import reports
+
+    jobs, begin, cancelled, written = [], Gate(), Gate(), Gate()
+    fds = []
+    real = reports.Reporter.__init__
+
+    def init(self, fd):
+        fds.append(fd)
+        real(self, fd)
+
+    reports.Reporter.__init__ = init
+
+    def write(out):
+        begin.wait()
+        out.progress(1, 2)
+        cancelled.wait()
+        os.write(fds[0], b"junk" * 100)
+        written.open()
+        Gate().wait()
+
+    def on_progress(done, total):
+        jobs[0].cancel()
+        cancelled.open()
+        written.wait()
+
+    jobs.append(memsafe.fork_snapshot(path, write, on_progress=on_progress))
+    begin.open()
+    got = outcome(jobs[0])
+    for gate in (begin, cancelled, written):
+        gate.close()
+    return got
+
+
+def test_what_was_cancelled_is_cancelled_whatever_goes_wrong_after(path):
+    assert scenario.run(cancelled_then_junk, path)["error"] == "SnapshotCancelledError"
+
+
+def unkillable(path):
+    """The child has become another user's, whom this process may not signal."""
+    refused = []
+
+    def refuse(fd, signo):
+        refused.append(signo)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    signal.pidfd_send_signal = refuse
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    job.cancel()
+    got = outcome(job)
+    gate.close()
+    return {**got, "refused": len(refused)}
+
+
+def test_a_child_that_may_not_be_signalled_is_ended_by_its_guard(path):
+    got = scenario.run(unkillable, path)
+    assert got["error"] == "SnapshotCancelledError"
+    assert got["refused"] >= 1
+    assert path.read_bytes() == b"old"
+
+
+def without_waiting_by_pidfd(path):
+    """As in a sandbox that knows pidfds, but not P_PIDFD."""
+
+    def refuse(idtype, *_):
+        assert idtype == os.P_PIDFD
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    os.waitid = refuse
+    good = outcome(memsafe.fork_snapshot(path, hello))
+    return {"good": good, "bad": outcome(memsafe.fork_snapshot(path, lambda out: os._exit(0)))}
+
+
+def test_a_child_that_cannot_be_waited_for_by_pidfd_is_reaped_all_the_same(path):
+    got = scenario.run(without_waiting_by_pidfd, path)
+    assert got["good"]["result"]["size_bytes"] == 3
+    assert got["bad"]["error"] == "SnapshotFailedError"
+
+
 # Every system call.
 
 
@@ -561,7 +612,7 @@ def test_whichever_system_call_fails_it_is_the_old_file_or_the_new_one_and_nothi
     failed = [report for report in reports if report["number"] >= 0]
     assert len(failed) >= 10
     names = {snapshot_faults.call_names()[report["number"]] for report in failed}
-    assert names >= ({"write", "fsync"} if fault.where == "child" else {"waitid", "fsync", "close"}), names
+    assert names >= ({"openat", "write"} if fault.where == "child" else {"waitid", "fsync", "close"}), names
 
 
 # Who else is there.

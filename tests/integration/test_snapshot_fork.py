@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from memsafe.testing import FakeKernel
 from tests.integration import scenario
 from tests.integration.snapshots import MIB, PATIENCE_S, Gate, content, describe, gated, hello, outcome, temporaries
 
@@ -261,75 +260,6 @@ def test_a_child_that_takes_too_long_is_ended(path):
     got = scenario.run(late, path)
     assert got["error"] == "SnapshotFailedError"
     assert "0.1 s" in got["message"]
-    assert path.read_bytes() == b"old"
-
-
-def parent_overruns(path):
-    gate = Gate()
-    memory = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.write(b"a" * len(memory))
-    job = memsafe.fork_snapshot(path, gated(gate), max_copy="16 MiB")
-    memory.seek(0)
-    memory.write(b"b" * len(memory))
-    got = outcome(job)
-    gate.close()
-    return {**got, "measured": job.copy_bytes}
-
-
-def child_overruns(path):
-    memory = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.write(b"a" * len(memory))
-
-    def write(out):
-        memory.seek(0)
-        memory.write(b"b" * len(memory))
-
-    job = memsafe.fork_snapshot(path, write, max_copy="16 MiB")
-    return {**outcome(job), "measured": job.copy_bytes}
-
-
-@pytest.mark.parametrize("body", [parent_overruns, child_overruns])
-def test_copies_beyond_max_copy_end_the_child_alone(path, body):
-    got = scenario.run(body, path)
-    assert got["error"] == "SnapshotOverrunError"
-    assert got["max_copy_bytes"] == 16 * MIB
-    assert got["measured"] >= got["copy_bytes"] > 16 * MIB
-    assert path.read_bytes() == b"old"
-
-
-def within_bound(path):
-    memory = mmap.mmap(-1, 8 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.write(b"a" * len(memory))
-    gate = Gate()
-    job = memsafe.fork_snapshot(path, gated(gate), max_copy="128 MiB")
-    memory.seek(0)
-    memory.write(b"b" * len(memory))
-    gate.open()
-    got = outcome(job)
-    gate.close()
-    return got
-
-
-def test_copies_are_counted_and_a_bound_that_holds_changes_nothing(path):
-    got = scenario.run(within_bound, path)
-    assert 8 * MIB <= got["result"]["peak_copy_bytes"] <= 128 * MIB
-
-
-def headroom_gone(path, folder):
-    app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
-    gate = Gate()
-    job = memsafe.fork_snapshot(path, gated(gate), root=folder)
-    app.usage = 1020 * MIB
-    got = outcome(job)
-    gate.close()
-    return got
-
-
-def test_the_child_is_ended_before_the_parents_last_headroom_is_gone(path, tmp_path):
-    got = scenario.run(headroom_gone, path, tmp_path / "machine")
-    assert got["error"] == "SnapshotOverrunError"
-    assert got["max_copy_bytes"] is None
-    assert "4 MiB are left below memory.max of /app (1 GiB)" in got["message"]
     assert path.read_bytes() == b"old"
 
 

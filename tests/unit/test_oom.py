@@ -87,3 +87,54 @@ def test_protect_takes_500_off_and_never_exempts(tmp_path, before, after):
     write(tmp_path, {"proc/self/oom_score_adj": f"{before:<5}\n"})
     assert oom.protect(root=tmp_path) == before
     assert int(path.read_text().split()[0]) == after
+
+
+def machine_at(root, score_adj):
+    write(root, {"proc/self/oom_score_adj": f"{score_adj}\n"})
+
+
+def test_what_was_set_for_a_block_is_taken_back_at_its_end(tmp_path):
+    machine_at(tmp_path, 100)
+    with oom.set_score_adj(300, root=tmp_path) as before:
+        assert (before, oom.score_adj(root=tmp_path)) == (100, 300)
+    assert oom.score_adj(root=tmp_path) == 100
+    with oom.protect(root=tmp_path):
+        assert oom.score_adj(root=tmp_path) == -400
+    assert oom.score_adj(root=tmp_path) == 100
+
+
+def test_it_is_taken_back_when_the_block_fails(tmp_path):
+    machine_at(tmp_path, 100)
+
+    def fail():
+        with oom.protect(root=tmp_path):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert oom.score_adj(root=tmp_path) == 100
+
+
+def test_what_others_changed_meanwhile_stays(tmp_path):
+    machine_at(tmp_path, 0)
+    with oom.protect(root=tmp_path):
+        machine_at(tmp_path, -300)
+    assert oom.score_adj(root=tmp_path) == 200
+
+
+def test_changes_that_overlap_may_end_in_any_order(tmp_path):
+    machine_at(tmp_path, 0)
+    first, second = oom.protect(root=tmp_path), oom.protect(root=tmp_path)
+    assert oom.score_adj(root=tmp_path) == -999
+    for protection, left in ((first, -499), (second, 0), (first, 0)):
+        with protection:
+            pass
+        assert oom.score_adj(root=tmp_path) == left
+
+
+@pytest.mark.parametrize("before", [-1000, -999])
+def test_where_there_is_nothing_left_to_take_off_nothing_is_given_back(tmp_path, before):
+    machine_at(tmp_path, before)
+    with oom.protect(root=tmp_path):
+        assert oom.score_adj(root=tmp_path) == before
+    assert oom.score_adj(root=tmp_path) == before

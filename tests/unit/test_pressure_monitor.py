@@ -514,6 +514,21 @@ def test_a_budget_is_asked_again_while_the_cause_lasts(machine, clock, budget):
     cache.held.release()
 
 
+def test_a_budget_is_asked_again_at_once_where_much_less_is_left_than_after_the_last_time(machine, clock):
+    budget = Budget(name="db")
+    cache = Cache(budget, "60 MiB")
+    with monitored(machine, clock, budget) as monitor:
+        use(machine, 15 * MIB)
+        monitor.check()
+        use(machine, 14 * MIB)
+        monitor.check()
+        assert cache.asked == [missing_bytes(15 * MIB)], "a little less is no reason"
+        use(machine, 10 * MIB)
+        monitor.check()
+        assert cache.asked == [missing_bytes(15 * MIB), missing_bytes(10 * MIB)]
+    cache.held.release()
+
+
 def test_passing_the_soft_limit_of_the_budget_raises_low_without_a_look_by_the_clock(machine, clock, budget):
     heard = threading.Event()
     with monitored(machine, clock, budget) as monitor:
@@ -1112,6 +1127,7 @@ def test_a_reclaimer_is_asked_again_while_what_it_gives_shows_and_is_eaten_up(ma
 def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, budget, monkeypatch):
     collections = []
     monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
+    monkeypatch.setattr("memsafe.pressure.monitor._QUIET_S", 3600.0)
     cache = Cache(budget, "30 MiB")
     use(machine, 15 * MIB)
     with monitored(machine, clock, budget) as monitor:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,12 @@ def readable(fd: int, timeout_s: float = 0) -> bool:
 
 
 def tasks_named(name: str) -> list[Path]:
-    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == name]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            if (task / "comm").read_text().strip() == name:
+                found.append(task)
+    return found
 
 
 def collect(waiter: Waiter, token: int, count: int) -> list[tuple[int, int]]:

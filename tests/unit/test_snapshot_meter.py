@@ -30,30 +30,93 @@ def touch(size_bytes):
     memory.close()
 
 
-def in_doubt_only(meter):
-    """Set the clocks: the regular reading is far away, one in doubt is allowed."""
-    meter._due_s = math.inf
-    meter._in_doubt_due_s = 0
+def short_after(meter, size_bytes):
+    """Whether memory runs short by what is read after so many bytes of faults, seen in no haste."""
+    touch(size_bytes)
+    meter._counted_s = -math.inf  # so that the rate is nothing
+    return meter.runs_short(os.getpid()) is not None
 
 
-def test_faults_that_could_pass_the_bound_make_a_reading_due(machine):
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands still until it is moved."""
+    clock = Clock()
+    monkeypatch.setattr("memsafe.snapshot.meter.time", clock)
+    return clock
+
+
+class Clock:
+    s = 1000.0
+    cost_s = 0.0
+
+    def monotonic(self):
+        return self.s
+
+    def thread_time(self):
+        self.cost_s += 0.0005
+        return self.cost_s
+
+
+def test_faults_that_could_pass_the_bound_make_a_reading_due(machine, now):
     own_bytes = process.smaps_rollup().private_dirty_bytes
     meter = Meter(machine.root, own_bytes + 64 * MIB)
     meter.measure(os.getpid())
-    in_doubt_only(meter)
-    assert not meter.is_due(os.getpid())
-    touch(64 * MIB)
-    assert meter.is_due(os.getpid())
+    now.s += 0.009  # the regular one is due after 100 ms
+    meter.runs_short(os.getpid())
+    assert not meter.is_due()
+    touch(80 * MIB)
+    meter.runs_short(os.getpid())
+    assert meter.is_due()
 
 
-def test_faults_that_could_eat_the_headroom_make_a_reading_due_without_a_bound(machine):
+def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine):
     meter = Meter(machine.root, None)
+    machine.cgroup("/app").usage = 1012 * MIB
+    assert not short_after(meter, MIB), "not read: so little cannot have eaten half a GiB"
+    meter._headroom.slack_bytes = 16 * MIB
+    assert short_after(meter, 32 * MIB)
+
+
+def test_faults_that_bring_no_bound_nearer_are_believed_less_each_time(machine, now):
+    meter = Meter(machine.root, 1024 * MIB)
+    meter.measure(os.getpid())
+    waits_s = []
+    for _ in range(6):
+        touch(MIB)  # and given back
+        meter.measure(os.getpid())
+        waits_s.append(round(meter._bound.due_s - now.s, 6))
+    assert waits_s == [0.02, 0.04, 0.08, 0.1, 0.1, 0.1]  # a reading costs 0.5 ms: half a percent of the time in the end
+
+
+def test_faults_that_bring_a_bound_nearer_are_believed_again(machine, now):
+    meter = Meter(machine.root, None)
+    meter._headroom.settle(64 * MIB, 8 * MIB, 0.001)
+    meter._headroom.settle(63 * MIB, 16 * MIB, 0.001)
+    assert meter._headroom.due_s == pytest.approx(now.s + 0.02)
+    meter._headroom.settle(50 * MIB, 32 * MIB, 0.001)
+    assert meter._headroom.due_s == pytest.approx(now.s + 0.01)
+
+
+def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_is(machine, now):
+    meter = Meter(machine.root, None)
+    for usage_mib, short in ((600, False), (700, True)):  # of 512 MiB that were left at the start
+        machine.cgroup("/app").usage = usage_mib * MIB
+        now.s += 0.1
+        touch(16 * MIB)
+        meter._counted_s = now.s - 0.0005  # 32 GiB/s
+        assert (meter.runs_short(os.getpid()) is not None) == short
+
+
+def test_the_less_is_left_the_sooner_is_the_next_look(machine, now):
+    meter = Meter(machine.root, None)
+    assert not meter.is_tight
+    assert meter.next_look_s == pytest.approx(now.s + 0.01)
+    meter.runs_short(os.getpid())
+    assert meter.next_look_s == pytest.approx(now.s + 0.1), "the clock says that a look costs 0.5 ms"
     machine.cgroup("/app").usage = 976 * MIB
-    assert meter.measure(os.getpid()).short is None
-    in_doubt_only(meter)
-    assert not meter.is_due(os.getpid())
-    touch(32 * MIB)
-    assert meter.is_due(os.getpid())
+    meter = Meter(machine.root, None)
+    assert meter.is_tight
+    assert meter.next_look_s == pytest.approx(now.s + 0.0021, abs=0.0003)
 
 
 def test_headroom_below_the_reserve_is_told(machine):
@@ -80,7 +143,7 @@ def test_a_stopped_meter_is_never_due(machine):
     meter = Meter(machine.root, 0)
     meter.stop()
     assert meter.next_look_s == math.inf
-    assert not meter.is_due(os.getpid())
+    assert not meter.is_due()
 
 
 def test_what_it_reads_stays_open_until_it_is_closed():

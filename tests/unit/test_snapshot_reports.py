@@ -106,3 +106,15 @@ def test_junk_on_the_pipe_is_an_error_and_no_report(pipe, junk):
     os.write(pipe["write"], junk)
     with pytest.raises(OSError, match="came from the child"):
         heard(pipe)
+
+
+def test_a_reader_that_was_closed_hears_nothing_and_the_writer_is_told():
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK)
+    reader = ReportReader(read_fd)
+    os.write(write_fd, b"x")
+    reader.close()
+    reader.close()
+    assert (reader.read(), reader.at_end) == ([], True)
+    with pytest.raises(BrokenPipeError):
+        os.write(write_fd, b"x")
+    os.close(write_fd)

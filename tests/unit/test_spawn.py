@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from memsafe import spawn
+from memsafe._kernel import child_cgroup
+from memsafe.spawn import popen
 
 PIPE = subprocess.PIPE
 
@@ -234,11 +235,14 @@ def test_the_child_starts_with_the_parents_mask_its_ignored_signals_and_none_of_
     run_in_a_child(code)
 
 
-def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_of_ours(tmp_path):
+@pytest.mark.parametrize("first", ["pass", "sealed.forbid(sealed.CLONE3, errno.ENOSYS)"], ids=["clone3", "clone"])
+def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_of_ours(tmp_path, first):
     """The child hangs in a FIFO that stands for a cgroup's file, in our memory, while it is sent a signal."""
     os.mkfifo(tmp_path / "cgroup.procs")
     code = f"""
-        import psutil, threading
+        import errno, psutil, threading
+        from tests.integration import sealed
+        {first}
         runs = []
         signal.signal(signal.SIGUSR1, lambda *_: runs.append(os.getpid()))
         def interfere():
@@ -253,7 +257,7 @@ def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_
         other.join()
         print(status == -signal.SIGUSR1, runs)
     """
-    assert run_in_a_child(code).strip() == "True []"
+    assert run_in_a_child(code, cwd=Path(__file__).parents[2]).strip() == "True []"
 
 
 def test_signals_that_interrupt_us_all_the_time_harm_no_child():
@@ -299,10 +303,12 @@ def test_oom_score_adj_out_of_range_is_refused(junk):
         memsafe.Popen(["true"], oom_score_adj=junk)
 
 
-def test_memory_limit_makes_the_child_be_refused_memory_not_killed():
+def test_memory_limit_by_rlimit_makes_the_child_be_refused_memory_not_killed():
     code = "try:\n    bytearray(512 << 20)\nexcept MemoryError:\n    print('refused')"
     unlimited = memsafe.run([sys.executable, "-c", code], stdout=PIPE, check=True)
-    limited = memsafe.run([sys.executable, "-c", code], stdout=PIPE, check=True, memory_limit="256 MiB")
+    limited = memsafe.run(
+        [sys.executable, "-c", code], stdout=PIPE, check=True, memory_limit="256 MiB", memory_limit_by="rlimit"
+    )
     assert (unlimited.stdout, limited.stdout) == (b"", b"refused\n")
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
 
@@ -313,7 +319,8 @@ def test_memory_limit_cannot_be_taken_back_nor_pass_the_one_inherited():
         resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
         shell = ["sh", "-c", "ulimit -Sd; ulimit -Hd"]
         for limit in (2**30, 2**40):
-            print(memsafe.run(shell, memory_limit=limit, stdout=subprocess.PIPE).stdout.split())
+            limits = dict(memory_limit=limit, memory_limit_by="rlimit")
+            print(memsafe.run(shell, stdout=subprocess.PIPE, **limits).stdout.split())
     """
     assert run_in_a_child(code).split("\n")[:2] == ["[b'1048576', b'1048576']", "[b'2097152', b'2097152']"]
 
@@ -369,11 +376,41 @@ def test_an_unknown_subprocess_module_is_refused_rather_than_misread():
         raise AssertionError
 
     with pytest.raises(ImportError, match="sandbox"):
-        spawn._parameters_of(later)
-    assert spawn._parameters_of(subprocess.Popen._execute_child)[0] == "args"
+        popen._parameters_of(later)
+    assert popen._parameters_of(subprocess.Popen._execute_child)[0] == "args"
 
 
 def test_signals_reach_the_child():
     with memsafe.Popen(["cat"], stdin=PIPE) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait() == -signal.SIGTERM
+
+
+def test_memory_limit_by_has_three_ways():
+    with pytest.raises(ValueError, match="memory_limit_by must be one of auto, cgroup, rlimit"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="hope")
+
+
+def test_a_cgroup_of_its_own_and_another_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="cgroup", cgroup=tmp_path)
+
+
+def test_where_no_cgroup_can_be_made_auto_takes_the_rlimit_and_cgroup_says_why(monkeypatch):
+    def refuse(limit_bytes):
+        raise memsafe.UnsupportedError("no cgroups today")
+
+    monkeypatch.setattr(child_cgroup, "make", refuse)
+    said = memsafe.run(["sh", "-c", "ulimit -d"], memory_limit="1 GiB", stdout=PIPE)
+    assert (said.stdout, said.oom_killed) == (b"1048576\n", None)
+    with pytest.raises(memsafe.UnsupportedError, match="no cgroups today"):
+        memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="cgroup")
+
+
+def test_what_run_returns_is_a_completed_process_of_subprocess():
+    done = memsafe.run(["false"])
+    assert isinstance(done, subprocess.CompletedProcess)
+    assert repr(done) == repr(subprocess.run(["false"]))
+    assert done.oom_killed is None
+    with pytest.raises(subprocess.CalledProcessError):
+        done.check_returncode()

@@ -1,0 +1,177 @@
+"""A memory cgroup made for one child, where this process may make one, and the counter that tells of its end.
+
+The folder is locked (flock) while whoever made it may still need it. It cannot be removed while a process lives in it,
+a grandchild say; then the lock is let go, and whoever makes the next one beside it removes it, as it does those of
+makers that crashed. A lock, and not the maker's pid in the name, because pids differ between namespaces and come again.
+
+Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+from memsafe._kernel import cgroup, files
+from memsafe._kernel.cgroup import MemoryCgroup
+from memsafe._kernel.files import Root
+from memsafe._kernel.oom import JOIN_FILE
+from memsafe.errors import KernelError, UnsupportedError
+
+_PREFIX = "memsafe-child-"
+_ATTEMPTS = 8
+# Somebody who sweeps took it for a left-over between our mkdir and our lock, or it had that name already.
+_LOST = frozenset({errno.EEXIST, errno.ENOENT, errno.ENODEV, errno.EWOULDBLOCK})
+
+
+@dataclass(slots=True)
+class ChildCgroup:
+    """A cgroup that this process made for a child."""
+
+    cgroup: MemoryCgroup
+    lock_fd: int
+
+    def remove(self) -> None:
+        """Remove it, or leave it to the next who makes one where a process still lives in it."""
+        try:
+            _rmdir(self.cgroup.directory)
+        finally:
+            os.close(self.lock_fd)
+
+
+def make(limit_bytes: int, root: Root = "/") -> ChildCgroup:
+    """Make a cgroup whose processes may use *limit_bytes* of memory and swap together; in v2, of memory, and no swap.
+
+    Raises:
+        UnsupportedError: None can be made here, with the reason.
+        KernelError: /proc/self/cgroup or mountinfo cannot be read or makes no sense.
+    """
+    version, parent = _parent(root)
+    _sweep(parent)
+    for _ in range(_ATTEMPTS):
+        group = MemoryCgroup(version, "", f"{parent}/{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
+        try:
+            return _make(group, limit_bytes)
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise UnsupportedError(f"no cgroup can be made in {parent}: {error.strerror}") from None
+    raise UnsupportedError(f"no cgroup can be made in {parent}: each was removed by somebody else at once")
+
+
+def at(directory: str) -> MemoryCgroup:
+    """Return the cgroup whose folder is *directory*, of either version."""
+    version = 2 if os.path.exists(f"{directory}/cgroup.controllers") else 1  # noqa: PTH110 - a kernel path
+    return MemoryCgroup(version, "", directory)
+
+
+def _parent(root: Root) -> tuple[int, str]:
+    """Return the version and the folder of the cgroup in which one may be made that binds a child as we are bound."""
+    placement = cgroup.placement(root)
+    located = placement.locate("memory")
+    if not located.cgroups:
+        raise UnsupportedError(located.problem or "this process is in no memory cgroup")
+    if located.version == 1:
+        return 1, located.cgroups[0].directory
+    own = placement.unified_directory() or located.cgroups[0].directory
+    reasons = []
+    for folder, limiting in ((own, None), (own.rpartition("/")[0], MemoryCgroup(2, "", own))):
+        reason = _refusal(folder, limiting)
+        if reason is None:
+            return 2, folder
+        reasons.append(reason)
+    raise UnsupportedError("; ".join(reasons))
+
+
+def _refusal(folder: str, limiting: MemoryCgroup | None) -> str | None:
+    """Return why no v2 cgroup can be made in *folder*; *limiting*: the one that its processes would no longer be in."""
+    control = f"{folder}/cgroup.subtree_control"
+    try:
+        if b"memory" not in files.read(control).split():
+            return f"{control} does not pass the memory controller on"
+        if limiting is not None and any(
+            limit not in (None, files.UNLIMITED)
+            for limit in (limiting.limit_bytes(), limiting.high_bytes(), limiting.swap_limit_bytes())
+        ):
+            return f"a cgroup in {folder} would be free of the limits of {limiting.directory}"
+    except KernelError as error:
+        return str(error)
+    # The child needs the latter to move: the common ancestor's, where it is not the folder itself.
+    for path in (folder, f"{folder}/{JOIN_FILE}"):
+        if not os.access(path, os.W_OK):
+            return f"{path} may not be written"
+    return None
+
+
+def _make(group: MemoryCgroup, limit_bytes: int) -> ChildCgroup:
+    os.mkdir(group.directory)  # noqa: PTH102 - a kernel path
+    try:
+        lock_fd = os.open(group.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _limit(group, limit_bytes)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+    except BaseException:
+        _rmdir(group.directory)
+        raise
+    return ChildCgroup(group, lock_fd)
+
+
+def _limit(group: MemoryCgroup, limit_bytes: int) -> None:
+    if group.version == 1:
+        _write(group.file("memory.limit_in_bytes"), limit_bytes)
+        _write_optional(group.file("memory.memsw.limit_in_bytes"), limit_bytes)
+        return
+    _write(group.file("memory.max"), limit_bytes)
+    _write_optional(group.file("memory.swap.max"), 0)
+    # Its processes end together: a program that lost one of them at random is no use to who waits for it.
+    _write_optional(group.file("memory.oom.group"), 1)
+
+
+def _write(path: str, number: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"%d" % number)
+    finally:
+        os.close(fd)
+
+
+def _write_optional(path: str, number: int) -> None:
+    """Write where there is such a file: not without swap accounting, nor before Linux 4.19."""
+    try:
+        _write(path, number)
+    except FileNotFoundError:
+        if not os.path.exists(os.path.dirname(path)):  # noqa: PTH110, PTH120 - a kernel path
+            raise
+
+
+def _sweep(parent: str) -> None:
+    """Remove what earlier makers left in *parent*: nobody holds its lock, and no process is in it."""
+    for name in files.names(parent):
+        if not name.startswith(_PREFIX):
+            continue
+        folder = f"{parent}/{name}"
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone, or another user's
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _rmdir(folder)
+        except BlockingIOError:
+            pass  # in use
+        finally:
+            os.close(fd)
+
+
+def _rmdir(folder: str) -> None:
+    """Remove a cgroup unless processes are in it, or it is gone, or not ours to remove."""
+    with suppress(OSError):
+        os.rmdir(folder)  # noqa: PTH106 - a kernel path
+
+
+__all__ = ["ChildCgroup", "at", "make"]

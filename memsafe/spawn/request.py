@@ -1,0 +1,150 @@
+"""What is asked of the native call: subprocess's arguments and the limits of a child, as C takes them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from memsafe._native import environment, ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from memsafe.spawn.limits import Limits
+
+_U64 = 2**64 - 1
+_INT_MAX = 2**31 - 1
+_ID_MAX = 2**32 - 2  # the kernel keeps -1 for "no change"
+
+
+class Program:
+    """What to run: the argument vector, where to look for it, its environment, all as subprocess understands them."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        args, shell = given["args"], given["shell"]
+        if isinstance(args, os.PathLike) and shell:
+            raise TypeError("path-like args is not allowed when shell is true")
+        self.args = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
+        self.executable = given["executable"]
+        if shell:
+            self.args = [self.executable or "/bin/sh", "-c", *self.args]
+        if self.executable is None:
+            self.executable = self.args[0]
+        self.env: Mapping[Any, Any] | None = given["env"]
+
+    def packed_args(self) -> Any:
+        return _pack([os.fsencode(argument) for argument in self.args])
+
+    def packed_paths(self) -> Any:
+        executable = os.fsencode(self.executable)
+        if b"/" in executable:
+            return _pack([executable])
+        folders = map(os.fsencode, os.get_exec_path(self.env))
+        return _pack([os.path.join(folder, executable) for folder in folders])  # noqa: PTH118 - bytes
+
+    def packed_env(self) -> Any:
+        if self.env is None:
+            packed = environment()
+            return ffi.from_buffer(packed), len(packed)
+        items = [(os.fsencode(name), os.fsencode(value)) for name, value in self.env.items()]
+        if any(b"=" in name for name, _ in items):
+            raise ValueError("illegal environment variable name")
+        return _pack([name + b"=" + value for name, value in items])
+
+
+def _pack(items: Sequence[bytes]) -> tuple[Any, int]:
+    """Return *items* one after another, each ended by NUL, and how many bytes that is."""
+    packed = b"\0".join([*items, b""])
+    if packed.count(b"\0") != len(items):
+        raise ValueError("embedded null byte")
+    return ffi.from_buffer(packed), len(packed)
+
+
+def start(program: Program, given: Mapping[str, Any], limits: Limits) -> int:
+    """Start *program* as *given* and *limits* say; return its pid."""
+    # cffi keeps alive what a cdata owns, not what it points to: `alive` does, until the call returns.
+    paths, args, env = alive = [program.packed_paths(), program.packed_args(), program.packed_env()]
+    plan = ffi.new(
+        "struct ms_spawn *",
+        {
+            "paths": paths,
+            "args": args,
+            "env": env,
+            "stdio": (given["p2cread"], given["c2pwrite"], given["errwrite"]),
+            "close_fds": bool(given["close_fds"]),
+            "restore_signals": bool(given["restore_signals"]),
+            "new_session": bool(given["start_new_session"]),
+            "process_group": given["process_group"],
+            "umask": given["umask"],
+            "uid": _id(given["uid"]),
+            "gid": _id(given["gid"]),
+            "groups_count": -1,
+            "nice": limits.nice,
+        },
+    )
+
+    def point(field: str, cdata: Any) -> None:
+        alive.append(cdata)
+        setattr(plan, field, cdata)
+
+    if given["cwd"] is not None:
+        point("cwd", _pack([os.fsencode(given["cwd"])])[0])
+    if given["pass_fds"]:
+        keep_fds = _kept_fds(given["pass_fds"])
+        point("keep_fds", ffi.new("int[]", keep_fds))
+        plan.keep_fds_count = len(keep_fds)
+    if given["gids"] is not None:
+        groups = _group_ids(given["gids"])
+        point("groups", ffi.new("uint32_t[]", groups))
+        plan.groups_count = len(groups)
+    if limits.writes:
+        texts = [(ffi.new("char[]", path), ffi.new("char[]", text)) for path, text in limits.writes]
+        alive.append(texts)
+        point("writes", ffi.new("struct ms_spawn_write[]", texts))
+        plan.writes_count = len(texts)
+    if limits.birthplace is not None:
+        point("birthplace", ffi.new("char[]", limits.birthplace))
+    if limits.rlimits:
+        rlimits = [(which, soft & _U64, hard & _U64) for which, soft, hard in limits.rlimits]
+        point("rlimits", ffi.new("struct ms_spawn_rlimit[]", rlimits))
+        plan.rlimits_count = len(rlimits)
+    result = ffi.new("struct ms_spawn_result *")
+    failed = lib.ms_spawn(plan, result)
+    if failed:
+        raise _error(-failed, result.failed_step, result.failed_index, program, given, limits)
+    return int(result.pid)
+
+
+def _error(code: int, step: int, at: int, program: Program, given: Mapping[str, Any], limits: Limits) -> OSError:
+    """Return what subprocess raises for a failure at *step*, or a KernelError for the steps it does not know."""
+    if step in (lib.MS_SPAWN_WRITE, lib.MS_SPAWN_RLIMIT, lib.MS_SPAWN_NICE):
+        return limits.error(code, step, at)
+    if step == lib.MS_SPAWN_CHDIR:
+        return OSError(code, os.strerror(code), given["cwd"])
+    if step == lib.MS_SPAWN_EXEC:
+        return OSError(code, os.strerror(code), program.executable)
+    return OSError(code, os.strerror(code))
+
+
+def _kept_fds(fds: Iterable[Any]) -> list[int]:
+    kept = sorted({int(fd) for fd in fds})
+    if not 0 <= kept[0] <= kept[-1] <= _INT_MAX:
+        raise ValueError("bad value(s) in fds_to_keep")
+    return kept
+
+
+def _group_ids(groups: Sequence[int]) -> list[int]:
+    if any(group > _ID_MAX for group in groups):
+        raise ValueError("invalid group id")
+    return list(groups)
+
+
+def _id(number: int | None) -> int:
+    if number is None:
+        return -1
+    if number > _ID_MAX:
+        raise OverflowError(f"a user or group id must be at most {_ID_MAX}: {number}")
+    return number
+
+
+__all__ = ["Program", "start"]

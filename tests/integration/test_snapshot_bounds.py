@@ -1,0 +1,279 @@
+"""What ends a snapshot's child before its parent is harmed, and what is counted to know when."""
+
+import mmap
+import os
+import signal
+
+import pytest
+
+import memsafe
+from memsafe._kernel.oom import KillLog
+from memsafe.testing import FakeKernel
+from tests.integration import scenario
+from tests.integration.snapshots import MIB, PATIENCE_S, Gate, describe, gated, hello, outcome
+
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+def state_of(size_bytes, *, huge=False):
+    """Private memory, every page of it written."""
+    state = mmap.mmap(-1, size_bytes, PRIVATE)
+    state.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    write_to(state)
+    return state
+
+
+def write_to(state, every=1):
+    for offset in range(0, len(state), every * mmap.PAGESIZE):
+        state[offset] = (state[offset] + 1) % 256
+
+
+# What is counted.
+
+
+def copies_of(path, writers, huge):
+    state = state_of(32 * MIB, huge=huge)
+    gate = Gate()
+
+    def write(out):
+        if "child" in writers:
+            write_to(state, every=2)
+        gate.wait()
+
+    job = memsafe.fork_snapshot(path, write)
+    if "parent" in writers:
+        write_to(state, every=2)
+    gate.open()
+    result = job.wait(PATIENCE_S)
+    gate.close()
+    return {"peak": result.peak_copy_bytes}
+
+
+@pytest.mark.parametrize("huge", [False, True])
+@pytest.mark.parametrize("writers", [["parent"], ["child"], ["parent", "child"]])
+def test_a_page_that_either_side_writes_is_one_copy(path, writers, huge):
+    got = scenario.run(copies_of, path, writers, huge)
+    idle = scenario.run(copies_of, path, [], huge)["peak"]
+    assert idle < 8 * MIB
+    assert abs(got["peak"] - idle - 16 * MIB) < 2 * MIB
+
+
+# What ends the child.
+
+
+def parent_overruns(path):
+    gate = Gate()
+    memory = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"a" * len(memory))
+    job = memsafe.fork_snapshot(path, gated(gate), max_copy="16 MiB")
+    memory.seek(0)
+    memory.write(b"b" * len(memory))
+    got = outcome(job)
+    gate.close()
+    return {**got, "measured": job.copy_bytes}
+
+
+def child_overruns(path):
+    memory = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"a" * len(memory))
+
+    def write(out):
+        memory.seek(0)
+        memory.write(b"b" * len(memory))
+
+    job = memsafe.fork_snapshot(path, write, max_copy="16 MiB")
+    return {**outcome(job), "measured": job.copy_bytes}
+
+
+@pytest.mark.parametrize("body", [parent_overruns, child_overruns])
+def test_copies_beyond_max_copy_end_the_child_alone(path, body):
+    got = scenario.run(body, path)
+    assert got["error"] == "SnapshotOverrunError"
+    assert got["max_copy_bytes"] == 16 * MIB
+    assert got["measured"] >= got["copy_bytes"] > 16 * MIB
+    assert path.read_bytes() == b"old"
+
+
+def within_bound(path):
+    memory = mmap.mmap(-1, 8 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"a" * len(memory))
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate), max_copy="128 MiB")
+    memory.seek(0)
+    memory.write(b"b" * len(memory))
+    gate.open()
+    got = outcome(job)
+    gate.close()
+    return got
+
+
+def test_copies_are_counted_and_a_bound_that_holds_changes_nothing(path):
+    got = scenario.run(within_bound, path)
+    assert 8 * MIB <= got["result"]["peak_copy_bytes"] <= 128 * MIB
+
+
+def headroom_gone(path, folder):
+    app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate), root=folder)
+    app.usage = 1020 * MIB
+    got = outcome(job)
+    gate.close()
+    return got
+
+
+def test_the_child_is_ended_before_the_parents_last_headroom_is_gone(path, tmp_path):
+    got = scenario.run(headroom_gone, path, tmp_path / "machine")
+    assert got["error"] == "SnapshotOverrunError"
+    assert got["max_copy_bytes"] is None
+    assert "4 MiB are left below memory.max of /app (1 GiB)" in got["message"]
+    assert path.read_bytes() == b"old"
+
+
+# Memory pressure.
+
+
+def at_critical(path, keywords, drill, folder):
+    """Let a monitor go to CRITICAL while a snapshot runs: in earnest, or in a drill."""
+    app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
+    gate = Gate()
+    with memsafe.PressureMonitor(root=folder) as monitor:
+        job = memsafe.fork_snapshot(path, gated(gate), timeout_s=PATIENCE_S, **keywords)
+        if drill:
+            monitor.simulate(memsafe.PressureLevel.CRITICAL)
+        else:
+            app.usage = 1020 * MIB
+            monitor.check()
+        gate.open()
+        got = outcome(job)
+    gate.close()
+    return {**got, "state": job.state.name}
+
+
+@pytest.mark.parametrize("drill", [False, True])
+def test_a_monitor_at_critical_ends_the_child(path, tmp_path, drill):
+    got = scenario.run(at_critical, path, {"max_copy": "64 MiB"}, drill, tmp_path / "machine")
+    assert (got["error"], got["state"]) == ("SnapshotOverrunError", "OVERRUN")
+    assert "CRITICAL" in got["message"]
+    assert ("simulate" in got["message"]) == drill
+    assert got["max_copy_bytes"] == 64 * MIB
+    assert got["copy_bytes"] >= 0
+    assert path.read_bytes() == b"old"
+
+
+def test_a_snapshot_that_is_told_to_goes_on_at_critical(path, tmp_path):
+    got = scenario.run(at_critical, path, {"end_at_critical": False}, False, tmp_path / "machine")
+    assert "result" in got
+
+
+def begun_at_critical(path):
+    with memsafe.PressureMonitor() as monitor:
+        monitor.simulate(memsafe.PressureLevel.CRITICAL)
+        try:
+            memsafe.fork_snapshot(path, hello)
+        except memsafe.SnapshotRefusedError as error:
+            got = {**describe(error), "decision": error.assessment.decision}
+        allowed = outcome(memsafe.fork_snapshot(path, hello, end_at_critical=False))
+    return {**got, "allowed": allowed, "after": outcome(memsafe.fork_snapshot(path, hello))}
+
+
+def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(path):
+    got = scenario.run(begun_at_critical, path)
+    assert got["decision"] == "defer"
+    assert "CRITICAL" in got["message"]
+    assert "result" in got["allowed"]
+    assert "result" in got["after"]
+
+
+# With everything against it.
+
+
+def write_everything(path, folder, limit_file, rounds):
+    """Have a snapshot copied faster than anybody can look, in a cgroup that has no room for it."""
+    outcomes, filling = [], b"x" * MIB
+    with open(f"{folder}/cgroup.procs", "w") as procs:
+        procs.write(str(os.getpid()))
+    with open(f"{folder}/{limit_file}", "w") as limit:
+        limit.write(str(112 * MIB))
+    state = state_of(56 * MIB)
+    for _ in range(rounds):
+        memsafe.fork_snapshot(path, hello, max_copy="16 MiB").wait(PATIENCE_S)  # so little is forecast for the next
+        gate = Gate()
+        job = memsafe.fork_snapshot(path, gated(gate))
+        for offset in range(0, len(state), MIB):
+            state[offset : offset + MIB] = filling
+        outcomes.append(outcome(job)["error"])
+        gate.close()
+    return {"outcomes": outcomes}
+
+
+@pytest.mark.cgroup
+def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(path, memory_group):
+    got = scenario.run(write_everything, path, *memory_group, 3)
+    assert len(got["outcomes"]) == 3
+    assert set(got["outcomes"]) <= {"SnapshotOverrunError", "OOMKilledError"}
+    assert path.read_bytes() == b"new"
+
+
+# Whom the OOM killer took.
+
+
+def killed_beside_a_victim(path, folder, limit_file):
+    """Kill the child by hand, after the OOM killer has taken another process of the same cgroup."""
+    with open(f"{folder}/cgroup.procs", "w") as procs:
+        procs.write(str(os.getpid()))
+    with open(f"{folder}/{limit_file}", "w") as limit:
+        limit.write(str(96 * MIB))
+
+    def write(out):
+        eater = memsafe.Popen(["tail", "/dev/zero"], oom_score_adj=1000)
+        ended = eater.wait()
+        out.progress(-ended, -ended)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    signals = []
+    job = memsafe.fork_snapshot(path, write, on_progress=lambda done, total: signals.append(done))
+    return {**outcome(job), "signals": signals}
+
+
+@pytest.mark.cgroup
+def test_a_child_killed_by_hand_is_not_taken_for_a_victim_beside_it(path, memory_group):
+    if KillLog().names(0) is None:
+        pytest.skip("the kernel's log may not be read here, or has the pids of another namespace")
+    got = scenario.run(killed_beside_a_victim, path, *memory_group)
+    assert got["signals"] == [signal.SIGKILL]
+    assert got["error"] == "SnapshotFailedError"
+    assert "SIGKILL" in got["message"]
+
+
+# What is not in the image.
+
+
+def kept_out(path):
+    budget = memsafe.Budget("64 MiB")
+    with budget.child("cache").map("32 MiB") as cache:
+        view = cache.view()
+        for offset in range(0, len(view), mmap.PAGESIZE):
+            view[offset] = 1
+        with_cache = memsafe.assess_fork()
+        cache.advise("dontfork")
+        without = memsafe.assess_fork()
+        touched = outcome(memsafe.fork_snapshot(path, lambda out: out.write(view[:1])))
+        spared = outcome(memsafe.fork_snapshot(path, hello))
+        cache.advise("dofork")
+        seen = outcome(memsafe.fork_snapshot(path, lambda out: out.write(view[:1])))
+        view.release()
+    charges = [with_cache.commit_charge_bytes, without.commit_charge_bytes]
+    forecasts = [with_cache.copy_forecast_bytes, without.copy_forecast_bytes]
+    return {"charges": charges, "forecasts": forecasts, "touched": touched, "spared": spared, "seen": seen}
+
+
+def test_a_cache_marked_dontfork_is_neither_charged_nor_forecast_nor_there_in_the_child(path):
+    got = scenario.run(kept_out, path)
+    assert abs(got["charges"][0] - got["charges"][1] - 32 * MIB) < MIB
+    assert abs(got["forecasts"][0] - got["forecasts"][1] - 32 * MIB) < MIB
+    assert got["touched"]["error"] == "SnapshotFailedError"
+    assert "SIGSEGV" in got["touched"]["message"]
+    assert "result" in got["spared"]
+    assert "result" in got["seen"]
+    assert path.read_bytes() == b"\x01"
