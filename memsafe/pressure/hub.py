@@ -152,12 +152,12 @@ class Hub:
         )
 
     def ready(self) -> None:
-        """Make the calling thread ready to look when memory is short; from any thread, when it begins.
-
-        What a thread does for the first time begins pages of its stacks and of its heap.
-        """
+        """Make the calling thread ready to look when memory is short; from any thread, when it begins."""
         lib.ms_thread_ready()
         self._reserve.take_own()
+
+    def rehearse(self) -> None:
+        """Look for nothing but practice, in any thread: the first time begins pages of its stacks and of its heap."""
         with suppress(KernelError):
             status_once(self._root)
 

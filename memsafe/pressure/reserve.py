@@ -45,7 +45,8 @@ class BlockReserve:
     def take_own(self) -> None:
         """Hold what is this thread's alone; also while another thread uses the rest."""
         # Held, though no other thread takes it: a trim would give free memory of every heap back to the kernel.
-        self._own.block = _block(_LARGE_BYTES)
+        if getattr(self._own, "block", None) is None:
+            self._own.block = _block(_LARGE_BYTES)
 
     def give(self) -> None:
         """Give back a portion, if there is one left, and what is this thread's own; allocates nothing."""

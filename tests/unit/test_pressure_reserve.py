@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def test_waking_up_for_anything_but_a_look_leaves_it_as_it_was(machine, provided
             monitor._hub.wake()
             monitor.simulate(PressureLevel.NORMAL)
             assert provided.get(timeout=30) is holds
+
+
+def test_each_thread_that_looks_is_made_ready_when_it_begins(machine, monkeypatch):
+    ready, told = Hub.ready, queue.SimpleQueue()
+
+    def tell(hub):
+        ready(hub)
+        told.put((threading.current_thread().name, hub._reserve._own.block is not None))
+
+    monkeypatch.setattr(Hub, "ready", tell)
+    with PressureMonitor(root=machine.root):
+        found = {told.get(timeout=30) for _ in range(2)}
+    assert found == {("memsafe-pressure", True), ("memsafe-pressure-deputy", True)}
 
 
 EATEN = """
