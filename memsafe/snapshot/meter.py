@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. Where the
 # page faults say that a bound may have been passed since, it is read sooner; but each time that this proves wrong, half
 # as soon, until there is no difference. It can prove right only some twenty times before the bound is passed, as what
-# is left is halved then. So readings stay at half a percent of a core for as long as a snapshot takes, and so do the
+# is left is halved then. So readings stay at 0.4 % of a core for as long as a snapshot takes, and so do the
 # looks, which count page faults, unless memory may be gone within a few of them.
-_MEASURE_DUTY = 200
+_MEASURE_DUTY = 250
 _MEASURE_DUTY_IN_DOUBT = 10
-_LOOK_DUTY = 200
+_LOOK_DUTY = 250
 _LOOK_EVERY_S = 0.01
 _LOOK_EVERY_S_MIN = 0.002
 # The nearer the end of memory at the fastest plausible rate, the sooner the next look.
