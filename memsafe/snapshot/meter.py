@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # looks, which count page faults, unless memory may be gone within a few of them.
 _MEASURE_DUTY = 250
 _MEASURE_DUTY_IN_DOUBT = 10
+# Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
+_FIRST_AFTER_S = 0.1
 _LOOK_DUTY = 250
 _LOOK_EVERY_S = 0.01
 _LOOK_EVERY_S_MIN = 0.002
@@ -104,7 +106,7 @@ class Meter:
         self._rate_bytes_per_s = self._look_cost_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
-        self._due_s = now_s + _LOOK_EVERY_S
+        self._due_s = now_s + _FIRST_AFTER_S
         self.next_look_s = now_s + self._look_every_s()
 
     @property
