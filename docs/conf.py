@@ -16,6 +16,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings give the units, which types do not
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # or a dataclass's fields would be documented twice
+# Each field is looked up among all names that end as it does, and two classes may have one of the same name.
+suppress_warnings = ["ref.python"]
 default_role = "code"
 add_module_names = False
 

@@ -127,13 +127,15 @@ class RegionCore:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def fork(
-    main: Callable[[int, int, int], object],
+    main: Callable[[int, int, int, int, int], object],
     handover: bytearray,
     wake_fd: int,
     parent_pidfd: int,
     report_fd: int,
     report_read_fd: int,
     oom_score_adj: int,
+    nice: int,
+    idle_io: bool,
     keep_fds: array[int],
     /,
 ) -> None: ...

@@ -90,9 +90,9 @@ class Cell:
     def patience_s(self) -> float:
         """Until when the demand is to be met; where it is not, the program stands still."""
         if self.rate is None:
-            return 15.0 + 1.3 * self.limit_bytes / _SLOWEST_FULL_SPEED
+            return 45.0 + 1.3 * self.limit_bytes / _SLOWEST_FULL_SPEED
         paced_bytes = self.demand_bytes(self.pace_from_bytes)
-        return 15.0 + 2.0 * paced_bytes / self.rate
+        return 45.0 + 2.0 * paced_bytes / self.rate
 
 
 def matrix(

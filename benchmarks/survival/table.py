@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.survival.cells import Cell
@@ -22,7 +23,7 @@ def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
     for line in lines:
         if line["what"] == "run":
             place = places.setdefault(tuple(line[key] for key in _PLACE_KEYS), {})
-            place.setdefault(Cell.from_dict(line["cell"]), []).append(line)
+            place.setdefault(replace(Cell.from_dict(line["cell"]), runs=0), []).append(line)
     for (kernel, version, has_psi), cells in places.items():
         yield f"### Linux {kernel}, cgroup v{version}, PSI {'on' if has_psi else 'off'}"
         yield ""

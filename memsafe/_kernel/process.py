@@ -9,6 +9,8 @@ from memsafe._kernel import files
 from memsafe._kernel.files import UNLIMITED, Labelled, Root
 from memsafe.errors import KernelError
 
+_MAPS_BYTES_MAX = 64 * 1024 * 1024  # 65,530 mappings by default, of up to 4 KiB a path
+
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 
@@ -231,3 +233,29 @@ def minor_faults(pid: int | str = "self", root: Root = "/") -> int:
     if len(fields) < 8:
         raise files.lacking(path, "minflt")
     return files.count(fields[7], path)
+
+
+def thread_names(root: Root = "/", pid: int | str = "self") -> dict[int, str]:
+    """Return the threads of *pid* by number, with the name that each has in comm.
+
+    Raises:
+        KernelError: /proc/<pid>/task cannot be listed.
+    """
+    folder = files.under(root, f"/proc/{pid}/task")
+    named = {}
+    for tid in files.names(folder):
+        text = files.read_optional(f"{folder}/{tid}/comm")
+        if text is not None and tid.isascii() and tid.isdigit():
+            named[int(tid)] = text.decode(errors="replace").strip()
+    return named
+
+
+def mapped_files(root: Root = "/", pid: int | str = "self") -> set[str]:
+    """Return the base names of the files that are mapped into *pid*, libraries among them.
+
+    Raises:
+        KernelError: /proc/<pid>/maps cannot be read.
+    """
+    lines = files.read(files.under(root, f"/proc/{pid}/maps"), max_bytes=_MAPS_BYTES_MAX).splitlines()
+    paths = (line.partition(b"/")[2] for line in lines)  # address, permissions, offset, device, inode, then the path
+    return {path.rpartition(b"/")[2].decode(errors="replace") for path in paths if path}

@@ -71,8 +71,10 @@ class Deputy:
         self._has_ended = False
         self._errand: _Errand | None = None
         self.has_led = False
+        self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memsafe-pressure-deputy", daemon=True)
         self._thread.start()
+        self._is_ready.wait()  # it opens files; later there may be no room for that
 
     @property
     def is_current(self) -> bool:
@@ -142,6 +144,11 @@ class Deputy:
             self._is_wanted_back = False
 
     def _run(self) -> None:
+        try:
+            self._hub.ready()
+            self._hub.rehearse()
+        finally:
+            self._is_ready.set()
         while self._hub.await_alarm() and not self._has_ended:
             is_first = True
             while not self._has_ended and self._lead.acquire(blocking=False):

@@ -7,10 +7,12 @@ import itertools
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import kept
 from memsafe._kernel.descriptors import Owned
+from memsafe._native import lib
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges, sources
 from memsafe.pressure.gauges import Gauge
@@ -18,6 +20,7 @@ from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.pressure.waiter import Look, Waiter, open_timer, set_timer
 from memsafe.sizes import format_size
+from memsafe.status import status_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -148,8 +151,18 @@ class Hub:
             and constraint.used_bytes < limit_bytes - low_bytes
         )
 
+    def ready(self) -> None:
+        """Make the calling thread ready to look when memory is short; from any thread, when it begins."""
+        lib.ms_thread_ready()
+        self._reserve.take_own()
+
+    def rehearse(self) -> None:
+        """Look for nothing but practice, in any thread: the first time begins pages of its stacks and of its heap."""
+        with suppress(KernelError):
+            status_once(self._root)
+
     def provide(self, status: MemoryStatus | None = None) -> None:
-        """Hold memory for the next look, if there is plenty: by *status*, or without one by the last."""
+        """Hold memory for the next looks, if there is plenty: by *status*, or without one by the last."""
         if status is not None:
             self._has_plenty = _has_plenty(status)
         if self._has_plenty:
@@ -259,6 +272,10 @@ class Hub:
         To be left before user code runs, which may want to look for itself.
         """
         return self._files.reading()
+
+    def draw(self) -> None:
+        """Give back some of what is held, for a look that no wait() comes before."""
+        self._reserve.give()
 
     def hear(self, reports: Iterable[Report]) -> tuple[list[str], list[Cause]]:
         """Return the names of the sources that signalled, and what they and the budget say by themselves."""

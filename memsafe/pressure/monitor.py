@@ -384,6 +384,7 @@ class PressureMonitor:
     def _run(self, hub: Hub) -> None:
         deputy = self._deputy
         assert deputy is not None
+        hub.ready()
         requests: list[_Request] = []
         rest_s = 0.0
         deputy.begin()
@@ -442,6 +443,8 @@ class PressureMonitor:
     def _stand_in(self, hub: Hub, is_first: bool) -> None:
         """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
         with self._surviving(hub):
+            if is_first:
+                hub.draw()
             if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
                 hub.provide()
 
@@ -475,6 +478,7 @@ class PressureMonitor:
             self._has_answered = True
             if deputy.has_led:
                 return True  # it has looked since, and has done all that follows
+            hub.draw()  # callbacks may have used up what the wake-up gave
             with hub.reading():
                 _, causes = hub.hear([])
                 status = status_once(self._root)
@@ -648,6 +652,7 @@ class PressureMonitor:
         assert hub is not None
         assert deputy is not None
         with deputy.back(), hub.reading():
+            hub.draw()
             return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
 
 

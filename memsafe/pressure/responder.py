@@ -21,7 +21,7 @@ _log = logging.getLogger("memsafe.pressure")
 _AGAIN_S = 1.0
 _WORSE_RATIO = 1.25
 # Until the next response takes effect, as much may be taken so many times as from the judgement to the first look.
-_LOOKS_AHEAD = 4
+_LOOKS_AHEAD = 8
 
 
 class Responder:

@@ -12,6 +12,7 @@ import time
 from array import array
 from contextlib import suppress
 from dataclasses import replace
+from operator import index
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from memsafe.commit import assess
@@ -19,6 +20,7 @@ from memsafe.errors import SnapshotInProgressError, SnapshotRefusedError
 from memsafe.forecast import LastSnapshot, observations
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import parse_size
+from memsafe.snapshot.child import ChildOptions
 from memsafe.snapshot.supervisor import Bounds, Supervisor
 from memsafe.snapshot.writer import WriterOptions
 
@@ -51,6 +53,8 @@ def fork_snapshot(
     on_progress: Callable[[int, int], object] | None = None,
     timeout_s: float | None = None,
     keep_fds: Iterable[int | HasFileno] = (),
+    nice: int = 0,
+    idle_io: bool = False,
     end_at_critical: bool = True,
     checksum: ChecksumName | None = None,
     compress: Literal["zstd"] | Zstd | None = None,
@@ -65,14 +69,17 @@ def fork_snapshot(
     What is safe in *write*: reading what this thread may read now, and writing to *out*. Only this thread exists in
     the child, so a lock that another thread holds now is held for ever: take the locks that guard the state *before*
     the call (an RLock may be taken again in *write*), and use no queue.Queue, no file object and no library with locks
-    of its own that other threads use. logging itself is safe (CPython renews its locks), its handlers' streams are not.
-    Inherited sockets are closed but for *keep_fds* and 0 to 2; pipes and files are shared with the parent, offsets
+    of its own that other threads use. Imports, logging, malloc and memsafe are safe; docs/snapshots.md goes through
+    the rest. With *timeout_s*, a *write* that waits for ever is reported with the stack on which it does.
+
+    Inherited sockets and pipes are closed but for *keep_fds* and 0 to 2; files are shared with the parent, offsets
     included. print() goes to a copy of the parent's buffer and is lost; flushing it would write the parent's pending
     output twice. No atexit function runs and nothing is finalized. Reading Python objects writes their reference
     counts, and so copies their pages; memory outside of the heap (mmap, arrays) is not copied by reading.
 
     SIGINT is ignored in the child, other handlers are reset, the OOM killer prefers it to this process, and it ends
-    with this process. An interpreter that exits ends a running snapshot; wait for it first if you want it.
+    with this process. In ps it is called memsafe-snap. An interpreter that exits ends a running snapshot; wait for it
+    first if you want it.
 
     Args:
         path: The file to replace. A symbolic link is followed.
@@ -85,7 +92,12 @@ def fork_snapshot(
         on_progress: Called as ``on_progress(done, total)`` in this process, on the job's thread, for what *write*
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.
-        keep_fds: Sockets that *write* needs; descriptors, or objects with fileno().
+        keep_fds: Sockets and pipes that *write* needs; descriptors, or objects with fileno().
+        nice: Added to this process's niceness in the child: 1 to 19 leave the processor to others, below 0 needs
+            CAP_SYS_NICE. A refusal is in the result's warnings.
+        idle_io: Whether the disk is to serve the child only when nobody else wants it (ioprio_set(2)); only some I/O
+            schedulers listen. A refusal is in the result's warnings. Either makes the snapshot take longer, and so
+            copy more.
         end_at_critical: End the child when a PressureMonitor of this process goes to CRITICAL, in a drill too, and
             do not begin while one is there.
         checksum: ``"crc32"`` or ``"sha256"`` of the file, for the result. *write* cannot seek then.
@@ -106,7 +118,8 @@ def fork_snapshot(
     max_copy_bytes = None if max_copy is None else parse_size(max_copy, what="max_copy")
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
-    kept = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
+    keep = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
+    child_options = ChildOptions(keep, index(nice), bool(idle_io))
     options = WriterOptions.of(checksum, compress, max_bytes_per_s)
     claim = _Claim(path)
     supervisor: Supervisor | None = None
@@ -129,7 +142,7 @@ def fork_snapshot(
             functools.partial(_slot.release, claim),
         )
         claim.run = supervisor.run
-        supervisor.fork(write, kept, options)
+        supervisor.fork(write, child_options, options)
         return supervisor.job
     except BaseException:
         if supervisor is None:

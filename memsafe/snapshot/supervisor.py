@@ -34,19 +34,20 @@ from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
-from memsafe.snapshot.child import SnapshotChild
+from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Callable
 
     from memsafe._kernel.files import Root
     from memsafe.pressure.levels import PressureEvent
     from memsafe.snapshot.atomic import StrPath
+    from memsafe.snapshot.child import ChildOptions
     from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
 
 METHOD = "fork"
@@ -63,6 +64,9 @@ _OOM_SCORE_ADJ_MAX = 1000
 # Only for the case that the native fork could not set the eventfd.
 _LOOK_FOR_FORK_MS = 1000
 
+# How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
+_LAST_WORDS_MS = 2000
+_LAST_WORDS_BYTES_MAX = 64 * 1024
 # For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
 _STANDSTILL_MS = 1000
 
@@ -108,6 +112,7 @@ class Supervisor:
         self._wake_fd = -1
         self._pid = 0
         self._pidfd = -1
+        self._stack_fd = -1
         self._done: Done | None = None
         self._raised: Raised | None = None
         self._warnings: list[str] = []
@@ -115,7 +120,9 @@ class Supervisor:
 
     # The caller's thread.
 
-    def fork(self, write: Callable[[SnapshotWriter], object], keep_fds: array[int], options: WriterOptions) -> None:
+    def fork(
+        self, write: Callable[[SnapshotWriter], object], child_options: ChildOptions, options: WriterOptions
+    ) -> None:
         """Have the thread get everything that can be refused, then fork. Whatever is raised, call give_up().
 
         Raises:
@@ -126,7 +133,8 @@ class Supervisor:
         self._prepared.wait()
         if self._refusal is not None:
             raise self._refusal
-        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd)
+        self._forked_by = threading.get_ident()
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
         oom_score_adj = _child_oom_score_adj()
         self._began_s = time.monotonic()
         if self._meter.is_tight:
@@ -140,7 +148,9 @@ class Supervisor:
                 self._report_write_fd,
                 self._report_fd,
                 oom_score_adj,
-                keep_fds,
+                child_options.nice,
+                child_options.idle_io,
+                child_options.keep_fds,
             )
         except OSError as error:
             code = error.errno or errno.EAGAIN
@@ -199,6 +209,10 @@ class Supervisor:
             self._write_end.callback(os.close, self._report_write_fd)
             self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
             resources.callback(self._meter.close)
+            if self._bounds.timeout_s is not None:
+                with suppress(OSError):  # then nothing is said of where a child hangs
+                    self._stack_fd = os.memfd_create("memsafe-stack")
+                    resources.callback(os.close, self._stack_fd)
             self._kill_watch = KillWatch(self._bounds.root)
             resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -328,7 +342,10 @@ class Supervisor:
         now_s = time.monotonic()
         timeout_s = self._bounds.timeout_s
         if timeout_s is not None and now_s >= self._began_s + timeout_s:
-            self._end(SnapshotFailedError(self._ended(f"it was still running after {timeout_s} s")))
+            stack = self._last_words()
+            where = _where(stack, witnesses(self._forked_by, self._bounds.root))
+            what = self._ended(f"it was still running after {timeout_s} s{where}")
+            self._end(SnapshotFailedError(what, child_traceback=stack or None))
         elif now_s >= self._meter.next_look_s:
             self._look()
 
@@ -405,6 +422,18 @@ class Supervisor:
             except OSError:  # it has become another user's: its guard ends it when nobody listens
                 self._reader.close()
 
+    def _last_words(self) -> str:
+        """Have the child die of a signal to which it answers with its stacks; "" when it did not answer."""
+        if self._stack_fd < 0 or self._pidfd < 0:
+            return ""
+        with suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, STACK_SIGNAL)
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            poller.poll(_LAST_WORDS_MS)
+            return os.pread(self._stack_fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
+        return ""
+
     def _has_ended(self) -> bool:
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
@@ -463,6 +492,16 @@ def _pidfd_of_self() -> int:
         raise KernelError(
             error.errno or errno.ENOSYS, "pidfd_open", "fork_snapshot needs it to tie the child to its parent"
         ) from None
+
+
+def _where(stack: str, witnesses: str) -> str:
+    where = f"\n\nWhere the child stood:\n{stack}" if stack else ""
+    if witnesses:
+        where += (
+            "\n\nThe child has only the thread that forked; what another one held then is held there for ever. In this "
+            f"process there are {witnesses}"
+        )
+    return where
 
 
 def _how_it_ended(status: os.waitid_result | None) -> str:

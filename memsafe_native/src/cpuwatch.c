@@ -6,6 +6,7 @@
 
 #include "cpuwatch.h"
 #include "native_thread.h"
+#include "thread.h"
 
 enum {
     LEAST_NS = 1000 * 1000,    /* the kernel looks at CPU clocks once a tick, 1 to 10 ms */
@@ -46,6 +47,7 @@ static void *run(void *unused)
     struct timespec span = {.tv_nsec = LEAST_NS};
     (void)unused;
     pthread_setname_np(pthread_self(), "memsafe-cpu");
+    ms_thread_ready();
     for (;;) {
         int error = clock_nanosleep(CLOCK_PROCESS_CPUTIME_ID, 0, &span, NULL);
         pthread_mutex_lock(&lock);

@@ -16,6 +16,10 @@
 /* The guard only polls; what it touches of this is a page or two. Room for the static TLS of whatever is loaded. */
 #define GUARD_STACK_BYTES (256 * 1024)
 
+/* ioprio_set(2): linux/ioprio.h came to userspace with 5.15 only. */
+#define IOPRIO_WHO_PROCESS 1
+#define IOPRIO_IDLE        (3 << 13)
+
 /* What getdents64(2) fills in; glibc declares it since 2.30 only. */
 struct entry {
     uint64_t ino;
@@ -70,7 +74,7 @@ static void *guard_main(void *unused)
     return NULL;
 }
 
-/* PR_SET_PDEATHSIG would follow the thread that forked, which may end long before its process. */
+/* The truth about the parent's end, from the first poll on. */
 static int start_guard(int parent_pidfd, int report_fd)
 {
     pthread_attr_t attributes;
@@ -89,6 +93,30 @@ static int start_guard(int parent_pidfd, int report_fd)
     return error;
 }
 
+/* A help for the guard, which a stopped process's thread is not: SIGKILL reaches that too. It follows the thread that
+ * forked, which may end long before its process, so only the main thread may give it. A parent that is gone by now is
+ * the guard's to notice. */
+static void die_with_main_thread(const struct ms_fork_child *child)
+{
+    if (child->parent_tid == child->parent_pid)
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+}
+
+static int lower_priority(int nice_by)
+{
+    if (!nice_by)
+        return 0;
+    errno = 0;
+    return nice(nice_by) == -1 ? errno : 0;
+}
+
+static int lower_io_priority(int idle_io)
+{
+    if (!idle_io)
+        return 0;
+    return syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE) ? errno : 0;
+}
+
 static int is_kept(const struct ms_fork_child *child, int fd)
 {
     for (size_t i = 0; i < child->keep_count; i++)
@@ -97,10 +125,35 @@ static int is_kept(const struct ms_fork_child *child, int fd)
     return 0;
 }
 
-/* A connection that the parent closes would stay half open for as long as the child holds its copy. The number is not
- * freed but given to a pidfd, which is no use to anybody: a Python object that still believes in it and is finalized
- * here must not close a file that got the number since. */
-static int release_sockets(const struct ms_fork_child *child)
+static int is_anonymous(int fd, const char *kind)
+{
+    char link[64], target[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, target, sizeof target - 1);
+    if (length < 0)
+        return 0;
+    target[length] = '\0';
+    return strcmp(target, kind) == 0;
+}
+
+/* What goes on for others as long as any process has it open. A connection, or a pipe, that the parent closes would
+ * stay half open: its reader waits for an end that does not come, subprocess.Popen among them, whose own pipe may have
+ * been caught by the fork. An epoll and an io_uring are the parent's loop itself: taking a descriptor out here would
+ * take it out there. */
+static int is_shared_with_others(int fd)
+{
+    struct stat status;
+    if (fstat(fd, &status))
+        return 0;
+    if (S_ISSOCK(status.st_mode) || S_ISFIFO(status.st_mode))
+        return 1;
+    return !(status.st_mode & S_IFMT) &&
+           (is_anonymous(fd, "anon_inode:[eventpoll]") || is_anonymous(fd, "anon_inode:[io_uring]"));
+}
+
+/* The number is not freed but given to a pidfd, which is no use to anybody: a Python object that still believes in it
+ * and is finalized here must not close a file that got the number since. */
+static int release_descriptors(const struct ms_fork_child *child)
 {
     _Alignas(struct entry) char buffer[4096];
     int error = 0;
@@ -118,8 +171,7 @@ static int release_sockets(const struct ms_fork_child *child)
             const struct entry *entry = (const struct entry *)(buffer + at);
             at += entry->length;
             int fd = atoi(entry->name); /* "." and ".." give 0, which stays open */
-            struct stat status;
-            if (fd <= 2 || is_kept(child, fd) || fstat(fd, &status) || !S_ISSOCK(status.st_mode))
+            if (fd <= 2 || fd == child->report_fd || is_kept(child, fd) || !is_shared_with_others(fd))
                 continue;
             if (dup3(child->parent_pidfd, fd, O_CLOEXEC) < 0)
                 error = errno;
@@ -132,11 +184,15 @@ static int release_sockets(const struct ms_fork_child *child)
 void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps *steps)
 {
     steps->oom_score_adj = raise_oom_score_adj(child->oom_score_adj);
+    die_with_main_thread(child);
     reset_signal_handlers();
     close(child->report_read_fd);
-    prctl(PR_SET_NAME, "memsafe-snap", 0, 0, 0);
+    prctl(PR_SET_NAME, "memsafe-guard", 0, 0, 0);                      /* which the thread inherits */
     steps->guard = start_guard(child->parent_pidfd, child->report_fd); /* before the mask opens: it takes no signals */
-    steps->sockets = release_sockets(child);
+    prctl(PR_SET_NAME, "memsafe-snap", 0, 0, 0);
+    steps->nice = lower_priority(child->nice); /* after the guard, which is quick where there is something to do */
+    steps->idle_io = lower_io_priority(child->idle_io);
+    steps->descriptors = release_descriptors(child);
     sigset_t none;
     sigemptyset(&none);
     pthread_sigmask(SIG_SETMASK, &none, NULL);

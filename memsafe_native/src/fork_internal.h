@@ -12,15 +12,21 @@ struct ms_fork_child {
     int report_fd;      /* write end of the pipe to the parent */
     int report_read_fd; /* its read end: the child's copy is closed, or the pipe would never break */
     int oom_score_adj;
-    const int *keep_fds; /* sockets that stay open */
+    int nice;            /* added to the inherited niceness */
+    int idle_io;         /* whether the disk serves it only when nobody else wants it */
+    pid_t parent_tid;    /* the thread that forks; its process's main thread where it equals parent_pid */
+    pid_t parent_pid;    /* as seen by the parent */
+    const int *keep_fds; /* sockets and pipes that stay open */
     size_t keep_count;
 };
 
-/* errno of each step that can fail, 0 where it went well. */
+/* errno of each step that can fail, 0 where it went well or was not asked for. */
 struct ms_fork_steps {
     int oom_score_adj;
     int guard;
-    int sockets;
+    int descriptors;
+    int nice;
+    int idle_io;
 };
 
 /* The first acts of a forked child, before any Python.

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -33,13 +34,17 @@ static _Noreturn void run_child(PyObject *main, const struct ms_fork_child *chil
     ms_fork_child_begin(child, &steps);
     PyGC_Disable(); /* a collection writes to every object's header, and so copies its page */
     PyOS_AfterFork_Child();
-    PyObject *result = PyObject_CallFunction(main, "iii", steps.oom_score_adj, steps.guard, steps.sockets);
+    PyObject *result = PyObject_CallFunction(main, "iiiii", steps.oom_score_adj, steps.guard, steps.descriptors,
+                                             steps.nice, steps.idle_io);
     _exit(result ? 0 : 1);
 }
 
 static const char fork_doc[] =
-    "fork(main, handover, wake_fd, parent_pidfd, report_fd, report_read_fd, oom_score_adj, keep_fds) -> None\n\n"
-    "Fork, keeping the GIL. In the child main(oom_score_adj_errno, guard_errno, sockets_errno) is called, then _exit.\n"
+    "fork(main, handover, wake_fd, parent_pidfd, report_fd, report_read_fd, oom_score_adj, nice, idle_io, keep_fds)"
+    " -> None\n\n"
+    "Fork, keeping the GIL. In the child main(oom_score_adj, guard, descriptors, nice, idle_io) is called with the "
+    "errno"
+    " of each step, or 0, then _exit.\n"
     "In the parent (pid, pidfd, pause_ns) is put into *handover* and the eventfd *wake_fd* is set, then it returns.\n"
     "keep_fds: bytes of C ints. Raises OSError when no child was made; *handover* is then as it was.";
 
@@ -49,8 +54,8 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
     Py_buffer handover, keep;
     int wake_fd;
     struct ms_fork_child child;
-    if (!PyArg_ParseTuple(args, "Ow*iiiiiy*:fork", &main, &handover, &wake_fd, &child.parent_pidfd, &child.report_fd,
-                          &child.report_read_fd, &child.oom_score_adj, &keep))
+    if (!PyArg_ParseTuple(args, "Ow*iiiiiipy*:fork", &main, &handover, &wake_fd, &child.parent_pidfd, &child.report_fd,
+                          &child.report_read_fd, &child.oom_score_adj, &child.nice, &child.idle_io, &keep))
         return NULL;
     int error = 0;
     if (handover.len != (Py_ssize_t)sizeof(struct handover) || keep.len % (Py_ssize_t)sizeof(int)) {
@@ -59,6 +64,8 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
     }
     child.keep_fds = keep.buf;
     child.keep_count = (size_t)keep.len / sizeof(int);
+    child.parent_pid = getpid();
+    child.parent_tid = (pid_t)syscall(SYS_gettid); /* glibc declares gettid() since 2.30 only */
 
     PyOS_BeforeFork();
     sigset_t all, before;

@@ -18,6 +18,7 @@
 #include "gauge.h"
 #include "kept.h"
 #include "native_thread.h"
+#include "thread.h"
 #include "waiter.h"
 
 enum {
@@ -308,6 +309,7 @@ static void *run(void *argument)
     ms_waiter *waiter = argument;
     struct epoll_event events[EVENTS_PER_WAIT];
     pthread_setname_np(pthread_self(), "memsafe-waiter");
+    ms_thread_ready();
     for (;;) {
         int ready = epoll_wait(waiter->epoll_fd, events, EVENTS_PER_WAIT, -1);
         if (ready < 0 && errno != EINTR)

@@ -23,7 +23,7 @@ from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
 from tests.integration import scenario
-from tests.integration.sealed import seal
+from tests.integration.sealed import refuse_to_sleep_by_cpu_time, seal
 
 MIB = 1024**2
 
@@ -143,7 +143,9 @@ def test_thresholds_are_set_anew_when_the_limit_changes(v1_group):
     assert found["usage.low"] == f"wakes when the usage passes {expected_bytes} bytes"
 
 
-def is_warned_by_gauges_alone(group):
+def is_warned_by_gauges_alone(group, refused):
+    if refused:
+        refuse_to_sleep_by_cpu_time(errno.EPERM)
     join(group)
     (own, *_) = cgroup.memory_cgroups()
     filler, heard = Filler(), []
@@ -152,6 +154,7 @@ def is_warned_by_gauges_alone(group):
     thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
     with PressureMonitor(thresholds=thresholds) as monitor:
         used = [source.name for source in monitor.sources if source.used]
+        reasons = {source.name: source.reason for source in monitor.sources if not source.used}
         for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
             monitor.on(level, lambda event: (heard.append((event.level.name, event.available_bytes)), came.set()))
             begins_at = 128 * MIB - thresholds.begins_at(level, 128 * MIB)
@@ -161,14 +164,20 @@ def is_warned_by_gauges_alone(group):
             came.clear()
     return {
         "used": used,
+        "unused": reasons,
         "heard": heard[:2],
         "limits": [thresholds.begins_at(PressureLevel(n), 128 * MIB) for n in (1, 2)],
     }
 
 
-def test_a_gauge_tells_what_no_source_of_the_kernel_does(v1_group):
-    found = scenario.run(is_warned_by_gauges_alone, v1_group)
-    assert set(found["used"]) == {"headroom.memory.limit_in_bytes", "headroom.physical", "cpu_time", "polling"}
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_gauge_tells_what_no_source_of_the_kernel_does_also_where_no_thread_may_follow_the_cpu_time(
+    v1_group, refused
+):
+    found = scenario.run(is_warned_by_gauges_alone, v1_group, refused)
+    used = {"headroom.memory.limit_in_bytes", "headroom.physical", "polling"}
+    assert set(found["used"]) == (used if refused else used | {"cpu_time"})
+    assert ("Operation not permitted" in found["unused"].get("cpu_time", "")) == refused
     assert [level for level, _ in found["heard"]] == ["LOW", "CRITICAL"]
     assert all(left <= limit for (_, left), limit in zip(found["heard"], found["limits"], strict=True))
 

@@ -509,6 +509,44 @@ def test_where_the_folder_cannot_be_synced_it_says_that_the_new_file_is_there(pa
     assert got["content"] == "new"
 
 
+def cancelled_then_junk(path):
+    from memsafe.snapshot import reports
+
+    jobs, begin, cancelled, written = [], Gate(), Gate(), Gate()
+    fds = []
+    real = reports.Reporter.__init__
+
+    def init(self, fd):
+        fds.append(fd)
+        real(self, fd)
+
+    reports.Reporter.__init__ = init
+
+    def write(out):
+        begin.wait()
+        out.progress(1, 2)
+        cancelled.wait()
+        os.write(fds[0], b"junk" * 100)
+        written.open()
+        Gate().wait()
+
+    def on_progress(done, total):
+        jobs[0].cancel()
+        cancelled.open()
+        written.wait()
+
+    jobs.append(memsafe.fork_snapshot(path, write, on_progress=on_progress))
+    begin.open()
+    got = outcome(jobs[0])
+    for gate in (begin, cancelled, written):
+        gate.close()
+    return got
+
+
+def test_what_was_cancelled_is_cancelled_whatever_goes_wrong_after(path):
+    assert scenario.run(cancelled_then_junk, path)["error"] == "SnapshotCancelledError"
+
+
 def unkillable(path):
     """The child has become another user's, whom this process may not signal."""
     refused = []

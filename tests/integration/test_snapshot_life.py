@@ -40,6 +40,7 @@ class Child:
 
     def __init__(self):
         self.orders, self.answers = os.pipe(), os.pipe()
+        self.kept = (self.orders[0], self.answers[1])
 
     def __call__(self, out):
         while True:
@@ -129,7 +130,7 @@ class Life(RuleBasedStateMachine):
         self.descriptors = set(os.listdir("/proc/self/fd"))
         self.child = Child()
         self.written, self.reported = "", None
-        self.job = memsafe.fork_snapshot(self.path, self.child, **keywords)
+        self.job = memsafe.fork_snapshot(self.path, self.child, keep_fds=self.child.kept, **keywords)
 
     @precondition(idle)
     @rule()

@@ -12,6 +12,7 @@ import pytest
 import memsafe
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
+from tests.integration.snapshots import Gate, gated
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
@@ -133,16 +134,15 @@ def test_it_recovers_by_itself(path):
 
 
 def beside_another(path):
-    gate_fd, open_fd = os.pipe()
-    other = memsafe.fork_snapshot(path + ".other", lambda out: os.read(gate_fd, 1))
+    gate = Gate()
+    other = memsafe.fork_snapshot(path + ".other", gated(gate))
     schedule = memsafe.SnapshotSchedule(path, lambda out: out.write(b"{}"), after_changes=1, retry_s=0.01)
     schedule.note_changes()
     schedule.tick()
     put_off = type(schedule.deferred_by).__name__
-    os.write(open_fd, b"!")
+    gate.open()
     other.wait(PATIENCE_S)
-    os.close(gate_fd)
-    os.close(open_fd)
+    gate.close()
     until(lambda: schedule.tick() and schedule.last_result)
     return {"put_off": put_off, "failures": schedule.consecutive_failures, "now": schedule.deferred_by}
 

@@ -63,6 +63,25 @@ def test_the_first_user_namespace_is_known_by_its_number(tree: ProcTree) -> None
     assert not process.in_initial_user_namespace(tree.root)
 
 
+def test_threads_are_told_by_number_and_name(tree: ProcTree) -> None:
+    tree.write("/proc/self/task/7/comm", "python3\n")
+    tree.write("/proc/self/task/8/comm", "a (b) \xff\n")
+    (tree.root / "proc/self/task/9").mkdir()  # it has ended meanwhile
+    assert process.thread_names(tree.root) == {7: "python3", 8: "a (b) \xff"}
+
+
+def test_mapped_files_are_told_by_base_name_once(tree: ProcTree) -> None:
+    tree.write(
+        "/proc/self/maps",
+        "00400000-00401000 r-xp 00000000 08:01 11 /usr/lib/libgomp.so.1.0.0\n"
+        "00401000-00402000 rw-p 00001000 08:01 11 /usr/lib/libgomp.so.1.0.0\n"
+        "00402000-00403000 rw-p 00000000 00:00 0\n"
+        "00403000-00404000 r--p 00000000 08:01 12 /a b/gone.so (deleted)\n"
+        "7ffe0000-7fff0000 rw-p 00000000 00:00 0 [stack]\n",
+    )
+    assert process.mapped_files(tree.root) == {"libgomp.so.1.0.0", "gone.so (deleted)"}
+
+
 @given(st.binary(max_size=300))
 def test_no_content_raises_anything_but_a_memsafe_error(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     root = tmp_path_factory.mktemp("fuzz")
@@ -73,6 +92,7 @@ def test_no_content_raises_anything_but_a_memsafe_error(tmp_path_factory: pytest
         "smaps_rollup": lambda: process.smaps_rollup(root=root),
         "oom_score_adj": lambda: process.oom_score_adj(root),
         "limits": lambda: process.limits(root).data_bytes,
+        "maps": lambda: process.mapped_files(root),
         "status": lambda: process.status(root).real_uid,
     }
     for name, read in reads.items():

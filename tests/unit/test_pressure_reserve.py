@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,21 +18,33 @@ MIB = 1024 * 1024
 
 
 def held_bytes(reserve: BlockReserve) -> int:
-    return sum(map(sys.getsizeof, reserve._blocks))
+    return sum(sys.getsizeof(block) for portion in reserve._portions for block in portion)
 
 
-def test_it_holds_every_size_and_gives_all_back():
+def test_it_holds_every_size_twice_and_gives_a_portion_at_a_time():
     reserve = BlockReserve()
     for _ in range(2):
         reserve.take()
-        first = reserve._blocks[0]
+        first = [portion[0] for portion in reserve._portions]
         reserve.take()
-        assert reserve._blocks[0] is first, "what is held is not taken again"
-        sizes = {-(-sys.getsizeof(block) // 16) * 16 for block in reserve._blocks}
-        assert sizes >= set(range(16, 513, 16))
-        assert RESERVE_BYTES / 2 < held_bytes(reserve) <= RESERVE_BYTES
-        reserve.give()
-        assert held_bytes(reserve) == 0
+        assert all(portion[0] is each for portion, each in zip(reserve._portions, first, strict=True)), "taken again"
+        for portion in reserve._portions:
+            sizes = {-(-sys.getsizeof(block) // 16) * 16 for block in portion}
+            assert sizes >= set(range(16, 513, 16))
+        all_bytes = held_bytes(reserve)
+        assert RESERVE_BYTES / 3 < all_bytes <= RESERVE_BYTES / 2, "the rest is the large blocks"
+        for left_bytes in (all_bytes / 2, 0, 0):
+            reserve.give()
+            assert held_bytes(reserve) == left_bytes
+
+
+def test_a_portion_that_was_given_back_is_taken_again_beside_one_that_is_held():
+    reserve = BlockReserve()
+    reserve.take()
+    all_bytes = held_bytes(reserve)
+    reserve.give()
+    reserve.take()
+    assert held_bytes(reserve) == all_bytes
 
 
 @pytest.fixture
@@ -78,6 +91,19 @@ def test_waking_up_for_anything_but_a_look_leaves_it_as_it_was(machine, provided
             monitor._hub.wake()
             monitor.simulate(PressureLevel.NORMAL)
             assert provided.get(timeout=30) is holds
+
+
+def test_each_thread_that_looks_is_made_ready_when_it_begins(machine, monkeypatch):
+    ready, told = Hub.ready, queue.SimpleQueue()
+
+    def tell(hub):
+        ready(hub)
+        told.put((threading.current_thread().name, hub._reserve._own.block is not None))
+
+    monkeypatch.setattr(Hub, "ready", tell)
+    with PressureMonitor(root=machine.root):
+        found = {told.get(timeout=30) for _ in range(2)}
+    assert found == {("memsafe-pressure", True), ("memsafe-pressure-deputy", True)}
 
 
 EATEN = """

@@ -217,6 +217,24 @@ def test_whatever_fails_there_is_the_old_file_or_the_new_one_and_nothing_else(ki
     assert outcomes.count("failed") >= 5
 
 
+def test_the_file_is_synced_before_it_is_renamed_and_the_folder_after(kind, path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(fd):
+        calls.append("folder synced" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file synced")
+        fsync(fd)
+
+    def renamed(*args, **keywords):
+        calls.append("renamed")
+        rename(*args, **keywords)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    replace(path)
+    assert calls == ["file synced", "renamed", "folder synced"]
+
+
 @pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EIO, False)])
 def test_a_file_system_without_fsync_of_folders_is_good_enough_but_an_error_is_told(path, monkeypatch, code, works):
     real = os.fsync

@@ -450,6 +450,39 @@ def test_of_a_removed_cgroup_its_trigger_tells_once_and_its_memory_events_never(
     assert child.run(lost, str(own.path)) == [[2, errno.ENODEV]]
 
 
+def switches_of(name):
+    """How often the thread of that name has slept."""
+    (task,) = (each for each in Path("/proc/self/task").iterdir() if (each / "comm").read_text().strip() == name)
+    (line,) = (each for each in (task / "status").read_text().splitlines() if each.startswith("voluntary"))
+    return int(line.split()[1])
+
+
+def polls_what_is_gone(old, new):
+    """The cgroup that gauges read is left and removed. How often Python was woken for that, and what comes after."""
+    hoard, low = Hoard(256 * MIB), threading.Event()
+    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(poll_s_min=0.001, poll_s_max=3600)) as monitor:
+        monitor.on(PressureLevel.LOW, lambda event: low.set())
+        monitor.check()
+        looks, hear = [], monitor._hub.hear
+        monitor._hub.hear = lambda reports: looks.append(reports) or hear(reports)
+        Path(new, "cgroup.procs").write_text(str(os.getpid()))
+        Path(old).rmdir()
+        before = switches_of("memsafe-waiter")
+        while switches_of("memsafe-waiter") < before + 3:
+            pass  # it reads its gauges
+        in_vain = len(looks)
+        monitor.check()
+        while not low.is_set() and hoard.size_bytes < 90 * MIB:
+            hoard.grow()
+        return {"looks in vain": in_vain, "is low": low.wait(PATIENCE_S)}
+
+
+def test_a_gauge_of_a_removed_cgroup_is_silent_and_the_next_look_finds_the_new_one(group):
+    old, new = group.child("old", memory_max=128 * MIB), group.child("new", memory_max=128 * MIB)
+    told = child.run(polls_what_is_gone, str(old.path), str(new.path), cgroup=old)
+    assert told == {"looks in vain": 0, "is low": True}
+
+
 # PSI: what the kernel takes
 
 
