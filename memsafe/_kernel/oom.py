@@ -109,7 +109,8 @@ class KillLog:
         """Read no more. Twice is a no-op."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
 
 
 class KillWatch:
