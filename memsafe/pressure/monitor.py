@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe._kernel import notify
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import levels
@@ -213,7 +214,7 @@ class PressureMonitor:
     def _open(self) -> Hub:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
-            self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._changed_fd = notify.open_eventfd()
             self._changed = Owned(self._changed_fd)
             with hub.reading():
                 status = status_once(self._root)

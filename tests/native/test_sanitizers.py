@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
             "waiter_threads",
             ["waiter", "kept", "gauge", "cpuwatch", "emergency", "generation", "native_thread", "thread"],
         ),
-        ("region_faults", ["budget", "claim"]),
+        ("region_faults", ["budget", "claim", "generation"]),
     ],
 )
 def test_a_program_runs_clean(tmp_path, name, concepts, sanitizers):
