@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe._kernel import notify
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import journal, levels
@@ -234,7 +235,7 @@ class PressureMonitor:
     def _open(self) -> tuple[Hub, KernelError | None]:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
-            self._changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._changed_fd = notify.open_eventfd()
             self._changed = Owned(self._changed_fd)
             with hub.reading():
                 status = status_once(self._root)
