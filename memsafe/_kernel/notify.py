@@ -26,6 +26,18 @@ def open_read(path: str) -> int:
     return _open(path, os.O_RDONLY)
 
 
+def open_eventfd() -> int:
+    """Return an eventfd, non-blocking, at 0.
+
+    Raises:
+        KernelError: No descriptor could be had.
+    """
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise KernelError(error.errno or errno.EIO, "eventfd") from None
+
+
 def open_watched(path: str) -> int:
     """Return a descriptor of a kernfs file that signals POLLPRI when it changes, such as memory.events.
 
@@ -35,7 +47,7 @@ def open_watched(path: str) -> int:
     fd = open_read(path)
     try:
         _require_signals(fd, path)
-    except KernelError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -72,7 +84,7 @@ def arm_trigger(path: str, trigger: bytes) -> int:
         _require_signals(fd, path)
         # The kernel puts its NUL over the last byte that is written.
         write(fd, trigger.rstrip(b"\0") + b"\0", path)
-    except KernelError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -144,10 +156,10 @@ def _arm_v1(directory: str, name: str, argument: str) -> int:
         control_fd = _open(control_path, os.O_WRONLY)
         try:
             # One eventfd for one threshold: with two on one, unregistering could crash kernels before 5.6.
-            event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            event_fd = open_eventfd()
             try:
                 write(control_fd, f"{event_fd} {target_fd} {argument}".encode(), control_path)
-            except KernelError:
+            except BaseException:
                 os.close(event_fd)
                 raise
         finally:
@@ -170,10 +182,12 @@ def _open(path: str, flags: int) -> int:
 
 
 def _require_signals(fd: int, path: str) -> None:
-    with select.epoll() as probe:
-        try:
+    try:
+        with select.epoll() as probe:
             probe.register(fd, 0)
-        except PermissionError:
-            raise KernelError(
-                errno.EPERM, f"epoll_ctl {path}", "a plain file, not the kernel's: it never signals"
-            ) from None
+    except PermissionError:
+        raise KernelError(
+            errno.EPERM, f"epoll_ctl {path}", "a plain file, not the kernel's: it never signals"
+        ) from None
+    except OSError as error:
+        raise files.failed(error, path, "epoll_ctl") from None

@@ -104,7 +104,7 @@ class Gauge(Source):
                 if path not in self._fds:
                     self._fds[path] = Owned(notify.open_read(path))
                     _read_once(self._fds[path].fd, path)
-        except KernelError:
+        except BaseException:
             self._close_fd()
             raise
         return self._fds[self._sums[0].terms[0][0]].fd

@@ -97,8 +97,9 @@ class Hub:
         try:
             self._alarm = Owned(open_timer())
             os.set_blocking(self._alarm.fd, True)
-            for source in self._lasting:
-                source.open(self._waiter, next(self._tokens))
+            self._polling.require(self._waiter, next(self._tokens))  # without it nobody would look again
+            if self._watermark is not None:
+                self._watermark.open(self._waiter, next(self._tokens))
             self._between = Look(self._polling.timer_fd, self._files, self._reserve, self._alarm.fd)
             self._between.pace(thresholds.fill_bytes_per_s, thresholds.poll_s_min, thresholds.poll_s_max)
         except BaseException:

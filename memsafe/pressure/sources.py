@@ -100,19 +100,27 @@ class Source(ABC):
     def open(self, native: Waiter, token: int) -> None:
         """Begin to wait for it under *token*; where it cannot be had, keep the reason."""
         try:
-            self._fd = self._arm()
-            self._owned = Owned(self._fd)
-            try:
-                self._attach(native, token)
-            except KernelError:
-                self._close_fd()
-                raise
+            self.require(native, token)
         except KernelError as error:
             self._reason = _explain(error)
         except UnsupportedError as error:
             self._reason = str(error)
-        else:
-            self.token, self._used = token, True
+
+    def require(self, native: Waiter, token: int) -> None:
+        """Begin to wait for it under *token*.
+
+        Raises:
+            KernelError: It cannot be had, or no descriptor for it.
+            UnsupportedError: This machine does not have it.
+        """
+        self._fd = self._arm()
+        try:
+            self._owned = Owned(self._fd)
+            self._attach(native, token)
+        except BaseException:
+            self._close_fd()
+            raise
+        self.token, self._used = token, True
 
     def skip(self) -> None:
         """Leave it closed because the better source is used."""
@@ -184,7 +192,7 @@ class CgroupEvents(Source):
         fd = notify.open_watched(self._group.file("memory.events"))
         try:
             self._before = self._counts()
-        except KernelError:
+        except BaseException:
             os.close(fd)
             raise
         return fd
@@ -341,11 +349,14 @@ class ManagedStream(Source):
         return systemd.open_stream(self._file, self._data)
 
 
+WATERMARK = "budget.soft_limit"
+
+
 class BudgetWatermark(Source):
     """The soft limit of a budget: passing it is a cause that lasts until the use has fallen to nine tenths of it."""
 
     def __init__(self, budget: Budget) -> None:
-        super().__init__("budget.soft_limit", None, f"raises LOW while budget {budget.path!r} is over its soft limit")
+        super().__init__(WATERMARK, None, f"raises LOW while budget {budget.path!r} is over its soft limit")
         self._budget = budget
         self._is_over = False
         self._lock = threading.Lock()  # the descriptor must not be another's when it is written to
@@ -371,8 +382,12 @@ class BudgetWatermark(Source):
         return Cause(PressureLevel.LOW, self.name, detail)
 
     def _arm(self) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._budget.on_soft_limit(self._passed)
+        fd = notify.open_eventfd()
+        try:
+            self._budget.on_soft_limit(self._passed)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def _close_fd(self) -> None:

@@ -36,14 +36,13 @@ class Report:
     Attributes:
         token: Which source.
         count: How often; of a COUNTER, the sum of what was read.
-        first_ns, last_ns: When the native thread saw it, by time.monotonic_ns().
+        first_ns: When the native thread saw the first of it, by time.monotonic_ns().
         lost_errno: Not 0: the source failed and is no longer waited for.
     """
 
     token: int
     count: int
     first_ns: int
-    last_ns: int
     lost_errno: int
 
 
@@ -205,10 +204,7 @@ class Waiter:
         if count == -errno.EINTR:
             return []
         check(count, "take from the native waiter")
-        return [
-            Report(each.token, each.count, each.first_ns, each.last_ns, each.lost_errno)
-            for each in self._reports[0:count]
-        ]
+        return [Report(each.token, each.count, each.first_ns, each.lost_errno) for each in self._reports[0:count]]
 
     def close(self) -> None:
         """Join the thread and close the waiter's own descriptors; in a forked child, only those. Twice is a no-op."""

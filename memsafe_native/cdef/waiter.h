@@ -13,9 +13,8 @@ enum ms_waiter_how {
 
 typedef struct ms_waiter_report {
     uint64_t token;
-    uint64_t count;   /* events since the last take; of a COUNTER, the sum of what was read */
-    int64_t first_ns; /* CLOCK_MONOTONIC when the thread saw the first and the last of them */
-    int64_t last_ns;
+    uint64_t count;     /* events since the last take; of a COUNTER, the sum of what was read */
+    int64_t first_ns;   /* CLOCK_MONOTONIC when the thread saw the first of them */
     int32_t lost_errno; /* not 0: the source failed with this error and is no longer waited for */
 } ms_waiter_report;
 
@@ -66,7 +65,7 @@ typedef struct ms_waiter_look {
 int ms_waiter_wait(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity);
 
 /* Give this back as soon as a gauge has no more left than its give_bytes: whoever holds the GIL may hold it for long.
- * Shared; NULL: nothing. Gauges are then read until it was given, also after they have told.
+ * Shared, and instead of the one before. Gauges are then read until it was given, also after they have told.
  * Returns 0, -ECHILD. Thread-safe. Needs no GIL. */
 int ms_waiter_set_reserve(ms_waiter *waiter, ms_emergency *reserve);
 

@@ -7,12 +7,13 @@
 
 #include "ms.h"
 #include "emergency.h"
+#include "generation.h"
 
 struct ms_emergency {
     atomic_int references;
-    atomic_int holder; /* the process that holds it; 0: nobody. Written with the lock held */
-    int is_closed;     /* guarded by the lock */
-    char *address;     /* guarded by the lock */
+    atomic_uint holder; /* the generation that holds it, counted from 1; 0: nobody. Written with the lock held */
+    int is_closed;      /* guarded by the lock */
+    char *address;      /* guarded by the lock */
     size_t size;
     size_t page;
 };
@@ -66,8 +67,7 @@ void ms_emergency_unref(ms_emergency *emergency)
 
 static int is_held(const ms_emergency *emergency)
 {
-    int holder = atomic_load_explicit(&emergency->holder, memory_order_acquire);
-    return holder != 0 && holder == getpid();
+    return atomic_load_explicit(&emergency->holder, memory_order_acquire) == 1 + ms_generation();
 }
 
 /* Returns 0, or -errno. A mapping of its own, which nothing is joined to: taking it away splits none. */
@@ -97,7 +97,7 @@ int64_t ms_emergency_take(ms_emergency *emergency)
         taken = map(emergency);
         if (taken == 0) {
             taken = (int64_t)emergency->size;
-            atomic_store_explicit(&emergency->holder, getpid(), memory_order_release);
+            atomic_store_explicit(&emergency->holder, 1 + ms_generation(), memory_order_release);
         }
     }
     pthread_mutex_unlock(&lock);

@@ -7,6 +7,7 @@
 
 #include "ms.h"
 #include "budget.h"
+#include "generation.h"
 #include "region.h"
 
 /* x86-64's and, with 4 KiB pages, arm64's; a wrong guess costs some address space and no correctness. */
@@ -33,7 +34,7 @@ struct ms_region {
     ms_budget *budget; /* a reference */
     int flags;
     int fd;
-    pid_t pid;               /* whose it is alone, after MADV_DONTFORK: a forked child does not have it */
+    unsigned generation;     /* whose it is alone, after MADV_DONTFORK: a forked child does not have it */
     int advice[ABOUT_COUNT]; /* MADV_NORMAL, which is 0, where none was given */
     uint64_t committed[];    /* a bit a page */
 };
@@ -172,7 +173,7 @@ static int make_file(ms_region *region, ms_region_failure *failure)
 
 int ms_region_is_here(const ms_region *region)
 {
-    return region->advice[ABOUT_FORK] != MADV_DONTFORK || region->pid == getpid();
+    return region->advice[ABOUT_FORK] != MADV_DONTFORK || region->generation == ms_generation();
 }
 
 static void destroy(ms_region *region)
@@ -306,7 +307,7 @@ int ms_region_advise(ms_region *region, size_t offset, size_t size, int advice, 
     if (madvise(region->address + offset, size, advice))
         result = failed(failure, "madvise");
     else if (advice == MADV_DONTFORK)
-        region->pid = getpid();
+        region->generation = ms_generation();
     for (size_t i = 0; !result && size == region->size && i < sizeof lasting / sizeof *lasting; i++)
         if (lasting[i].advice == advice)
             region->advice[lasting[i].about] = advice;

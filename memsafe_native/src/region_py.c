@@ -1,9 +1,9 @@
 /* Knows CPython (limited API 3.11). RegionCore: the buffer protocol over a region, and the count of its users. */
 #include "budget_py.h"
+#include "generation.h"
 #include "python_types_internal.h"
 #include "region.h"
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
@@ -27,13 +27,6 @@ typedef struct {
 
 static PyTypeObject *core_type, *window_type;
 
-static _Atomic unsigned generation;
-
-static void count_fork(void)
-{
-    generation++;
-}
-
 static void unlock(RegionCore *self)
 {
     atomic_flag_clear_explicit(&self->lock, memory_order_release);
@@ -41,8 +34,8 @@ static void unlock(RegionCore *self)
 
 static void lock(RegionCore *self)
 {
-    if (MS_UNLIKELY(self->generation != generation)) {
-        self->generation = generation;
+    if (MS_UNLIKELY(self->generation != ms_generation())) {
+        self->generation = ms_generation();
         self->pins = self->decommits = 0;
         unlock(self);
     }
@@ -289,7 +282,7 @@ static PyType_Spec window_spec = {
 
 int ms_region_py_add(PyObject *dict)
 {
-    if (!core_type && pthread_atfork(NULL, NULL, count_fork) == 0)
+    if (!core_type)
         core_type = (PyTypeObject *)PyType_FromSpec(&core_spec);
     if (!window_type)
         window_type = (PyTypeObject *)PyType_FromSpec(&window_spec);

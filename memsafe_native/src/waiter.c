@@ -16,6 +16,7 @@
 #include "cpuwatch.h"
 #include "emergency.h"
 #include "gauge.h"
+#include "generation.h"
 #include "kept.h"
 #include "native_thread.h"
 #include "thread.h"
@@ -43,7 +44,6 @@ typedef struct slot {
     uint64_t token;
     uint64_t count;
     int64_t first_ns;
-    int64_t last_ns;
     int fd; /* -1: free */
     file_id id;
     int how;
@@ -70,7 +70,7 @@ enum { EPOLL, NOTIFY, STOPPER, TIMER, OWN_FDS };
 struct ms_waiter {
     pthread_mutex_t lock; /* guards slots, signalled, robbed, watch and reserve; never taken in a forked child */
     pthread_t thread;
-    pid_t pid;
+    unsigned generation; /* of the process whose it is */
     int epoll_fd;
     int notify_fd;
     int stop_fd;
@@ -95,7 +95,7 @@ static int64_t now_ns(void)
 
 static int is_foreign(const ms_waiter *waiter)
 {
-    return waiter->pid != getpid();
+    return waiter->generation != ms_generation();
 }
 
 /* --- descriptors that are still ours ------------------------------------------------------------------------------ */
@@ -183,7 +183,6 @@ static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
 {
     if (source->count == 0)
         source->first_ns = at_ns;
-    source->last_ns = at_ns;
     if (__builtin_add_overflow(source->count, events, &source->count))
         source->count = UINT64_MAX;
     source->lost_errno = lost_errno;
@@ -266,7 +265,8 @@ static int64_t read_gauges(ms_waiter *waiter, bool all)
         watch->count = 0; /* until Python has looked */
         return INT64_MAX;
     }
-    if (!all || at_ns + sight.next_ns < watch->next_at_ns)
+    /* A time that has come fires no more, whoever reads then: the timer itself or a source that came with it. */
+    if (!all || watch->next_at_ns <= at_ns || at_ns + sight.next_ns < watch->next_at_ns)
         read_after(waiter, at_ns, sight.next_ns);
     return sight.soonest_ns;
 }
@@ -381,7 +381,7 @@ int ms_waiter_open(int capacity, ms_waiter **waiter)
     ms_waiter *made = calloc(1, sizeof *made + (size_t)capacity * sizeof made->slots[0]);
     if (!made)
         return -ENOMEM;
-    made->pid = getpid();
+    made->generation = ms_generation();
     made->capacity = capacity;
     made->epoll_fd = made->notify_fd = made->stop_fd = made->gauge_fd = made->watch.timer_fd = -1;
     made->cpuwatch = (ms_cpuwatch){.look = look_as_cpu_time_passes, .owner = made};
@@ -537,7 +537,7 @@ static int has_news(const slot *source)
 /* pre: the lock is held. A loss is told once; the slot stays taken until it is removed. */
 static ms_waiter_report take_slot(slot *source)
 {
-    ms_waiter_report report = {source->token, source->count, source->first_ns, source->last_ns, source->lost_errno};
+    ms_waiter_report report = {source->token, source->count, source->first_ns, source->lost_errno};
     source->count = 0;
     if (source->lost_errno > 0)
         source->lost_errno = -1;
@@ -642,8 +642,7 @@ int ms_waiter_set_reserve(ms_waiter *waiter, ms_emergency *reserve)
 {
     if (is_foreign(waiter))
         return -ECHILD;
-    if (reserve)
-        ms_emergency_ref(reserve);
+    ms_emergency_ref(reserve);
     pthread_mutex_lock(&waiter->lock);
     ms_emergency *before = waiter->reserve;
     waiter->reserve = reserve;

@@ -19,8 +19,11 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
     [
         ("budget_threads", ["budget", "claim"]),
         ("heap_threads", ["heap", "budget", "claim"]),
-        ("waiter_threads", ["waiter", "kept", "gauge", "cpuwatch", "emergency", "native_thread", "thread"]),
-        ("region_faults", ["budget", "claim"]),
+        (
+            "waiter_threads",
+            ["waiter", "kept", "gauge", "cpuwatch", "emergency", "generation", "native_thread", "thread"],
+        ),
+        ("region_faults", ["budget", "claim", "generation"]),
     ],
 )
 def test_a_program_runs_clean(tmp_path, name, concepts, sanitizers):

@@ -252,6 +252,34 @@ monitors[0].simulate(PressureLevel.LOW)
 assert failures == [0]
 goes_on()
 """,
+    "by a callback that returns in the child": """
+monitors, statuses = [PressureMonitor().start()], []
+def fork(event):
+    child = os.fork()
+    if child:
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+monitors[0].on(PressureLevel.LOW, fork)
+# The child comes so far only where it goes on with what is the parent's.
+monitors[0].on(PressureLevel.LOW, lambda event: os.getpid() == parent or os._exit(3))
+parent = os.getpid()
+for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+    monitors[0].simulate(level)
+assert statuses == [0, 0], statuses
+""",
+    "by a reclaimer that returns in the child": """
+budget, statuses = Budget(), []
+held = budget.charge("8 MiB")
+monitors = [PressureMonitor(budget, thresholds=Thresholds(low_ratio=1.0, low_bytes_max=1 << 60))]
+@budget.reclaimer
+def fork(need_bytes):
+    child = os.fork()
+    if child:
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return 0
+monitors[0].start()
+monitors[0].simulate(PressureLevel.CRITICAL)
+assert statuses and set(statuses) == {0}, statuses
+""",
     "with locks held and in the midst of looks": """
 budget = Budget("64 MiB", soft_limit="1 MiB")
 # Looks all the time, so that a fork finds the thread anywhere; another thread that takes the lock, too.
@@ -373,6 +401,58 @@ def test_what_lost_its_descriptors_to_somebody_else_says_so_and_ends_without_tou
     said = run(ROBBED, what, str(tmp_path / "other"), when)
     assert "somebody else has closed descriptors" in said
     assert "Exception in thread" not in said
+
+
+FEW_DESCRIPTORS = """
+import os, resource, sys
+from memsafe import Budget, PressureMonitor
+from memsafe._kernel import notify
+from memsafe.errors import KernelError
+
+def take_all_but(free):
+    taken = []
+    while True:
+        try:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            break
+    for _ in range(free):
+        os.close(taken.pop())
+    return taken
+
+budget = Budget("64 MiB", soft_limit="1 MiB")
+PressureMonitor(budget).start().close()  # what is imported late, is
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+outcomes = set()
+for free in range(40):
+    rest = take_all_but(free)
+    monitor = PressureMonitor(budget)
+    try:
+        monitor.start().check()
+    except KernelError as error:
+        outcomes.add("refused")
+        assert "Too many open files" in str(error), error
+    else:
+        outcomes.add("some" if any("Too many open files" in each.reason for each in monitor.sources) else "all")
+        assert all(each.used for each in monitor.sources if each.name == "polling")
+        monitor.close()
+    left = take_all_but(0)
+    assert len(left) == free, (free, len(left), "a descriptor was left open")
+    for fd in (*rest, *left):
+        os.close(fd)
+assert outcomes >= {"refused", "some"}, outcomes
+
+rest = take_all_but(1)
+try:
+    notify.open_watched("/proc/self/mountinfo")
+except KernelError as error:
+    assert "Too many open files" in str(error), error
+os.close(os.open("/dev/null", os.O_RDONLY))
+"""
+
+
+def test_without_descriptors_a_source_is_listed_with_the_reason_and_nothing_is_left_open():
+    run(FEW_DESCRIPTORS)
 
 
 def test_a_source_whose_descriptor_was_closed_is_lost_and_opened_again(machine, caplog):
