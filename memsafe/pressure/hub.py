@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
 import time
 from contextlib import suppress
@@ -14,7 +13,7 @@ from memsafe._kernel import kept
 from memsafe._kernel.descriptors import Owned
 from memsafe._native import lib
 from memsafe.errors import KernelError
-from memsafe.pressure import gauges, sources
+from memsafe.pressure import gauges, journal, sources
 from memsafe.pressure.gauges import Gauge
 from memsafe.pressure.levels import Cause, PressureLevel
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from memsafe.pressure.sources import Source, SourceStatus
     from memsafe.pressure.waiter import Reading, Report
     from memsafe.status import Constraint, MemoryStatus
-
-_log = logging.getLogger("memsafe.pressure")
 
 # So much must be left for memory to be taken for the next look: it must not be that which fills the cgroup, even if
 # others take more meanwhile. A sixteenth of the limit, within bounds.
@@ -323,7 +320,7 @@ class Hub:
             self._alarm.close()
 
     def _lose(self, source: Source, error: KernelError) -> None:
-        _log.warning("the source %s is lost: %s", source.name, error)
+        journal.warning("the source %s is lost: %s", source.name, error)
         source.close(self._waiter, f"lost: {error}")
         self._has_lost = True
         if source.reopens:

@@ -97,13 +97,15 @@ class PressureMonitor:
         budget: Passing its soft limit raises LOW. It is reclaimed when a level rises and while the cause lasts: at LOW
             by what is missing, but not below its soft limit; at CRITICAL each reclaimer is asked for all. It stops
             between two reclaimers when the headroom is back; what is not told by headroom (a stall, an OOM, the soft
-            limit, a drill) is answered in full: at LOW down to the soft limit, at CRITICAL as far as it goes.
+            limit, a drill) is answered in full: at LOW down to the soft limit, or to nine tenths of it, where the cause
+            ends, if that is the cause; at CRITICAL as far as it goes.
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
             more than LOW begins at is left with it. Given back when the monitor closes.
         hurry: Lower sys.setswitchinterval() to 0.5 ms while memory is short, and put it back after: busy threads have
-            shorter turns then, and reclaimers do not wait 5 ms for the GIL at each of their system calls.
+            shorter turns then, and reclaimers do not wait 5 ms for the GIL at each of their system calls. Not for a
+            budget over its soft limit.
         root: The directory that stands for "/": a tree of proc and sys files. Only polling works on a copy.
         clock: Seconds, never going back: time.monotonic.
 

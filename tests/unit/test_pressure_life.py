@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -467,6 +468,25 @@ def test_a_source_whose_descriptor_was_closed_is_lost_and_opened_again(machine, 
         monitor.check()
         assert all(each.is_intact for each in monitor._hub._chosen if each.used)
         assert caplog.text.count("is lost") == 1
+
+
+def test_a_source_is_lost_though_the_log_cannot_be_written(machine):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise OSError("no space left on the device")
+
+    broken, log = Broken(), logging.getLogger("memsafe.pressure")
+    with PressureMonitor(thresholds=QUIET) as monitor:
+        monitor.check()
+        source = next(each for each in monitor._hub._chosen if each.used)
+        os.close(source._fd)
+        log.addHandler(broken)
+        try:
+            monitor.check()
+        finally:
+            log.removeHandler(broken)
+        assert next(each for each in monitor.sources if (each.name, each.path) == (source.name, source.path)).used
+        assert all(each.is_intact for each in monitor._hub._chosen if each.used)
 
 
 def test_a_budget_writes_to_no_descriptor_that_is_another_files_now(machine, tmp_path):

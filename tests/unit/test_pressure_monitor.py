@@ -1044,10 +1044,12 @@ def test_a_snapshot_may_ask_for_critical_while_other_threads_make_monitors(monit
     ready, stop = threading.Event(), threading.Event()
 
     def make():
+        made = []
         while not stop.is_set():
-            made = [PressureMonitor() for _ in range(20)]
-            ready.set()
-            del made
+            made.append(PressureMonitor())
+            if len(made) == 200:  # so many, that another thread has its turn in the midst of them
+                ready.set()
+                made.clear()
 
     makers = [threading.Thread(target=make) for _ in range(2)]
     before_s = sys.getswitchinterval()
@@ -1056,7 +1058,7 @@ def test_a_snapshot_may_ask_for_critical_while_other_threads_make_monitors(monit
         for maker in makers:
             maker.start()
         assert ready.wait(30)
-        for _ in range(500):
+        for _ in range(1000):
             assert critical_event() is None
     finally:
         stop.set()

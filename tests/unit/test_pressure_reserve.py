@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.testing import FakeKernel
@@ -45,6 +45,20 @@ def test_a_portion_that_was_given_back_is_taken_again_beside_one_that_is_held():
     reserve.give()
     reserve.take()
     assert held_bytes(reserve) == all_bytes
+
+
+def test_it_is_given_back_before_a_look_allocates_anything(tmp_path, monkeypatch):
+    kernel = FakeKernel(tmp_path)
+    kernel.cgroup("/app", limit=128 * MIB, usage=113 * MIB).join()
+    calls, asked, draw, reading = [], [], Hub.draw, Hub.reading
+    monkeypatch.setattr(Hub, "draw", lambda hub: (calls.append("draw"), draw(hub)))
+    monkeypatch.setattr(Hub, "reading", lambda hub: (calls.append("reading"), reading(hub))[1])
+    quiet = Thresholds(poll_s_min=3600, poll_s_max=3600)
+    with Budget("64 MiB") as budget, budget.reserve("8 MiB"):
+        budget.reclaimer(lambda need_bytes: asked.append(list(calls)) or 0)
+        with PressureMonitor(budget, root=kernel.root, thresholds=quiet) as monitor:
+            monitor.check()
+    assert asked[0][-2:] == ["draw", "reading"], "the responder's own look"
 
 
 @pytest.fixture
