@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +153,10 @@ class Judgement:
 
     Attributes:
         raised: The level to go up to at once.
-        held: The highest level whose cause has not passed; at least *raised*.
+        held: The highest level whose cause has not passed, under any limit; at least *raised*.
         source: The cause's, or None where the headroom decided.
         available_bytes, limit_bytes: Of the constraint that decided, else of the one that is met first.
-        shortage_bytes: What is missing until every level's cause has passed.
+        shortage_bytes: What is missing until every level's cause has passed, under every limit.
     """
 
     raised: PressureLevel
@@ -182,7 +182,13 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
         for constraint in status.constraints
         if (left_bytes := available_bytes(constraint)) is not None
     ]
-    judgement = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
+    decides = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
+    # What lasts may be another constraint's: the one that decides may be the first to recover.
+    judgement = replace(
+        decides,
+        held=max((each.held for each in judged), default=decides.held),
+        shortage_bytes=max((each.shortage_bytes for each in judged), default=0),
+    )
     met = {
         Needs.NOTHING: True,
         Needs.SHORT_HEADROOM: any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged,
@@ -191,14 +197,12 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
     loudest = max((cause for cause in causes if met[cause.needs]), key=lambda each: each.level, default=None)
     if loudest is None or loudest.level <= judgement.raised:
         return judgement
-    return Judgement(
-        loudest.level,
-        max(loudest.level, judgement.held),
-        loudest.source,
-        judgement.available_bytes,
-        judgement.limit_bytes,
-        judgement.shortage_bytes,
-        f"{loudest.detail}; {judgement.detail}",
+    return replace(
+        judgement,
+        raised=loudest.level,
+        held=max(loudest.level, judgement.held),
+        source=loudest.source,
+        detail=f"{loudest.detail}; {judgement.detail}",
     )
 
 

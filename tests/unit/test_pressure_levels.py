@@ -80,6 +80,19 @@ def test_the_shortest_limit_decides_whichever_it_is():
     assert judged(own).limit_bytes == 64 * MIB
 
 
+def test_the_shortage_and_what_lasts_are_those_of_all_limits():
+    small, large = constraint(64 * MIB, 10 * MIB), constraint(16 * GIB, 1900 * MIB, kind="physical", path=None)
+    both = judged(small, large)
+    assert (both.raised, both.available_bytes, both.limit_bytes) == (LOW, 10 * MIB, 64 * MIB)
+    assert both.shortage_bytes == judged(large).shortage_bytes > judged(small).shortage_bytes > 0
+    slow = Thresholds(clear_ratio=3)
+    calm, low = constraint(100 * MIB, 17 * MIB), constraint(64 * GIB, 2 * GIB, path="/other")
+    alone = judged(low, thresholds=slow), judged(calm, thresholds=slow)
+    assert [(each.raised, each.held) for each in alone] == [(LOW, LOW), (NORMAL, CRITICAL)]
+    both = judged(calm, low, thresholds=slow)
+    assert (both.raised, both.held) == (LOW, CRITICAL)
+
+
 def test_where_nothing_is_short_the_limit_that_is_met_first_is_told():
     own, host = constraint(64 * MIB, 60 * MIB), constraint(64 * GIB, 20 * GIB, kind="physical", path=None)
     assert judged(own, host).limit_bytes == 64 * MIB
