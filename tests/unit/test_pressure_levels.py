@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from memsafe.pressure.levels import (
@@ -20,6 +22,7 @@ from memsafe.status import CommitStatus, Constraint, MemoryStatus, ProcessMemory
 
 MIB = 1024**2
 GIB = 1024**3
+NAN = math.nan
 NORMAL, LOW, CRITICAL = PressureLevel
 DEFAULTS = Thresholds()
 SOME = Cause(LOW, "psi.some", "stalled", Needs.SHORT_HEADROOM)
@@ -236,6 +239,23 @@ def test_a_forced_level_falls_by_the_cooldown_unless_it_is_real():
         {"fill_bytes_per_s": 0},
         {"some_stall_us": 0},
         {"full_stall_us": 2_000_001},
+        {"some_stall_us": 1.5},
+        {"low_ratio": NAN},
+        {"low_bytes_min": NAN},
+        {"critical_bytes_max": 1e9},
+        {"clear_ratio": NAN},
+        {"clear_ratio": math.inf},
+        {"stall_headroom_ratio": -3},
+        {"stall_headroom_ratio": 1.5},
+        {"stall_headroom_ratio": NAN},
+        {"cooldown_s": NAN},
+        {"cooldown_s": math.inf},
+        {"poll_s_min": NAN},
+        {"poll_s_max": math.inf},
+        {"poll_s_max": 1e12},
+        {"fill_bytes_per_s": 2**70},
+        {"fill_bytes_per_s": 1e9},
+        {"fill_bytes_per_s": NAN},
     ],
 )
 def test_thresholds_that_make_no_sense_are_refused(junk):
