@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from memsafe.errors import KernelError
+from memsafe.pressure import journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 
     from memsafe.pressure.hub import Hub
     from memsafe.pressure.waiter import Report
-
-_log = logging.getLogger("memsafe.pressure")
 
 # So long may the monitor's thread be kept before another one looks; most callbacks are over by then.
 STAND_IN_S = 0.02
@@ -54,7 +54,7 @@ class Deputy:
     Args:
         hub: What the lead is over.
         look: Called by the deputy with the lead: look at the machine, wait, look again. True: the first time, do not
-            wait.
+            wait. A KernelError says that there is nothing to wait on any more, and ends the deputy.
 
     Attributes:
         has_led: Whether the deputy looked since this was last set to False, with the lead.
@@ -111,8 +111,10 @@ class Deputy:
         finally:
             self._return()
             self._errand = None
+            if self._has_ended:
+                raise SystemExit  # user code has forked, and this is the child, where the monitor is inert
             if (took_s := errand.took_s) >= SLOW_S:
-                _log.warning(f"{what} took %.1f s; the next ones waited", *args, took_s)
+                journal.warning(f"{what} took %.1f s; the next ones waited", *args, took_s)
 
     @contextmanager
     def back(self) -> Iterator[None]:
@@ -147,6 +149,8 @@ class Deputy:
         try:
             self._hub.ready()
             self._hub.rehearse()
+        except Exception:
+            journal.exception("the first look failed; the machine is watched all the same")
         finally:
             self._is_ready.set()
         while self._hub.await_alarm() and not self._has_ended:
@@ -154,6 +158,8 @@ class Deputy:
             while not self._has_ended and self._lead.acquire(blocking=False):
                 try:
                     self._lead_once(is_first)
+                except KernelError:
+                    return  # its descriptors were closed; the monitor's thread meets the same, and says so
                 finally:
                     self._lead.release()
                 if self._is_wanted_back:
@@ -181,7 +187,7 @@ class Deputy:
             return
         errand.is_reported = True
         where = _where(sys._current_frames().get(self._leader_id))
-        _log.warning(
+        journal.warning(
             f"{errand.what} has run for %.1f s and goes on; the level is still watched, but no callback can run. It is"
             " at\n%s",
             *errand.args,

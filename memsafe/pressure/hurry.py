@@ -42,15 +42,21 @@ class Hurry:
             return
         with self._lock:
             self._asking.discard(asker)
-            if self._before_s is None or self._asking:
-                return
-            before_s, self._before_s = self._before_s, None
-            if round(sys.getswitchinterval() / _TURN_S, 3) == 1:  # it is told in whole microseconds
-                sys.setswitchinterval(before_s)
+            if not self._asking:
+                self._put_back()
 
     def renew(self) -> None:
-        """In a forked child: whoever held the lock does not exist there."""
+        """In a forked child, where nobody asks yet: whoever held the lock does not exist there."""
         self._lock = threading.Lock()
+        self._asking = weakref.WeakSet()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._before_s is None:
+            return
+        if round(sys.getswitchinterval() / _TURN_S, 3) == 1:  # it is told in whole microseconds
+            sys.setswitchinterval(self._before_s)
+        self._before_s = None  # last: another thread may fork at any point, and the child must know what to put back
 
 
 hurry = Hurry()

@@ -60,7 +60,7 @@ class PressureEvent:
         source: Which source said so: a name from ``PressureMonitor.sources``, or ``simulate``.
         available_bytes: What was left under the limit that decided, all file cache counted as free; None if unknown.
         limit_bytes: That limit; None if unknown.
-        at_s: When it was decided, by time.monotonic().
+        at_s: When it was decided, by the monitor's clock: time.monotonic() unless it was given another.
         detail: Why, for people.
     """
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from memsafe._kernel import notify
 from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
-from memsafe.pressure import levels
+from memsafe.pressure import journal, levels
 from memsafe.pressure.alarm import alarm
 from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.emergency import EmergencyReserve
@@ -22,6 +21,7 @@ from memsafe.pressure.hub import Hub
 from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
 from memsafe.pressure.responder import Responder
+from memsafe.pressure.sources import WATERMARK
 from memsafe.status import status_once
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 CallbackT = TypeVar("CallbackT", bound="Callback")
 
-_log = logging.getLogger("memsafe.pressure")
-
 _SIMULATE = "simulate"
 
 # A v1 cgroup can signal a thousand times a second; while nothing changes, one look in so long is enough.
@@ -54,20 +52,24 @@ _QUIET_S = 0.05
 class _Request:
     """What another thread wants the monitor's thread to do, and whether it was done.
 
-    A drill has a level; a callback that came late has the event that it missed; a check has neither.
+    A drill has a level; a callback that came late has the event that it missed, and its place among the callbacks; a
+    check has neither.
     """
 
-    __slots__ = ("callback", "done", "level", "missed")
+    __slots__ = ("callback", "done", "is_dropped", "level", "missed", "place")
 
     def __init__(
         self,
         level: PressureLevel | None = None,
         callback: Callback | None = None,
         missed: PressureEvent | None = None,
+        place: int = 0,
     ) -> None:
         self.level = level
         self.callback = callback
         self.missed = missed
+        self.place = place
+        self.is_dropped = False
         self.done = threading.Event()
 
 
@@ -137,15 +139,17 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._untold: tuple[PressureEvent, Judgement, tuple[tuple[PressureLevel, Callback], ...]] | None = None
         self._told = PressureLevel.NORMAL
+        self._told_count = 0  # so many callbacks, from the first, know of that level
         self._wants_trim = self._has_answered = False
         self._source_statuses: tuple[SourceStatus, ...] = ()
-        # Guards what other threads touch: the callbacks, the requests, the streams, the last event, the changes and
+        # Guards what other threads touch: the callbacks, the requests, the streams, the last events, the changes and
         # whether they are wanted, and whether the thread still takes requests.
         self._lock = threading.Lock()
         self._callbacks: tuple[tuple[PressureLevel, Callback], ...] = ()
         self._requests: list[_Request] = []
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._last_event: PressureEvent | None = None
+        self._last_real: PressureEvent | None = None  # that was no drill
         self._stopping = True
         self._thread: threading.Thread | None = None
         self._deputy: Deputy | None = None
@@ -154,39 +158,56 @@ class PressureMonitor:
         self._changes = 0
         self._changes_wanted = False
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
-        _monitors.add(self)
+        _monitors[id(self)] = self
 
     # ------------------------------------------------------------------------------------------------ life
 
     def start(self) -> Self:
         """Open the sources and start the threads. Starting what runs is a no-op; what was closed may start again.
 
+        Where it is being closed, that is waited for, and so for a callback that runs.
+
         Raises:
             KernelError: No native thread or no descriptor could be had.
-            RuntimeError: No Python thread could be had.
+            RuntimeError: No Python thread could be had; or this is called in a callback of the monitor's own after
+                close(), which cannot end before the callback returns.
         """
-        with self._lock:
-            if self._thread is not None:
-                return self
-            self._ladder = Ladder(self._thresholds.cooldown_s)
-            self._last_event = None
-            self._changes, self._changes_wanted = 0, False
-            self._untold, self._told = None, PressureLevel.NORMAL
-            hub = self._open()
-            self._requests = [_Request()]  # the first look
-            hub.wake()
-            self._stopping = False
-            try:
-                self._deputy = Deputy(hub, lambda is_first: self._stand_in(hub, is_first))
-                self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
-                self._thread.start()
-            except BaseException:
-                self._stopping, self._thread = True, None
-                if self._deputy is not None:
-                    self._deputy.end()
-                self._shut(hub)
-                raise
+        while True:
+            with self._lock:
+                ending = self._thread
+                if ending is None:
+                    refusal = self._launch()
+                    break
+                if not self._stopping:
+                    return self
+            if self._is_own_thread():
+                raise RuntimeError("the monitor is closed, and ends when this callback returns; start it after that")
+            ending.join()
+        if refusal is not None:
+            _say_refused(refusal)
         return self
+
+    def _launch(self) -> KernelError | None:
+        """Start, with the lock held; return why there is no reserve, to be logged without it."""
+        self._ladder = Ladder(self._thresholds.cooldown_s)
+        self._last_event = self._last_real = None
+        self._changes, self._changes_wanted = 0, False
+        self._untold, self._told, self._told_count = None, PressureLevel.NORMAL, 0
+        hub, refusal = self._open()
+        self._requests = [_Request()]  # the first look
+        hub.wake()
+        self._stopping = False
+        try:
+            self._deputy = Deputy(hub, lambda is_first: self._stand_in(hub, is_first))
+            self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
+            self._thread.start()
+        except BaseException:
+            self._stopping, self._thread = True, None
+            if self._deputy is not None:
+                self._deputy.end()
+            self._shut(hub)
+            raise
+        return refusal
 
     def close(self) -> None:
         """Stop the threads and close every descriptor. Waits for a callback that runs, unless called from it.
@@ -211,7 +232,7 @@ class PressureMonitor:
     ) -> None:
         self.close()
 
-    def _open(self) -> Hub:
+    def _open(self) -> tuple[Hub, KernelError | None]:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
             self._changed_fd = notify.open_eventfd()
@@ -221,13 +242,13 @@ class PressureMonitor:
             hub.choose(status)
             if self._reserve is not None:
                 hub.give(self._reserve)
-            self._take_reserve(status)
+            refusal = self._take_reserve(status)
         except BaseException:
             self._shut(hub)
             raise
         self._hub = hub
         self._source_statuses = hub.statuses
-        return hub
+        return hub, refusal
 
     def _shut(self, hub: Hub, *, forked: bool = False) -> None:
         shorter_turns.release(self)
@@ -281,7 +302,7 @@ class PressureMonitor:
 
         One for LOW hears LOW and CRITICAL, one for CRITICAL only that, one for NORMAL the all-clear. It runs on the
         monitor's thread; a failure is logged, and the others run. A callback that comes while memory is short already
-        hears the last event at once; a drill is not told again.
+        hears the last event at once; a drill is not told again, but what was short before it is.
         """
         level = PressureLevel(level)
         if function is None:
@@ -290,10 +311,10 @@ class PressureMonitor:
             raise TypeError(f"a callback must be callable: {function!r}")
         with self._lock:
             self._callbacks = (*self._callbacks, (level, function))
-            last = self._last_event
-            late = last is not None and last.source != _SIMULATE and level > PressureLevel.NORMAL
-            if late and last is not None and _hears(level, last.level) and not self._stopping:
-                self._post(_Request(callback=function, missed=last))
+            missed = self._last_real
+            is_late = missed is not None and level > PressureLevel.NORMAL and _hears(level, missed.level)
+            if is_late and not self._stopping:
+                self._post(_Request(callback=function, missed=missed, place=len(self._callbacks)))
         return function
 
     def events(self) -> EventStream:
@@ -326,7 +347,7 @@ class PressureMonitor:
             self._require_running()
             if not self._changes_wanted:
                 self._changes_wanted = True
-                os.eventfd_write(self._changed_fd, self._changes)
+                self._signal(self._changes)
             return self._changed_fd
 
     def simulate(self, level: PressureLevel, *, timeout_s: float | None = None) -> None:
@@ -343,7 +364,7 @@ class PressureMonitor:
             timeout_s: How long to wait for the callbacks; None: as long as they take.
 
         Raises:
-            RuntimeError: The monitor does not run.
+            RuntimeError: The monitor does not run, or has ended before it came to that.
             TimeoutError: The callbacks did not end in time; they go on.
         """
         self._request(_Request(level=PressureLevel(level)), timeout_s)
@@ -366,6 +387,8 @@ class PressureMonitor:
             self._post(request)
         if not self._is_own_thread() and not request.done.wait(timeout_s):
             raise TimeoutError(f"the monitor's callbacks did not end within {timeout_s} s")
+        if request.is_dropped:
+            raise RuntimeError("the monitor has ended, and did not do what it was asked for")
 
     def _is_own_thread(self) -> bool:
         """Whether this is called in one of the monitor's threads, which must not wait for themselves."""
@@ -385,11 +408,10 @@ class PressureMonitor:
     def _run(self, hub: Hub) -> None:
         deputy = self._deputy
         assert deputy is not None
-        hub.ready()
-        requests: list[_Request] = []
-        rest_s = 0.0
-        deputy.begin()
+        has_led, rest_s = False, 0.0
         try:
+            hub.ready()
+            deputy.begin()
             while not self._stopping:
                 reports = deputy.wait(rest_s)
                 with self._lock:
@@ -397,56 +419,62 @@ class PressureMonitor:
                 deputy.has_led = False
                 before = self.level
                 self._has_answered = False
-                self._turn(hub, deputy, reports, requests)
-                if deputy.has_led and not self._stopping:
-                    hub.wake()  # it may have been woken for a request
+                self._turn(hub, deputy, reports, requests, wants_look=has_led)
+                # It may have been woken for a request; and what it has seen since may have grown.
+                has_led = deputy.has_led
+                if has_led and not self._stopping:
+                    hub.wake()
                 idle = self.level is before and not requests and not self._has_answered
                 rest_s = _REST_S if idle else 0.0
         except KernelError:
-            _log.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
+            journal.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
         finally:
-            self._stopping = True
-            deputy.end()
-            self._end(hub, requests)
+            if self._hub is hub:  # else this is a forked child
+                self._stopping = True
+                deputy.end()
+                self._end(hub)
 
-    def _end(self, hub: Hub, requests: list[_Request]) -> None:
+    def _end(self, hub: Hub) -> None:
         with self._lock:
             self._stopping = True
-            requests = [*requests, *self._requests]
-            self._requests = []
+            requests, self._requests = self._requests, []
             streams, self._streams = list(self._streams), weakref.WeakSet()
-            if self._hub is not None:
-                self._shut(hub)
+            self._shut(hub)
             self._thread = None
         for stream in streams:
             stream.feed(None)
         for request in requests:
+            request.is_dropped = True
             request.done.set()
 
-    def _turn(self, hub: Hub, deputy: Deputy, reports: list[Report], requests: list[_Request]) -> None:
+    def _turn(
+        self, hub: Hub, deputy: Deputy, reports: list[Report], requests: list[_Request], *, wants_look: bool
+    ) -> None:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
-        wants_look = any(request.level is None and request.callback is None for request in requests)
-        with self._surviving(hub):
-            has_looked = self._look(hub, reports, wants_look, deputy)
+        wants_look = wants_look or any(request.level is None and request.callback is None for request in requests)
+        try:
+            with self._surviving(hub):
+                has_looked = self._look(hub, reports, wants_look, deputy)
+                for request in requests:
+                    if request.level is not None:
+                        self._drill(hub, request.level, deputy)
+                if not has_looked:
+                    hub.provide()  # waking up has given it back
+            with self._surviving(hub):
+                for request in requests:
+                    self._tell_late(deputy, request)
+                self._tell(deputy)  # what came up in the meantime
+        finally:
             for request in requests:
-                if request.level is not None:
-                    self._drill(hub, request.level, deputy)
-            if not has_looked:
-                hub.provide()  # waking up has given it back
-        for request in requests:
-            # Unless an announcement came in between, which the callback has heard.
-            if request.callback and request.missed and request.missed is self._last_event:
-                self._call(deputy, request.callback, request.missed)
-        self._tell(deputy)  # what came up in the meantime
-        for request in requests:
-            request.done.set()
+                request.done.set()
 
     def _stand_in(self, hub: Hub, is_first: bool) -> None:
         """Look in the deputy's thread: the level moves, and loops hear of it; the rest is left for the other one."""
+        reports = [] if is_first else hub.wait(_REST_S)
         with self._surviving(hub):
             if is_first:
                 hub.draw()
-            if not self._look(hub, [] if is_first else hub.wait(_REST_S), wants_look=is_first):
+            if not self._look(hub, reports, wants_look=is_first):
                 hub.provide()
 
     @contextmanager
@@ -455,7 +483,7 @@ class PressureMonitor:
             yield
         except Exception:
             pause_s = self._thresholds.poll_s_max
-            _log.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
+            journal.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)
 
     def _look(self, hub: Hub, reports: list[Report], wants_look: bool, deputy: Deputy | None = None) -> bool:
@@ -477,7 +505,7 @@ class PressureMonitor:
         # The figures are as old as the answer took: meanwhile memory may have filled up again.
         while deputy is not None and (self._answer(deputy, judgement) or self._trim_if_quiet(deputy, judgement)):
             self._has_answered = True
-            if deputy.has_led:
+            if deputy.has_led or self._stopping:
                 return True  # it has looked since, and has done all that follows
             hub.draw()  # callbacks may have used up what the wake-up gave
             with hub.reading():
@@ -489,8 +517,8 @@ class PressureMonitor:
             self._source_statuses = hub.statuses
         self._set_timer(hub, status, within_s=_QUIET_S if self._wants_trim else levels.RECOVERY_S if recovers else None)
         hub.provide(status)
-        if self.level == PressureLevel.NORMAL:
-            self._take_reserve(status)
+        if self.level == PressureLevel.NORMAL and (refusal := self._take_reserve(status)) is not None:
+            _say_refused(refusal)
         return True
 
     def _decide(self, status: MemoryStatus, heard: list[str], causes: list[Cause]) -> Judgement:
@@ -500,9 +528,8 @@ class PressureMonitor:
         if self._ladder.move(judgement.raised, judgement.held, now_s) != previous:
             woken_by = next((name for name in heard if name != "polling"), "polling")
             self._announce(previous, judgement, judgement.source or woken_by, now_s)
-        if self.level == PressureLevel.NORMAL:
-            shorter_turns.release(self)
-        elif self._hurries and judgement.raised > PressureLevel.NORMAL:
+        # A budget that is over its soft limit is none: there is room, maybe for long.
+        if self._hurries and judgement.raised > PressureLevel.NORMAL and judgement.source != WATERMARK:
             shorter_turns.ask(self)
         return judgement
 
@@ -527,24 +554,22 @@ class PressureMonitor:
         after_s = levels.poll_after_s(status, self._thresholds, hub.guards(status))
         hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
-    def _take_reserve(self, status: MemoryStatus) -> None:
+    def _take_reserve(self, status: MemoryStatus) -> KernelError | None:
+        """Take it where there is room; return what the kernel had against it."""
         reserve = self._reserve
         if reserve is None or reserve.held_bytes or not levels.has_room(status, self._thresholds, reserve.size_bytes):
-            return
+            return None
         try:
             reserve.take()
         except KernelError as error:
-            _log.warning("the emergency reserve cannot be taken: %s", error)
+            return error
         except ValueError:
             self._reserve = None  # its owner has closed it
+        return None
 
     def _give_reserve(self) -> None:
-        if self._reserve is None:
-            return
-        try:
+        if self._reserve is not None:
             self._reserve.give()
-        except KernelError as error:
-            _log.warning("the emergency reserve cannot be given back: %s", error)
 
     # ------------------------------------------------------------------------------------------------ telling
 
@@ -561,17 +586,30 @@ class PressureMonitor:
         )
         with self._lock:
             self._last_event = event
+            if source != _SIMULATE:
+                self._last_real = event
+            elif self._last_real is not None and event.level < self._last_real.level:
+                self._last_real = None  # the next look tells it again, if it still stands
             self._changes += 1
             self._untold = event, judgement, self._callbacks
             streams = list(self._streams)
-            # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
-            if self._changes_wanted:
-                os.eventfd_write(self._changed_fd, 1)
+            is_wanted = self._changes_wanted
         if event.level == PressureLevel.CRITICAL:
             self._give_reserve()
             alarm.sound(event)
+        elif event.level == PressureLevel.NORMAL:
+            shorter_turns.release(self)
         for stream in streams:
             stream.feed(event)
+        # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
+        if is_wanted:
+            self._signal(1)
+
+    def _signal(self, changes: int) -> None:
+        """Count on the descriptor of fileno(), unless somebody has closed it: the number may be another file's."""
+        if self._changed is not None and self._changed.is_ours():
+            with suppress(OSError):
+                os.eventfd_write(self._changed_fd, changes)
 
     def _tell(self, deputy: Deputy) -> bool:
         """Have the budget reclaimed and the callbacks run for what is untold; whether there was anything.
@@ -582,11 +620,22 @@ class PressureMonitor:
         while self._untold is not None:
             (event, judgement, callbacks), self._untold = self._untold, None
             previous, self._told = self._told, event.level
-            if event.level != previous:
+            newer, self._told_count = callbacks[self._told_count :], len(callbacks)
+            if event.level == previous != PressureLevel.NORMAL:
+                # It went and came back. Who was told last need not know, but others have heard of it from nobody.
+                self._call_all(deputy, newer, event)
+                has_told = has_told or bool(newer)
+            elif event.level != previous:
                 event = event if event.previous == previous else replace(event, previous=previous)
                 self._respond(deputy, event, judgement, callbacks)
                 has_told = True
         return has_told
+
+    def _tell_late(self, deputy: Deputy, request: _Request) -> None:
+        """Call a callback that came late, unless what was told since was told it as well."""
+        if request.callback is not None and request.missed is not None and self._told_count < request.place:
+            self._told_count = request.place
+            self._call(deputy, request.callback, request.missed)
 
     def _respond(
         self,
@@ -596,10 +645,8 @@ class PressureMonitor:
         callbacks: tuple[tuple[PressureLevel, Callback], ...],
     ) -> None:
         rose = event.level > event.previous
-        freed_bytes = self._reclaim(deputy, event.level, judgement) if rose else 0
-        for wanted, callback in callbacks:
-            if _hears(wanted, event.level):
-                self._call(deputy, callback, event)
+        freed_bytes = self._reclaim(deputy, event.level, judgement, event.at_s) if rose else 0
+        self._call_all(deputy, callbacks, event)
         # At CRITICAL always: the callbacks may have freed memory that no budget knows.
         if rose and (freed_bytes > 0 or event.level == PressureLevel.CRITICAL):
             self._wants_trim = True
@@ -615,7 +662,7 @@ class PressureMonitor:
         is_due = self._responder.is_due(judgement)
         if self._tell(deputy):
             return True
-        if not is_due or self._reclaim(deputy, judgement.raised, judgement) == 0:
+        if not is_due or self._reclaim(deputy, judgement.raised, judgement, self._clock()) == 0:
             return False
         self._wants_trim = True
         return True
@@ -627,19 +674,26 @@ class PressureMonitor:
         self._trim(deputy)
         return True
 
+    def _call_all(
+        self, deputy: Deputy, callbacks: tuple[tuple[PressureLevel, Callback], ...], event: PressureEvent
+    ) -> None:
+        for wanted, callback in callbacks:
+            if _hears(wanted, event.level):
+                self._call(deputy, callback, event)
+
     def _call(self, deputy: Deputy, callback: Callback, event: PressureEvent) -> None:
         with deputy.away("the callback %r for %s", callback, event.level.name):
             try:
                 callback(event)
             except BaseException:
                 # SystemExit too: a callback must not end the thread that warns the others.
-                _log.exception("the callback %r for %s failed; the others run", callback, event.level.name)
+                journal.exception("the callback %r for %s failed; the others run", callback, event.level.name)
 
-    def _reclaim(self, deputy: Deputy, level: PressureLevel, judgement: Judgement) -> int:
+    def _reclaim(self, deputy: Deputy, level: PressureLevel, judgement: Judgement, judged_s: float) -> int:
         if self._budget is None:
             return 0
         with deputy.away("reclaiming the budget %r", self._budget):
-            return self._responder.respond(level, judgement)
+            return self._responder.respond(level, judgement, judged_s)
 
     def _trim(self, deputy: Deputy) -> None:
         self._wants_trim = False
@@ -650,16 +704,17 @@ class PressureMonitor:
     def _shortage_bytes(self) -> int:
         """Look, for the responder, in the midst of its work: what is missing until every cause has passed."""
         hub, deputy = self._hub, self._deputy
-        assert hub is not None
-        assert deputy is not None
-        with deputy.back(), hub.reading():
+        if hub is None or deputy is None:
+            return 0  # a reclaimer has forked, and this is the child
+        with deputy.back():
             hub.draw()
-            return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
+            with hub.reading():
+                return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
 
 
 def critical_event() -> PressureEvent | None:
     """Return why memory is at CRITICAL by a monitor that runs in this process; None: by none of them."""
-    events = [monitor._last_event for monitor in list(_monitors) if not monitor._stopping]
+    events = [monitor._last_event for monitor in _living() if not monitor._stopping]
     return next((event for event in events if event is not None and event.level == PressureLevel.CRITICAL), None)
 
 
@@ -669,12 +724,21 @@ def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:
 
 
 # What a fork must reach in the child; a monitor in it owns nothing until it is started.
-_monitors: weakref.WeakSet[PressureMonitor] = weakref.WeakSet()
+_monitors: weakref.WeakValueDictionary[int, PressureMonitor] = weakref.WeakValueDictionary()
+
+
+def _living() -> list[PressureMonitor]:
+    # Not by iteration, beside which another thread could not make a monitor; nor with a lock, for a signal's handler.
+    return [monitor for reference in _monitors.valuerefs() if (monitor := reference()) is not None]
+
+
+def _say_refused(error: KernelError) -> None:
+    journal.warning("the emergency reserve cannot be taken: %s", error)
 
 
 def _abandon_all() -> None:
     shorter_turns.renew()
-    for monitor in list(_monitors):
+    for monitor in _living():
         monitor._abandon()
 
 

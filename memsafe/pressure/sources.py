@@ -349,11 +349,14 @@ class ManagedStream(Source):
         return systemd.open_stream(self._file, self._data)
 
 
+WATERMARK = "budget.soft_limit"
+
+
 class BudgetWatermark(Source):
     """The soft limit of a budget: passing it is a cause that lasts until the use has fallen to nine tenths of it."""
 
     def __init__(self, budget: Budget) -> None:
-        super().__init__("budget.soft_limit", None, f"raises LOW while budget {budget.path!r} is over its soft limit")
+        super().__init__(WATERMARK, None, f"raises LOW while budget {budget.path!r} is over its soft limit")
         self._budget = budget
         self._is_over = False
         self._lock = threading.Lock()  # the descriptor must not be another's when it is written to

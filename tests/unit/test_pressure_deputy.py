@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import select
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import pytest
 
 from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from memsafe.errors import KernelError
 from memsafe.pressure.hub import Hub
 from memsafe.testing import FakeKernel
 
@@ -377,6 +379,99 @@ def test_what_is_asked_for_while_a_callback_hangs_is_done_after_it(machine, cloc
             assert not drill.is_alive()
 
 
+def test_what_grew_since_the_deputy_looked_is_seen_as_soon_as_the_callback_ends(machine, clock, block, monkeypatch):
+    led, heard = threading.Event(), threading.Event()
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 3600)
+    with monitored(machine, clock, thresholds=QUIET) as monitor:
+        monitor.check()
+        monkeypatch.setattr(monitor, "_stand_in", lambda hub, is_first: (led.set(), hub.wait()))
+        monitor.on(LOW, block)
+        monitor.on(CRITICAL, lambda event: heard.set())
+        drill = drilled(monitor, LOW)
+        assert led.wait(30)
+        leave(machine, 1 * MIB)
+        block.going_on.set()
+        drill.join(30)
+        assert heard.wait(30)
+
+
+def come_and_go(machine, monitor, clock, *lefts):
+    """Leave so much, one after the other, each until the deputy has told of it."""
+    for left_bytes, level in lefts:
+        leave(machine, left_bytes)
+        while monitor.level != level:
+            clock.now_s += 1
+
+
+def test_a_callback_that_came_in_between_hears_a_level_that_went_and_came_back(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        low, late, critical = [], [], []
+        monitor.on(LOW, block)
+        monitor.on(LOW, low.append)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        come_and_go(machine, monitor, clock, (100 * MIB, NORMAL))
+        monitor.on(LOW, late.append)
+        monitor.on(CRITICAL, critical.append)
+        come_and_go(machine, monitor, clock, (15 * MIB, LOW))
+        block.going_on.set()
+        monitor.check()
+        monitor.check()
+        assert [event.level for event in late] == [LOW]
+        assert [event.level for event in low] == [LOW]
+        assert (len(block.heard), critical) == (1, [])
+
+
+def test_a_callback_that_came_at_low_hears_it_once_though_critical_came_and_went(machine, clock, block):
+    with monitored(machine, clock) as monitor:
+        late = []
+        monitor.on(LOW, block)
+        leave(machine, 15 * MIB)
+        assert block.entered.wait(30)
+        monitor.on(LOW, late.append)
+        come_and_go(machine, monitor, clock, (1 * MIB, CRITICAL), (15 * MIB, LOW))
+        block.going_on.set()
+        monitor.check()
+        monitor.check()
+        assert [event.level for event in late] == [LOW]
+
+
+def test_a_deputy_that_has_nothing_left_to_wait_on_ends_and_says_nothing(machine, clock, block, hear_log, monkeypatch):
+    def is_robbed(hub, rest_s=0.0, *, alarm_s=0.0):
+        raise KernelError(errno.EBADF, "wait")
+
+    log = hear_log()
+    with monitored(machine, clock) as monitor:
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert block.entered.wait(30)
+        monkeypatch.setattr(Hub, "wait", is_robbed)
+        deputy = monitor._deputy._thread
+        deputy.join(30)
+        assert not deputy.is_alive()
+        assert log.lines == []
+        block.going_on.set()
+        drill.join(30)
+        monitor._thread and monitor._thread.join(30)
+        assert "somebody else has closed descriptors" in log.lines[0]
+
+
+def test_a_deputy_whose_first_look_failed_stands_in_all_the_same(machine, clock, block, hear_log, monkeypatch):
+    def lack_memory(hub):
+        raise MemoryError
+
+    log = hear_log()
+    monkeypatch.setattr(Hub, "rehearse", lack_memory)
+    with monitored(machine, clock) as monitor:
+        assert "the first look failed" in log.lines[0]
+        monitor.on(LOW, block)
+        drill = drilled(monitor, LOW)
+        assert block.entered.wait(30)
+        come_and_go(machine, monitor, clock, (1 * MIB, CRITICAL))
+        block.going_on.set()
+        drill.join(30)
+
+
 @pytest.mark.parametrize("call", ["close", "check", "simulate"])
 def test_the_handler_of_the_report_may_call_the_monitor(machine, clock, block, hear_log, monkeypatch, call):
     monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.01)
@@ -419,7 +514,9 @@ def test_it_takes_turns_with_the_deputy_a_hundred_times(machine, clock, monkeypa
 
 FORK = """
 import os
+import memsafe.pressure.deputy
 from memsafe import PressureLevel, PressureMonitor, Thresholds
+memsafe.pressure.deputy.SLOW_S = 3600  # five children may take a while
 statuses = []
 with PressureMonitor(thresholds=Thresholds(poll_s_min=0.001, poll_s_max=0.001)) as monitor:
     @monitor.on(PressureLevel.LOW)

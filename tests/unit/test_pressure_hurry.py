@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from memsafe import PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
 from memsafe.pressure.hurry import Hurry
 from memsafe.testing import FakeKernel
 
@@ -102,6 +102,51 @@ def test_a_monitor_that_is_not_to_hurry_leaves_it_alone(interval, short_machine)
         monitor.check()
         assert monitor.level > 0
         assert sys.getswitchinterval() == interval
+
+
+def test_a_drill_to_normal_puts_the_interval_back_at_once(interval, short_machine):
+    with PressureMonitor(root=short_machine.root, thresholds=QUIET) as monitor:
+        monitor.check()
+        monitor.simulate(PressureLevel.NORMAL)
+        assert sys.getswitchinterval() == interval
+
+
+def test_a_budget_over_its_soft_limit_is_no_reason_to_hurry(interval, short_machine):
+    short_machine.cgroup("/app").usage = MIB
+    with (
+        Budget("64 MiB", soft_limit="1 MiB") as budget,
+        PressureMonitor(budget, root=short_machine.root, thresholds=QUIET) as monitor,
+        budget.reserve("2 MiB"),
+    ):
+        assert monitor.check() == PressureLevel.LOW
+        assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_fork_in_the_midst_of_putting_it_back_leaves_the_child_with_it(interval, monkeypatch, when):
+    shorter, one = Hurry(), Asker()
+    shorter.ask(one)
+    set_interval, children = sys.setswitchinterval, []
+
+    def fork(interval_s):
+        monkeypatch.undo()
+        if when == "after":
+            set_interval(interval_s)
+        child = os.fork()
+        if not child:
+            try:
+                shorter.renew()
+                is_back = sys.getswitchinterval() == interval
+                shorter.ask(one)
+                os._exit(0 if is_back and sys.getswitchinterval() < interval else 1)
+            finally:
+                os._exit(2)
+        children.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        set_interval(interval_s)
+
+    monkeypatch.setattr(sys, "setswitchinterval", fork)
+    shorter.release(one)
+    assert children == [0]
 
 
 FORKS = """

@@ -252,6 +252,34 @@ monitors[0].simulate(PressureLevel.LOW)
 assert failures == [0]
 goes_on()
 """,
+    "by a callback that returns in the child": """
+monitors, statuses = [PressureMonitor().start()], []
+def fork(event):
+    child = os.fork()
+    if child:
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+monitors[0].on(PressureLevel.LOW, fork)
+# The child comes so far only where it goes on with what is the parent's.
+monitors[0].on(PressureLevel.LOW, lambda event: os.getpid() == parent or os._exit(3))
+parent = os.getpid()
+for level in (PressureLevel.LOW, PressureLevel.CRITICAL):
+    monitors[0].simulate(level)
+assert statuses == [0, 0], statuses
+""",
+    "by a reclaimer that returns in the child": """
+budget, statuses = Budget(), []
+held = budget.charge("8 MiB")
+monitors = [PressureMonitor(budget, thresholds=Thresholds(low_ratio=1.0, low_bytes_max=1 << 60))]
+@budget.reclaimer
+def fork(need_bytes):
+    child = os.fork()
+    if child:
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return 0
+monitors[0].start()
+monitors[0].simulate(PressureLevel.CRITICAL)
+assert statuses and set(statuses) == {0}, statuses
+""",
     "with locks held and in the midst of looks": """
 budget = Budget("64 MiB", soft_limit="1 MiB")
 # Looks all the time, so that a fork finds the thread anywhere; another thread that takes the lock, too.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import itertools
 import logging
@@ -18,6 +19,12 @@ import trio.testing
 
 import memsafe
 from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from memsafe.errors import KernelError
+from memsafe.pressure.alarm import alarm
+from memsafe.pressure.emergency import EmergencyReserve
+from memsafe.pressure.hub import Hub
+from memsafe.pressure.monitor import critical_event
+from memsafe.pressure.sources import BudgetWatermark
 from memsafe.testing import FakeKernel
 
 MIB = 1024 * 1024
@@ -235,6 +242,29 @@ def test_a_callback_that_comes_after_a_drill_hears_the_next_change_only(monitor)
     assert [event.level for event in heard] == [CRITICAL]
 
 
+def test_a_callback_that_comes_after_a_drill_hears_what_was_short_before_it(machine, monitor):
+    use(machine, 15 * MIB)
+    monitor.check()
+    monitor.simulate(CRITICAL)
+    low, critical = listen(monitor, LOW), listen(monitor, CRITICAL)
+    monitor.check()
+    assert [event.level for event in low] == [LOW]
+    assert critical == []
+
+
+def test_a_callback_that_comes_after_a_drill_to_normal_hears_what_is_short_once(machine, monitor):
+    use(machine, 15 * MIB)
+    monitor.check()
+    monitor.simulate(NORMAL)
+    low = listen(monitor, LOW)
+    use(machine, 100 * MIB)
+    assert monitor.check() == NORMAL
+    assert low == []
+    use(machine, 15 * MIB)
+    assert monitor.check() == LOW
+    assert [event.level for event in low] == [LOW]
+
+
 # --- drills ---------------------------------------------------------------------------------------------------------
 
 
@@ -351,11 +381,22 @@ def missing_bytes(left_bytes):
     return int(QUIET.begins_at(LOW, 128 * MIB) * QUIET.clear_ratio) + 1 - left_bytes
 
 
-def test_at_low_a_budget_is_reclaimed_to_its_soft_limit(machine, clock, budget):
+def test_at_low_a_budget_is_reclaimed_to_its_soft_limit(machine, clock, budget, monkeypatch):
+    monkeypatch.setattr(BudgetWatermark, "standing", lambda source: None)  # else LOW is in force already
     cache = Cache(budget, "30 MiB")
     with monitored(machine, clock, budget) as monitor:
         monitor.simulate(LOW)
     assert (cache.asked, budget.used_bytes) == ([10 * MIB], 20 * MIB)
+    cache.held.release()
+
+
+def test_low_by_the_soft_limit_ends_where_a_reclaimer_gives_exactly_what_is_asked(machine, clock, budget):
+    cache = Cache(budget, "30 MiB")
+    with monitored(machine, clock, budget) as monitor:
+        assert monitor.check() == LOW
+        assert (cache.asked, budget.used_bytes) == ([12 * MIB], 18 * MIB)
+        clock.now_s += 11
+        assert monitor.check() == NORMAL
     cache.held.release()
 
 
@@ -438,7 +479,7 @@ def test_above_its_soft_limit_a_budget_keeps_what_headroom_does_not_need(machine
         assert budget.used_bytes == 60 * MIB - missing_bytes(15 * MIB)
         budget.soft_limit_bytes = 10 * MIB
         monitor.check()
-        assert budget.used_bytes == 10 * MIB, "passing it is a cause of its own"
+        assert budget.used_bytes == 9 * MIB, "passing it is a cause of its own, which lasts until there"
 
 
 def test_a_shortage_that_comes_again_is_answered_at_once_though_the_level_never_fell(machine, clock, caches):
@@ -586,6 +627,25 @@ def test_the_descriptor_is_readable_from_a_change_until_it_is_read(monitor):
     assert not readable(fd)
     monitor.check()
     assert not readable(fd)
+
+
+def test_a_descriptor_that_somebody_closed_keeps_nothing_from_being_done_at_critical(machine, clock, tmp_path):
+    with (
+        PressureMonitor(root=machine.root, clock=clock, thresholds=QUIET, reserve="1 MiB") as monitor,
+        open(tmp_path / "other", "wb") as other,
+    ):
+        sounded, heard = [], listen(monitor, CRITICAL)
+        taken = monitor.fileno()
+        os.dup2(other.fileno(), taken)
+        assert monitor.reserve.held_bytes
+        with alarm.heard_by(sounded.append):
+            monitor.simulate(CRITICAL)
+        assert (len(sounded), len(heard), monitor.reserve.held_bytes) == (1, 1, 0)
+        assert os.fstat(taken).st_size == 0
+        monitor.simulate(NORMAL)
+        os.close(taken)
+        monitor.simulate(CRITICAL)
+        assert len(heard) == 2
 
 
 def test_changes_before_the_descriptor_was_asked_for_count(monitor):
@@ -913,15 +973,21 @@ def test_a_callback_may_close_the_monitor(machine, clock):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_closing_releases_those_who_wait(monitor):
-    inside, going_on = threading.Event(), threading.Event()
+def test_closing_releases_those_who_wait_and_says_what_was_not_done(monitor):
+    inside, going_on, told = threading.Event(), threading.Event(), []
 
     @monitor.on(LOW)
     def block(event):
         inside.set()
         going_on.wait(30)
 
-    drills = [threading.Thread(target=monitor.simulate, args=(level,)) for level in (LOW, CRITICAL)]
+    def drill(level):
+        try:
+            monitor.simulate(level)
+        except RuntimeError as error:
+            told.append((level, str(error)))
+
+    drills = [threading.Thread(target=drill, args=(level,)) for level in (LOW, CRITICAL)]
     drills[0].start()
     assert inside.wait(30)
     drills[1].start()
@@ -935,6 +1001,145 @@ def test_closing_releases_those_who_wait(monitor):
     for thread in (*drills, closing):
         thread.join(30)
         assert not thread.is_alive()
+    assert told == [(CRITICAL, "the monitor has ended, and did not do what it was asked for")]
+
+
+def test_one_that_was_closed_in_a_callback_starts_again_when_that_has_returned(machine, clock):
+    heard = []
+    with monitored(machine, clock, None) as monitor:
+
+        @monitor.on(LOW)
+        def restart(event):
+            if not heard:
+                monitor.close()
+                with pytest.raises(RuntimeError, match="when this callback returns"):
+                    monitor.start()
+            heard.append(event.level)
+
+        monitor.simulate(LOW)
+        monitor.start()
+        monitor.simulate(LOW)
+        assert heard == [LOW, LOW]
+
+
+def test_a_start_beside_a_close_that_waits_for_a_callback_waits_for_it_too(monitor):
+    inside, going_on = threading.Event(), threading.Event()
+    monitor.on(CRITICAL, lambda event: (inside.set(), going_on.wait(30)))
+    threads = [threading.Thread(target=monitor.simulate, args=(CRITICAL,)), threading.Thread(target=monitor.close)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    while not monitor._stopping:
+        pass
+    threads.append(threading.Thread(target=monitor.start))
+    threads[2].start()
+    going_on.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert monitor.check() == NORMAL
+
+
+def test_a_snapshot_may_ask_for_critical_while_other_threads_make_monitors(monitor):
+    ready, stop = threading.Event(), threading.Event()
+
+    def make():
+        while not stop.is_set():
+            made = [PressureMonitor() for _ in range(20)]
+            ready.set()
+            del made
+
+    makers = [threading.Thread(target=make) for _ in range(2)]
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for maker in makers:
+            maker.start()
+        assert ready.wait(30)
+        for _ in range(500):
+            assert critical_event() is None
+    finally:
+        stop.set()
+        for maker in makers:
+            maker.join()
+        sys.setswitchinterval(before_s)
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_log():
+    handler, log = logging.Handler(), logging.getLogger("memsafe.pressure")
+
+    def have_done(act):
+        handler.emit = act
+        log.addHandler(handler)
+
+    yield have_done
+    log.removeHandler(handler)
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), SystemExit(1)])
+def test_a_handler_of_the_log_that_raises_ends_nothing(machine, monitor, on_log, monkeypatch, error):
+    told = []
+
+    def refuse_to_log(record):
+        told.append(record.getMessage())
+        raise error
+
+    on_log(refuse_to_log)
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.0)  # each callback is too slow
+    with monkeypatch.context() as broken:
+        broken.setattr("memsafe.pressure.monitor.status_once", fail)
+        monitor.check()
+    assert "could not look" in told[0]
+    monitor.on(LOW, fail)
+    heard = listen(monitor, LOW)
+    use(machine, 15 * MIB)
+    assert monitor.check() == LOW
+    late = listen(monitor, LOW)
+    monitor.check()
+    assert len(heard) == len(late) == 1
+    assert any("failed" in line for line in told)
+    assert any("took" in line for line in told)
+
+
+def test_a_handler_of_the_log_may_call_the_monitor_that_starts(machine, clock, on_log, monkeypatch):
+    def refuse_memory(reserve):
+        raise KernelError(errno.ENOMEM, "mmap")
+
+    monkeypatch.setattr(EmergencyReserve, "take", refuse_memory)
+    monitor = PressureMonitor(root=machine.root, clock=clock, thresholds=QUIET, reserve="1 MiB")
+    told = []
+    on_log(lambda record: (monitor.on(LOW, told.append), told.append(record.getMessage())))
+    starting = threading.Thread(target=monitor.start, daemon=True)
+    starting.start()
+    starting.join(30)
+    assert not starting.is_alive()
+    assert "cannot be taken" in told[0]
+    monitor.close()
+
+
+def test_one_that_cannot_begin_keeps_nobody_waiting(machine, clock, monkeypatch):
+    ready, errors = Hub.ready, []
+
+    def lack_memory(hub):
+        if threading.current_thread().name == "memsafe-pressure":
+            raise MemoryError
+        ready(hub)
+
+    monkeypatch.setattr(Hub, "ready", lack_memory)
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    with monitored(machine, clock, None) as monitor:
+        with pytest.raises(RuntimeError, match=r"has ended|does not run"):
+            monitor.check(timeout_s=30)
+        monitor.close()
+    assert [error.exc_type for error in errors] == [MemoryError]
 
 
 def refuse(*_, **__):
