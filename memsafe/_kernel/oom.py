@@ -28,12 +28,22 @@ JOIN_TEXT = b"0"
 """Written to a cgroup's JOIN_FILE it moves the writer, whatever its pid, v1 and v2 alike."""
 
 
-# A record is "level+facility,number,time,flags;text", then lines that begin with a space. Facility 0 is the kernel's
-# own: what others write to the log has another. The name that somebody gave his cgroup stands further behind.
-_KILLED = re.compile(rb"^[0-7],[^;]*;(?:Memory cgroup o|O)ut of memory[^:]*: Killed process (\d+) \(", re.MULTILINE)
+# A record is "level+facility,number,time,flags;text", then lines that begin with a space; the time is in microseconds.
+# Facility 0 is the kernel's own: what others write to the log has another. The name that somebody gave his cgroup
+# stands further behind.
+_HEAD = re.compile(rb"\d+,(\d+),(\d+),")
+_KILLED = re.compile(
+    rb"^[0-7],\d+,(\d+),[^;]*;(?:Memory cgroup o|O)ut of memory[^:]*: Killed process (\d+) \(", re.MULTILINE
+)
 _RECORD_BYTES_MAX = 16 * 1024  # CONSOLE_EXT_LOG_MAX is 8192: a shorter buffer would be refused
 # The log knows the pids of this namespace only, whose inode has always this number (include/linux/proc_ns.h).
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
+# Nor is the log's clock that of another time namespace (fs/proc/, PROC_TIME_INIT_INO). Before Linux 5.6 there is one.
+_FIRST_TIME_NAMESPACE = "time:[4026531834]"
+# The log's clock (local_clock()) began with CLOCK_MONOTONIC and stands still in suspend with it, but is not disciplined
+# by NTP, which bends CLOCK_MONOTONIC by at most 500 ppm, and by as much again in adjtime() (MAXFREQ, MAX_TICKADJ).
+_CLOCKS_DIFFER_AT_FIRST_S = 1.0
+_CLOCKS_DIFFER_BY = 1e-3
 # The kernel counts a kill, then sends the signal, then logs it: a victim may be reaped before it is named.
 _LOG_LAG_S = 0.1
 
@@ -79,37 +89,67 @@ def machine_kills(root: Root = "/") -> int | None:
 
 
 class KillLog:
-    """Whom the kernel's log names as killed for want of memory, from now on. One thread at a time.
+    """Whom the kernel's log names as killed for want of memory, since some moment. One thread at a time.
 
     Reading it may be forbidden (kernel.dmesg_restrict), it may be missing, as in most containers, and in a pid
     namespace of its own a process cannot tell which of the pids there is whose. Then nothing is known.
     """
 
-    def __init__(self, root: Root = "/") -> None:
-        """Begin behind what is logged so far."""
+    def __init__(self, root: Root = "/", since_s: float | None = None) -> None:
+        """Begin behind what is logged so far, or with what was logged at *since_s* of time.monotonic().
+
+        The log's clock is another, so that what came somewhat earlier is taken too: a second, and a thousandth of the
+        time since boot. Who had the same pid and was killed then is taken for its next owner.
+        """
         self._fd = -1
+        self._whole = since_s is None  # nothing of that time was overwritten
+        self._since_us = 0.0
+        if since_s is not None:
+            self._since_us = 1e6 * (since_s * (1 - _CLOCKS_DIFFER_BY) - _CLOCKS_DIFFER_AT_FIRST_S)
         self.victims: set[int] = set()
         with suppress(OSError):
-            if files.read_link(files.under(root, "/proc/self/ns/pid")) == _FIRST_PID_NAMESPACE:
+            if _pids_are_the_logs(root) and (since_s is None or _times_are_the_logs(root)):
                 self._fd = os.open(files.under(root, "/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                os.lseek(self._fd, 0, os.SEEK_END)
+                if since_s is None:
+                    os.lseek(self._fd, 0, os.SEEK_END)
 
     def names(self, pid: int) -> bool | None:
         """Whether *pid* was killed for want of memory; None: it is not named, but may have been all the same."""
         try:
             while self._fd >= 0 and (record := os.read(self._fd, _RECORD_BYTES_MAX)):
-                self.victims.update(map(int, _KILLED.findall(record)))
+                self._whole = self._whole or self._reaches_back(record)
+                self.victims.update(int(pid) for time_us, pid in _KILLED.findall(record) if self._in_time(time_us))
         except BlockingIOError:
             pass  # that is all
         except OSError:  # EPIPE: some were overwritten unread
             self.close()
-        return True if pid in self.victims else None if self._fd < 0 else False
+        return True if pid in self.victims else False if self._whole and self._fd >= 0 else None
+
+    def _reaches_back(self, record: bytes) -> bool:
+        """Whether *record* is the very first, or from before the time that matters."""
+        head = _HEAD.match(record)
+        return head is not None and (int(head[1]) == 0 or not self._in_time(head[2]))
+
+    def _in_time(self, time_us: bytes) -> bool:
+        return int(time_us) >= self._since_us
 
     def close(self) -> None:
         """Read no more. Twice is a no-op."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
+
+
+def _pids_are_the_logs(root: Root) -> bool:
+    return files.read_link(files.under(root, "/proc/self/ns/pid")) == _FIRST_PID_NAMESPACE
+
+
+def _times_are_the_logs(root: Root) -> bool:
+    try:
+        return files.read_link(files.under(root, "/proc/self/ns/time")) == _FIRST_TIME_NAMESPACE
+    except KernelError as error:
+        return files.is_missing(error)
 
 
 class KillWatch:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
+from contextlib import closing
 from operator import index
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from memsafe._kernel import child_cgroup
-from memsafe._kernel.oom import JOIN_TEXT, check_score_adj, join_path, score_adj_path
+from memsafe._kernel.oom import JOIN_TEXT, KillLog, check_score_adj, join_path, score_adj_path
 from memsafe._native import lib
 from memsafe.errors import KernelError, UnsupportedError
 from memsafe.sizes import Size, parse_size
@@ -76,11 +78,12 @@ class Limits:
             raise ValueError("memory_limit sets RLIMIT_DATA: give it or rlimits[RLIMIT_DATA], not both")
 
     def prepare(self) -> None:
-        """Limit the memory by a cgroup or an rlimit, and note how often the OOM killer came before the child did.
+        """Limit the memory by a cgroup or an rlimit, and note when, and how often the OOM killer came before.
 
         Raises:
             UnsupportedError: It must be a cgroup, and none can be made here.
         """
+        self._prepared_s = time.monotonic()  # the log is read when the child was killed: opening it costs a start
         if self._memory_bytes is not None and self._by != "rlimit":
             try:
                 self.made = child_cgroup.make(self._memory_bytes)
@@ -106,12 +109,25 @@ class Limits:
             made, self.made = self.made, None
             made.remove()
 
-    def was_oom_killed(self, returncode: int) -> bool | None:
-        """Return whether the OOM killer ended the child, which has ended with *returncode*; None: nothing tells.
+    def was_oom_killed(self, pid: int, returncode: int) -> bool | None:
+        """Return whether the OOM killer ended the child *pid*, which has ended with *returncode*; None: nothing tells.
 
         In the cgroup that was made for it there is nobody else, so a kill was the child or one that it started. In
-        another it was somebody, while the child ran; that it was the child needs its SIGKILL besides.
+        another it was somebody, while the child ran; that it was the child needs its SIGKILL besides, and the kernel's
+        log says who it was. It also says so of a child without a cgroup.
         """
+        counted = self._counted(returncode)
+        if returncode != -signal.SIGKILL or (self.made is not None and counted is not None):
+            return counted
+        with closing(KillLog(since_s=self._prepared_s)) as log:
+            # No need to wait for it: the kernel holds the victim's task_lock, without which none of its threads gets
+            # past exit_mm(), from the signal until it has logged it (__oom_kill_process()).
+            named = log.names(pid)
+            silent = named is None or not (named or log.victims)  # if another was counted, the log names it
+        return counted if silent and counted is not None else named
+
+    def _counted(self, returncode: int) -> bool | None:
+        """Return what the counters of the child's cgroups say; None: it is in none, or they do not count."""
         if not self._groups:
             return None
         grew = [

@@ -68,9 +68,10 @@ class Popen(subprocess.Popen[Any]):
         nice: Added to this process's niceness.
 
     Attributes:
-        oom_killed: Whether the OOM killer ended the child, told by the counter of its cgroup. In one that was made for
-            it: the child or a process that it started; in one that was given as ``cgroup``: the child died by SIGKILL
-            and the count grew meanwhile. None while it runs, without a cgroup, and where the kernel does not count.
+        oom_killed: Whether the OOM killer ended the child; None while it runs, and where nothing tells. In a cgroup
+            that was made for it, its counter does: the child or a process that it started was killed. Of any other
+            child that died by SIGKILL the kernel's log tells, where it may be read and reaches back to the start of
+            the child. Where not, the counter of what was given as ``cgroup``: True if it grew while the child ran.
         memory_cgroup: The folder of the cgroup that was made for it; None: there is none, or the child has ended.
 
     Raises:
@@ -108,7 +109,7 @@ class Popen(subprocess.Popen[Any]):
     def returncode(self, value: Any) -> None:
         self._returncode = value
         if value is not None:
-            self.oom_killed = self._limits.was_oom_killed(value)
+            self.oom_killed = self._limits.was_oom_killed(self.pid, value)
             self._limits.release()
 
     def _execute_child(self, *values: Any) -> None:

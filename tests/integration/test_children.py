@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import memsafe
 from memsafe._kernel import cgroup, child_cgroup, machine, process
+from memsafe._kernel.oom import KillLog
 from tests.integration import scenario, sealed
 
 PIPE = subprocess.PIPE
@@ -146,8 +148,6 @@ def test_a_child_that_passes_it_is_killed_and_told_from_one_that_crashed(making)
     assert (done.returncode, done.oom_killed) == (-signal.SIGKILL, True)
     killed = memsafe.run(["sh", "-c", "kill -9 $$"], memory_limit="128 MiB")
     assert (killed.returncode, killed.oom_killed) == (-signal.SIGKILL, False)
-    unlimited = memsafe.run(["sh", "-c", "kill -9 $$"])
-    assert (unlimited.returncode, unlimited.oom_killed) == (-signal.SIGKILL, None)
 
 
 @pytest.mark.cgroup
@@ -184,6 +184,48 @@ def test_a_kill_in_a_cgroup_that_was_given_is_told_too(memory_cgroup):
     with memsafe.Popen(["cat"], stdin=PIPE, cgroup=folder) as survivor:
         assert memsafe.run(EAT, cgroup=folder, oom_score_adj=1000).oom_killed is True
     assert survivor.oom_killed is False
+
+
+@pytest.fixture
+def kernel_log():
+    with closing(KillLog()) as log:
+        told = log.names(0)
+    if told is None:
+        pytest.skip("the kernel's log may not be read here, or has the pids of another namespace")
+
+
+def killed_without_a_cgroup(folder):
+    """A victim whose cgroup is this process's own, one killed by hand, and how each is raised."""
+    Path(folder, "cgroup.procs").write_text("0")
+    told = [memsafe.run(EAT, oom_score_adj=1000), memsafe.run(["sh", "-c", "kill -9 $$"])]
+    raised = []
+    for command in (EAT, ["sh", "-c", "kill -9 $$"]):
+        try:
+            memsafe.run(command, oom_score_adj=1000, check=True)
+        except subprocess.CalledProcessError as error:
+            raised.append(type(error).__name__)
+    return {"told": [[one.returncode, one.oom_killed] for one in told], "raised": raised}
+
+
+@pytest.mark.cgroup
+@pytest.mark.usefixtures("kernel_log")
+def test_the_kernels_log_tells_of_a_child_without_a_cgroup_of_its_own(memory_cgroup):
+    folder, limit = memory_cgroup
+    limit.write_text(str(96 << 20))
+    got = scenario.run(killed_without_a_cgroup, folder)
+    assert got["told"] == [[-signal.SIGKILL, True], [-signal.SIGKILL, False]]
+    assert got["raised"] == ["ChildOOMKilledError", "CalledProcessError"]
+
+
+@pytest.mark.cgroup
+@pytest.mark.usefixtures("kernel_log")
+def test_the_log_tells_the_victim_from_one_killed_by_hand_in_the_same_cgroup(memory_cgroup):
+    folder, limit = memory_cgroup
+    limit.write_text(str(96 << 20))
+    with memsafe.Popen(["cat"], stdin=PIPE, cgroup=folder) as beside:
+        assert memsafe.run(EAT, cgroup=folder, oom_score_adj=1000).oom_killed is True
+        beside.kill()
+    assert (beside.returncode, beside.oom_killed) == (-signal.SIGKILL, False)
 
 
 @pytest.mark.cgroup

@@ -188,14 +188,14 @@ def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(pa
 # With everything against it.
 
 
-def write_everything(path, folder, limit_file, rounds):
+def write_everything(path, folder, limit_file, state_mib, limit_mib, rounds):
     """Have a snapshot copied faster than anybody can look, in a cgroup that has no room for it."""
     outcomes, filling = [], b"x" * MIB
     with open(f"{folder}/cgroup.procs", "w") as procs:
         procs.write(str(os.getpid()))
     with open(f"{folder}/{limit_file}", "w") as limit:
-        limit.write(str(112 * MIB))
-    state = state_of(56 * MIB)
+        limit.write(str(limit_mib * MIB))
+    state = state_of(state_mib * MIB)
     for _ in range(rounds):
         memsafe.fork_snapshot(path, hello, max_copy="16 MiB").wait(PATIENCE_S)  # so little is forecast for the next
         gate = Gate()
@@ -209,7 +209,7 @@ def write_everything(path, folder, limit_file, rounds):
 
 @pytest.mark.cgroup
 def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(path, memory_group):
-    got = scenario.run(write_everything, path, *memory_group, 3)
+    got = scenario.run(write_everything, path, *memory_group, 160, 288, 3)
     assert len(got["outcomes"]) == 3
     assert set(got["outcomes"]) <= {"SnapshotOverrunError", "OOMKilledError"}
     assert path.read_bytes() == b"new"

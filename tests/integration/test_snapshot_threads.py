@@ -429,7 +429,7 @@ class _Text:
 
 
 def test_children_beside_threads_that_hold_every_lock_do_not_hang(path):
-    got = scenario.run(beside_busy_threads, path, 15)
-    assert got["kinds"] == {"result": 15}
+    got = scenario.run(beside_busy_threads, path, 10)
+    assert got["kinds"] == {"result": 10}
     assert got["failures"] == []
     assert got["complete"]

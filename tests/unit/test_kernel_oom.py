@@ -11,9 +11,9 @@ MIB = 1024**2
 FIRST_NAMESPACE = "pid:[4026531836]"
 
 
-def killed(pid, facility=0, how="Memory cgroup out of memory", name="python"):
+def killed(pid, facility=0, how="Memory cgroup out of memory", name="python", at_s=14980.894406):
     text = f"{how}: Killed process {pid} ({name}) total-vm:538292kB, anon-rss:97792kB, oom_score_adj:1000"
-    return f"{facility * 8 + 3},1234,14980894406,-;{text}\n SUBSYSTEM=memory\n"
+    return f"{facility * 8 + 3},1234,{round(at_s * 1e6)},-;{text}\n SUBSYSTEM=memory\n"
 
 
 class Machine:
@@ -136,3 +136,50 @@ def test_a_log_that_was_overwritten_unread_says_only_what_it_said(machine, monke
     assert log.names(41) is True
     log.close()
     log.close()
+
+
+BOOTED = "6,0,100,-;Linux version\n"
+
+
+def named_since(machine, text, pid, since_s):
+    """What the log tells, when it holds nothing but *text*."""
+    machine.log.write_text(text)
+    log = KillLog(machine.root, since_s)
+    try:
+        return log.names(pid)
+    finally:
+        log.close()
+
+
+def test_the_log_is_read_back_to_a_moment(machine):
+    text = BOOTED + killed(41, at_s=5000) + killed(42, at_s=6000)
+    assert named_since(machine, text, 41, since_s=4999) is True
+    assert named_since(machine, text, 43, since_s=4999) is False
+    assert named_since(machine, text, 41, since_s=5900) is False
+    assert named_since(machine, text, 42, since_s=5900) is True
+
+
+def test_the_logs_clock_may_be_slow_by_a_thousandth_of_the_uptime_and_a_second(machine):
+    text = BOOTED + killed(41, at_s=1_000_000)
+    assert named_since(machine, text, 41, since_s=1_001_000) is True
+    assert named_since(machine, text, 41, since_s=1_001_003) is False
+
+
+def test_a_log_whose_beginning_was_overwritten_since_names_but_does_not_acquit(machine):
+    text = "6,500,5000000000,-;usb\n" + killed(41, at_s=5001)
+    assert named_since(machine, text, 41, since_s=4999) is True
+    assert named_since(machine, text, 42, since_s=4999) is None
+    assert named_since(machine, text, 42, since_s=5010) is False
+
+
+def test_an_empty_log_says_nothing_of_the_past(machine):
+    assert named_since(machine, "", 41, since_s=5) is None
+
+
+@pytest.mark.parametrize(("namespace", "named"), [("time:[4026531834]", True), ("time:[4026532201]", None)])
+def test_times_of_another_namespace_are_not_compared(machine, namespace, named):
+    (machine.root / "proc" / "self" / "ns" / "time").symlink_to(namespace)
+    assert named_since(machine, BOOTED + killed(41), 41, since_s=5) is named
+    from_now_on = KillLog(machine.root)
+    assert from_now_on.names(41) is False
+    from_now_on.close()

@@ -15,7 +15,7 @@ import pytest
 
 import memsafe
 from memsafe._kernel import child_cgroup
-from memsafe.spawn import popen
+from memsafe.spawn import limits, popen
 
 PIPE = subprocess.PIPE
 
@@ -405,6 +405,67 @@ def test_where_no_cgroup_can_be_made_auto_takes_the_rlimit_and_cgroup_says_why(m
     assert (said.stdout, said.oom_killed) == (b"1048576\n", None)
     with pytest.raises(memsafe.UnsupportedError, match="no cgroups today"):
         memsafe.Popen(["true"], memory_limit="1 GiB", memory_limit_by="cgroup")
+
+
+class TellingLog:
+    """A kernel's log that can, or cannot, tell: of the pid that is asked for, and of other victims."""
+
+    def __init__(self, named, *others):
+        self.named, self.victims = named, set(others)
+
+    def names(self, pid):
+        return self.named
+
+    def close(self):
+        pass
+
+
+class CountingGroup:
+    """A cgroup to be joined by nobody, whose oom_kill rises by *rise* between two looks."""
+
+    version = 1
+    directory = "/nowhere"
+
+    def __init__(self, rise):
+        self.counts = iter([None, None] if rise is None else [5, 5 + rise])
+
+    def oom_kills(self):
+        return next(self.counts)
+
+
+@pytest.mark.parametrize(
+    ("rise", "log", "killed"),
+    [
+        ("no cgroup", TellingLog(True), True),
+        ("no cgroup", TellingLog(False), False),
+        ("no cgroup", TellingLog(False, 2), False),
+        ("no cgroup", TellingLog(None), None),
+        (None, TellingLog(True), True),
+        (None, TellingLog(None), None),
+        (0, TellingLog(None), False),
+        (0, TellingLog(False), False),
+        (1, TellingLog(None), True),
+        (1, TellingLog(None, 2), True),
+        (1, TellingLog(True), True),
+        (1, TellingLog(False, 2), False),
+        (1, TellingLog(False), True),  # somebody was counted whom the log does not name: it is not to be trusted
+    ],
+)
+def test_the_log_corrects_the_count_of_a_cgroup_that_others_share(monkeypatch, rise, log, killed):
+    opened = []
+    monkeypatch.setattr(limits, "KillLog", lambda since_s: opened.append(since_s) or log)
+    monkeypatch.setattr(child_cgroup, "at", lambda folder: CountingGroup(rise))
+    child = limits.Limits(None, None, "auto", None if rise == "no cgroup" else "/nowhere", None, 0)
+    child.prepare()
+    assert opened == []
+    assert child.was_oom_killed(41, -signal.SIGKILL) is killed
+    assert len(opened) == 1
+
+
+def test_the_log_is_not_read_for_a_child_that_ended_otherwise(monkeypatch):
+    monkeypatch.delattr(limits, "KillLog")
+    for code in ("exit 0", "exit 137", "kill -15 $$"):
+        assert memsafe.run(["sh", "-c", code]).oom_killed is None
 
 
 def test_what_run_returns_is_a_completed_process_of_subprocess():
