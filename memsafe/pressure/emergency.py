@@ -25,8 +25,9 @@ class EmergencyReserve:
 
     A PressureMonitor gives it back at CRITICAL, before anything else, and takes it again when it is calm; see there.
     Where it polls what is left by itself, its native thread does so, without waiting for the GIL. Without a monitor,
-    give() and take() do. A context manager. Any number of threads and monitors may use it. A forked child holds
-    nothing, so that what the parent gives back is room; it may take its own.
+    give() and take() do. A context manager. Any number of threads and monitors may use it: none of these takes it
+    while another one is short of memory, or gives it back when it closes. A forked child holds nothing, so that what
+    the parent gives back is room; it may take its own.
 
     Args:
         size: How much; rounded up to whole pages.
@@ -49,6 +50,7 @@ class EmergencyReserve:
         check(lib.ms_emergency_open(size_bytes, made), "hold memory in reserve")
         # The waiters of monitors have references of their own.
         self._native: Any = ffi.gc(made[0], lib.ms_emergency_unref)
+        self._needy: set[object] = set()
         if held:
             self.take()
 
@@ -86,6 +88,28 @@ class EmergencyReserve:
             The bytes that were given back.
         """
         return int(lib.ms_emergency_give(self._native))
+
+    def _give_for(self, owner: object) -> None:
+        """Give it back, and let nobody take it by _take_unless_needed() until *owner* needs it no longer."""
+        self._needy.add(owner)
+        self.give()
+
+    def _no_longer_for(self, owner: object) -> None:
+        """*owner* needs it given no longer; one that did not is none."""
+        self._needy.discard(owner)
+
+    def _take_unless_needed(self) -> None:
+        """Take it, unless somebody needs it given.
+
+        Raises:
+            KernelError, ValueError: As take().
+        """
+        if self._needy:
+            return
+        self.take()
+        # Without a lock, which a fork could leave held: who came in between is seen here, or gives after this.
+        if self._needy:
+            self.give()
 
     def close(self) -> None:
         """Give it back for good. Twice is a no-op."""

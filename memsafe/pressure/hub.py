@@ -109,6 +109,11 @@ class Hub:
         return (self._polling,) if self._watermark is None else (self._watermark, self._polling)
 
     @property
+    def _reopened(self) -> tuple[Source, ...]:
+        """The sources that are tried again when they were lost; without the timer there is no going on."""
+        return (*self._chosen, *(each for each in self._lasting if each is not self._polling))
+
+    @property
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What each source is, and why where it is not used."""
         return tuple(source.status for source in (*self._chosen, *self._lasting))
@@ -172,7 +177,7 @@ class Hub:
         Returns:
             Whether there was anything to do: a limit is not what it was, or a source was lost.
         """
-        for source in self._chosen:
+        for source in self._reopened:
             if source.used and not source.is_intact:
                 self._lose(source, KernelError(errno.EBADF, "wait for it", "somebody else has closed its descriptor"))
         limits: list[Limit] = [(each.kind, each.path, each.limit_bytes) for each in status.constraints]
@@ -191,7 +196,7 @@ class Hub:
         for source in before.values():
             source.close(self._waiter)
         used = {source.key for source in self._chosen if source.used}
-        for source in self._chosen:
+        for source in self._reopened:
             if source.used:
                 continue
             if source.stands_in_for & used:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from memsafe.sizes import format_size
 
@@ -21,6 +22,21 @@ RECOVERY_S = 1.0
 
 MIB = 1024**2
 GIB = 1024**3
+
+# What the native thread can count with: nanoseconds and bytes in 63 bits. A year is more than enough.
+_POLL_S_MOST = 366 * 86_400
+_BOUNDS = (
+    ("clear_ratio", 1, math.inf),
+    ("stall_headroom_ratio", 0, 1),
+    ("cooldown_s", 0, math.inf),
+    ("some_stall_us", 1, 2_000_000),  # the window of a trigger
+    ("full_stall_us", 1, 2_000_000),
+    ("fill_bytes_per_s", 1, 2**63 - 1),
+)
+_WHOLE = (
+    *("low_bytes_min", "low_bytes_max", "critical_bytes_min", "critical_bytes_max"),
+    *("some_stall_us", "full_stall_us", "fill_bytes_per_s"),
+)
 
 
 class PressureLevel(IntEnum):
@@ -81,6 +97,9 @@ class Thresholds:
         poll_s_min, poll_s_max: Bounds of the polling interval. A few numbers are read so often as *poll_s_min* by the
             native thread; all files, which takes Python, ten times a second at the most.
         fill_bytes_per_s: The fastest plausible growth. The next poll comes before it could reach the next threshold.
+
+    Raises:
+        ValueError: One of them is out of bounds, infinite, or not a number.
     """
 
     low_ratio: float = 0.15
@@ -104,15 +123,17 @@ class Thresholds:
             least, most = getattr(self, f"{name}_bytes_min"), getattr(self, f"{name}_bytes_max")
             if not 0 <= ratio <= 1 or not 0 <= least <= most:
                 raise ValueError(f"{name}: the ratio must be 0 to 1 and 0 <= min <= max, not {ratio}, {least}, {most}")
-        if self.clear_ratio < 1:
-            raise ValueError(f"clear_ratio must be at least 1, not {self.clear_ratio}")
-        if not 0 < self.poll_s_min <= self.poll_s_max or self.cooldown_s < 0 or self.fill_bytes_per_s < 1:
-            raise ValueError("0 < poll_s_min <= poll_s_max, cooldown_s >= 0 and fill_bytes_per_s >= 1 must hold")
-        for name in ("some_stall_us", "full_stall_us"):
-            if not 0 < getattr(self, name) <= 2_000_000:
-                raise ValueError(
-                    f"{name} must be above 0 and at most the window of 2,000,000, not {getattr(self, name)}"
-                )
+        if not 0 < self.poll_s_min <= self.poll_s_max <= _POLL_S_MOST:
+            raise ValueError(
+                f"0 < poll_s_min <= poll_s_max <= {_POLL_S_MOST} must hold, not {self.poll_s_min}, {self.poll_s_max}"
+            )
+        for name, least, most in _BOUNDS:
+            value = getattr(self, name)
+            if not (least <= value <= most and value < math.inf):
+                raise ValueError(f"{name} must be finite and from {least} to {most}, not {value}")
+        for name in _WHOLE:
+            if not isinstance(getattr(self, name), SupportsIndex):
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
 
     def begins_at(self, level: PressureLevel, limit_bytes: int) -> int:
         """Return the available bytes at which *level*, LOW or CRITICAL, begins under a limit."""
@@ -153,10 +174,10 @@ class Judgement:
 
     Attributes:
         raised: The level to go up to at once.
-        held: The highest level whose cause has not passed; at least *raised*.
+        held: The highest level whose cause has not passed, under any limit; at least *raised*.
         source: The cause's, or None where the headroom decided.
         available_bytes, limit_bytes: Of the constraint that decided, else of the one that is met first.
-        shortage_bytes: What is missing until every level's cause has passed.
+        shortage_bytes: What is missing until every level's cause has passed, under every limit.
     """
 
     raised: PressureLevel
@@ -182,7 +203,13 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
         for constraint in status.constraints
         if (left_bytes := available_bytes(constraint)) is not None
     ]
-    judgement = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
+    decides = max(judged, key=lambda each: (each.raised, each.held, -(each.available_bytes or 0)), default=_UNKNOWN)
+    # What lasts may be another constraint's: the one that decides may be the first to recover.
+    judgement = replace(
+        decides,
+        held=max((each.held for each in judged), default=decides.held),
+        shortage_bytes=max((each.shortage_bytes for each in judged), default=0),
+    )
     met = {
         Needs.NOTHING: True,
         Needs.SHORT_HEADROOM: any(_ratio(each) < thresholds.stall_headroom_ratio for each in judged) or not judged,
@@ -191,14 +218,12 @@ def judge(status: MemoryStatus, thresholds: Thresholds, causes: Collection[Cause
     loudest = max((cause for cause in causes if met[cause.needs]), key=lambda each: each.level, default=None)
     if loudest is None or loudest.level <= judgement.raised:
         return judgement
-    return Judgement(
-        loudest.level,
-        max(loudest.level, judgement.held),
-        loudest.source,
-        judgement.available_bytes,
-        judgement.limit_bytes,
-        judgement.shortage_bytes,
-        f"{loudest.detail}; {judgement.detail}",
+    return replace(
+        judgement,
+        raised=loudest.level,
+        held=max(loudest.level, judgement.held),
+        source=loudest.source,
+        detail=f"{loudest.detail}; {judgement.detail}",
     )
 
 

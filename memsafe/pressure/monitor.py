@@ -102,7 +102,8 @@ class PressureMonitor:
         thresholds: What sets the levels; None: the defaults.
         reserve: How much memory to hold so that reclaimers and callbacks have room at CRITICAL, or an EmergencyReserve
             of the caller's. It is taken at the start, and after a CRITICAL at the first look at NORMAL; but only where
-            more than LOW begins at is left with it. Given back when the monitor closes.
+            more than LOW begins at is left with it, and while no other monitor that shares it is short of memory. One
+            of the monitor's own is given back when it closes; the caller's is left as it is.
         hurry: Lower sys.setswitchinterval() to 0.5 ms while memory is short, and put it back after: busy threads have
             shorter turns then, and reclaimers do not wait 5 ms for the GIL at each of their system calls. Not for a
             budget over its soft limit.
@@ -130,6 +131,7 @@ class PressureMonitor:
     ) -> None:
         self._budget = budget
         self._thresholds = thresholds or Thresholds()
+        self._owns_reserve = reserve is not None and not isinstance(reserve, EmergencyReserve)
         if reserve is not None and not isinstance(reserve, EmergencyReserve):
             reserve = EmergencyReserve(reserve, held=False)
         self._reserve = reserve
@@ -256,8 +258,10 @@ class PressureMonitor:
         shorter_turns.release(self)
         self._hub = self._deputy = None
         hub.close(forked=forked)
-        if not forked:
-            self._give_reserve()
+        if self._reserve is not None:
+            self._reserve._no_longer_for(self)
+            if self._owns_reserve and not forked:
+                self._reserve.give()
         self._source_statuses = hub.statuses
         self._changed_fd = -1
         if self._changed is not None:
@@ -559,19 +563,18 @@ class PressureMonitor:
     def _take_reserve(self, status: MemoryStatus) -> KernelError | None:
         """Take it where there is room; return what the kernel had against it."""
         reserve = self._reserve
-        if reserve is None or reserve.held_bytes or not levels.has_room(status, self._thresholds, reserve.size_bytes):
+        if reserve is None:
+            return None
+        reserve._no_longer_for(self)
+        if reserve.held_bytes or not levels.has_room(status, self._thresholds, reserve.size_bytes):
             return None
         try:
-            reserve.take()
+            reserve._take_unless_needed()
         except KernelError as error:
             return error
         except ValueError:
             self._reserve = None  # its owner has closed it
         return None
-
-    def _give_reserve(self) -> None:
-        if self._reserve is not None:
-            self._reserve.give()
 
     # ------------------------------------------------------------------------------------------------ telling
 
@@ -597,7 +600,8 @@ class PressureMonitor:
             streams = list(self._streams)
             is_wanted = self._changes_wanted
         if event.level == PressureLevel.CRITICAL:
-            self._give_reserve()
+            if self._reserve is not None:
+                self._reserve._give_for(self)
             alarm.sound(event)
         elif event.level == PressureLevel.NORMAL:
             shorter_turns.release(self)

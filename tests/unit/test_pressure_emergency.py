@@ -174,6 +174,27 @@ def test_the_callers_own_is_used_and_stays_the_callers(machine, clock):
         assert reserve.take() == MIB
 
 
+def test_of_monitors_that_share_one_none_undoes_what_another_needs(machine, clock):
+    with EmergencyReserve("1 MiB") as reserve, watched(machine, clock, reserve=reserve) as calm:
+        with watched(machine, clock, reserve=reserve) as short:
+            short.simulate(CRITICAL)
+            assert (calm.check(), reserve.held_bytes) == (NORMAL, 0)
+            calm.simulate(CRITICAL)
+            short.simulate(NORMAL)
+            assert (short.check(), reserve.held_bytes) == (NORMAL, 0)
+            calm.simulate(NORMAL)
+            assert (calm.check(), reserve.held_bytes) == (NORMAL, MIB)
+        assert reserve.held_bytes == MIB, "closing one takes it from no other"
+        with watched(machine, clock, reserve=reserve) as short:
+            short.simulate(CRITICAL)
+        assert (calm.check(), reserve.held_bytes) == (NORMAL, MIB), "a closed one needs it no longer"
+    with watched(machine, clock, reserve="1 MiB") as owner:
+        owner.check()
+        own = owner.reserve
+        assert own.held_bytes == MIB
+    assert own.held_bytes == 0
+
+
 def test_one_that_its_owner_closes_is_left_out_and_the_monitor_goes_on(machine, clock, caplog):
     reserve = EmergencyReserve("1 MiB")
     with watched(machine, clock, reserve=reserve) as monitor:

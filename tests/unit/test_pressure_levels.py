@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from memsafe.pressure.levels import (
@@ -20,6 +22,7 @@ from memsafe.status import CommitStatus, Constraint, MemoryStatus, ProcessMemory
 
 MIB = 1024**2
 GIB = 1024**3
+NAN = math.nan
 NORMAL, LOW, CRITICAL = PressureLevel
 DEFAULTS = Thresholds()
 SOME = Cause(LOW, "psi.some", "stalled", Needs.SHORT_HEADROOM)
@@ -78,6 +81,19 @@ def test_the_shortest_limit_decides_whichever_it_is():
     assert (judgement.available_bytes, judgement.limit_bytes) == (1 * GIB, 64 * GIB)
     assert "physical" in judgement.detail
     assert judged(own).limit_bytes == 64 * MIB
+
+
+def test_the_shortage_and_what_lasts_are_those_of_all_limits():
+    small, large = constraint(64 * MIB, 10 * MIB), constraint(16 * GIB, 1900 * MIB, kind="physical", path=None)
+    both = judged(small, large)
+    assert (both.raised, both.available_bytes, both.limit_bytes) == (LOW, 10 * MIB, 64 * MIB)
+    assert both.shortage_bytes == judged(large).shortage_bytes > judged(small).shortage_bytes > 0
+    slow = Thresholds(clear_ratio=3)
+    calm, low = constraint(100 * MIB, 17 * MIB), constraint(64 * GIB, 2 * GIB, path="/other")
+    alone = judged(low, thresholds=slow), judged(calm, thresholds=slow)
+    assert [(each.raised, each.held) for each in alone] == [(LOW, LOW), (NORMAL, CRITICAL)]
+    both = judged(calm, low, thresholds=slow)
+    assert (both.raised, both.held) == (LOW, CRITICAL)
 
 
 def test_where_nothing_is_short_the_limit_that_is_met_first_is_told():
@@ -223,6 +239,23 @@ def test_a_forced_level_falls_by_the_cooldown_unless_it_is_real():
         {"fill_bytes_per_s": 0},
         {"some_stall_us": 0},
         {"full_stall_us": 2_000_001},
+        {"some_stall_us": 1.5},
+        {"low_ratio": NAN},
+        {"low_bytes_min": NAN},
+        {"critical_bytes_max": 1e9},
+        {"clear_ratio": NAN},
+        {"clear_ratio": math.inf},
+        {"stall_headroom_ratio": -3},
+        {"stall_headroom_ratio": 1.5},
+        {"stall_headroom_ratio": NAN},
+        {"cooldown_s": NAN},
+        {"cooldown_s": math.inf},
+        {"poll_s_min": NAN},
+        {"poll_s_max": math.inf},
+        {"poll_s_max": 1e12},
+        {"fill_bytes_per_s": 2**70},
+        {"fill_bytes_per_s": 1e9},
+        {"fill_bytes_per_s": NAN},
     ],
 )
 def test_thresholds_that_make_no_sense_are_refused(junk):

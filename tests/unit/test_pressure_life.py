@@ -489,6 +489,23 @@ def test_a_source_is_lost_though_the_log_cannot_be_written(machine):
         assert all(each.is_intact for each in monitor._hub._chosen if each.used)
 
 
+def test_the_watermark_of_a_budget_whose_descriptor_was_closed_is_opened_again(machine, caplog):
+    passed = threading.Event()
+    with (
+        Budget("64 MiB", soft_limit="1 MiB") as budget,
+        PressureMonitor(budget, root=machine.root, thresholds=QUIET) as monitor,
+    ):
+        monitor.on(LOW, lambda event: passed.set())
+        monitor.check()
+        os.close(monitor._hub._watermark._fd)
+        monitor.check()
+        assert "budget.soft_limit is lost: wait for it" in caplog.text
+        assert next(each for each in monitor.sources if each.name == "budget.soft_limit").used
+        with budget.reserve("2 MiB"):
+            assert passed.wait(30), "nobody but the watermark tells"
+    assert caplog.text.count("is lost") == 1
+
+
 def test_a_budget_writes_to_no_descriptor_that_is_another_files_now(machine, tmp_path):
     with (
         Budget("64 MiB", soft_limit="1 MiB") as budget,

@@ -345,7 +345,7 @@ def test_a_forked_child_may_only_close_and_the_parent_goes_on():
 # The first child after unshare() is number 1 of its namespace; what it forks after another one is, too.
 FIRST_OF_ALL = """
 import ctypes, errno, os, select, sys
-from memsafe import EmergencyReserve
+from memsafe import Budget, EmergencyReserve
 from memsafe.errors import KernelError
 from memsafe.pressure.waiter import How, Waiter
 
@@ -361,11 +361,14 @@ if first := os.fork():
     end_as(first)
 counter = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 waiter, reserve = Waiter(), EmergencyReserve("1 MiB")
+region = Budget().map(1 << 20, zero_on_close=True)
+region.advise("dontfork")
 waiter.add(counter, How.COUNTER, 1)
 assert os.getpid() == 1 and libc.unshare(NEWPID) == 0
 child = os.fork()
 if child == 0:
     assert os.getpid() == 1 and (reserve.held_bytes, reserve.give()) == (0, 0)
+    region.close()  # zeroing it would be a SIGSEGV
     try:
         waiter.take()
     except KernelError as error:
