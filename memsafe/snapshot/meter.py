@@ -51,11 +51,11 @@ class Measurement:
 
     Attributes:
         copy_bytes: The child's private dirty memory, which is what either side has copied: a page that one of the two
-            writes is copied, and each has its own from then on.
+            writes is copied, and each has its own from then on. None once they are not counted any more.
         short: A sentence when what kills or throttles this process is nearly met, else None.
     """
 
-    copy_bytes: int
+    copy_bytes: int | None
     short: str | None
 
 
@@ -93,6 +93,7 @@ class Meter:
         """Begin with what is left now; there are no copies yet."""
         self._root = root
         self._max_copy_bytes = max_copy_bytes
+        self._counts_copies = True
         # Of their own: what is measured seldom takes long to read, what is counted often does not.
         self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
         with self._measured.reading():
@@ -117,6 +118,10 @@ class Meter:
     def stop(self) -> None:
         """Measure no more."""
         self.next_look_s = self._due_s = self._headroom.due_s = self._bound.due_s = math.inf
+
+    def forgo_copies(self) -> None:
+        """Count copies no more, where nothing bounds them. Headroom is told by files of the parent alone: it is read on."""
+        self._counts_copies = False
 
     def close(self) -> None:
         """Close what was kept open. Twice is a no-op."""
@@ -159,10 +164,11 @@ class Meter:
         try:
             with self._measured.reading():
                 faulted_bytes = self._faulted_bytes(pid)
-                copy_bytes = process.smaps_rollup(pid).private_dirty_bytes
+                copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
-            slack_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
-            self._bound.settle(slack_bytes, faulted_bytes, time.thread_time() - began_s)
+            if copy_bytes is not None:
+                slack_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
+                self._bound.settle(slack_bytes, faulted_bytes, time.thread_time() - began_s)
         finally:
             cost_s = time.thread_time() - began_s
             self._due_s = time.monotonic() + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)

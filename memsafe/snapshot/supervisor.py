@@ -365,14 +365,20 @@ class Supervisor:
         except OSError as error:
             if self._has_ended() or is_missing(error):
                 return
-            self._meter.stop()
-            self._warnings.append(f"copies could not be measured: {error}")
+            # A child whose process changed its user belongs to root (PR_SET_DUMPABLE, prctl(2)).
             if self._bounds.max_copy_bytes is not None:
-                self._end(SnapshotFailedError(self._ended(f"max_copy cannot be kept: {error}")))
+                self._meter.stop()
+                self._end(
+                    SnapshotFailedError(self._ended(f"max_copy cannot be kept, as copies cannot be measured: {error}"))
+                )
+            else:
+                self._meter.forgo_copies()
+                self._warnings.append(f"copies could not be measured, headroom alone was watched: {error}")
             return
         if self._has_ended():
             return  # where somebody else reaps, the number may be another process's by now
-        self._count_copies(measured.copy_bytes)
+        if measured.copy_bytes is not None:
+            self._count_copies(measured.copy_bytes)
         if measured.short is not None:
             self._end_for_shortage(measured.short)
 

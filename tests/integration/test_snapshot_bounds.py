@@ -1,5 +1,6 @@
 """What ends a snapshot's child before its parent is harmed, and what is counted to know when."""
 
+import errno
 import mmap
 import os
 import signal
@@ -7,7 +8,9 @@ import signal
 import pytest
 
 import memsafe
+from memsafe._kernel import process
 from memsafe._kernel.oom import KillLog
+from memsafe.errors import KernelError
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
 from tests.integration.snapshots import MIB, PATIENCE_S, Gate, describe, gated, hello, outcome
@@ -112,18 +115,26 @@ def test_copies_are_counted_and_a_bound_that_holds_changes_nothing(path):
     assert 8 * MIB <= got["result"]["peak_copy_bytes"] <= 128 * MIB
 
 
-def headroom_gone(path, folder):
+def headroom_gone(path, folder, readable):
+    if not readable:
+        process.smaps_rollup = refuse_to_read
     app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
     gate = Gate()
-    job = memsafe.fork_snapshot(path, gated(gate), root=folder)
+    job = memsafe.fork_snapshot(path, gated(gate), timeout_s=PATIENCE_S / 3, root=folder)
     app.usage = 1020 * MIB
     got = outcome(job)
     gate.close()
     return got
 
 
-def test_the_child_is_ended_before_the_parents_last_headroom_is_gone(path, tmp_path):
-    got = scenario.run(headroom_gone, path, tmp_path / "machine")
+def refuse_to_read(pid=0):
+    """As of the child of a daemon that root started and that changed its user."""
+    raise KernelError(errno.EACCES, "read", f"/proc/{pid}/smaps_rollup")
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["copies-counted", "copies-unreadable"])
+def test_the_child_is_ended_before_the_parents_last_headroom_is_gone(path, tmp_path, readable):
+    got = scenario.run(headroom_gone, path, tmp_path / "machine", readable)
     assert got["error"] == "SnapshotOverrunError"
     assert got["max_copy_bytes"] is None
     assert "4 MiB are left below memory.max of /app (1 GiB)" in got["message"]
