@@ -173,6 +173,8 @@ class SnapshotRun:
 
     def cancel(self) -> bool:
         """Ask for the end; True means that the outcome will be SnapshotCancelledError."""
+        if self.pid != os.getpid():
+            return False  # nobody may be left to release the lock, and the engine is the parent's
         path = os.fsdecode(self.path)
         with self._lock:
             self.end(SnapshotCancelledError(f"the snapshot of {path} was cancelled; the file there is as it was"))
@@ -280,7 +282,8 @@ class SnapshotJob:
 
         Returns:
             True when wait() will raise SnapshotCancelledError; False when it is too late, because the image is
-            complete and being put in place, or the job has ended or is being ended for another reason.
+            complete and being put in place, or the job has ended or is being ended for another reason; in a forked
+            child too, whose parent's job it is.
         """
         return self._run.cancel()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import signal
 import threading
 
@@ -60,6 +61,29 @@ def test_wait_that_takes_too_long_is_a_timeout_and_changes_nothing():
     with pytest.raises(TimeoutError, match=r"dump\.db is still running"):
         engine.job.wait(0)
     assert engine.job.state is SnapshotState.PREPARING
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_cancel_in_a_forked_child_says_no_at_once_whoever_held_the_lock():
+    engine = Engine()
+    engine.run.begin()
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with engine.run._lock:
+            held.set()
+            release.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(5)  # not to hang where it would
+        os._exit(engine.job.cancel() or engine.wakes)
+    release.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_cancel_wakes_the_engine_each_time_and_is_seen_by_seal():
