@@ -16,7 +16,7 @@ from typing import TypeAlias
 from memsafe.snapshot.writer import Written
 
 _LENGTH = struct.Struct("=I")
-_FRAME_BYTES_MAX = 2**20
+_FRAME_BYTES_MAX = 2 * 2**20
 _READ_BYTES = 64 * 1024
 
 # Progress goes at once for a while, then is thinned out: a report for each of a million items would cost the child a
@@ -24,7 +24,9 @@ _READ_BYTES = 64 * 1024
 _PROGRESS_BURST = 100
 _PROGRESS_PER_S = 50
 
-# A message may be the repr of anything; a traceback of a deep recursion is shortened by Python itself.
+# A message may be the repr of anything; a traceback of a deep recursion is shortened by Python itself. JSON in ASCII
+# takes up to 12 bytes for a character (a pair of \uXXXX): the longest of both still fit in a frame.
+_NAME_CHARS_MAX = 1024
 _MESSAGE_CHARS_MAX = 16 * 1024
 _TRACEBACK_CHARS_MAX = 128 * 1024
 
@@ -95,7 +97,7 @@ class Reporter:
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         self._send_pending(wait=True)
-        self._send(["raised", name, _message(error), _traceback(error)], wait=True)
+        self._send(["raised", name[:_NAME_CHARS_MAX], _message(error), _traceback(error)], wait=True)
 
     def _send_pending(self, *, wait: bool) -> None:
         if self._pending is not None and self._send(["progress", *self._pending], wait=wait):

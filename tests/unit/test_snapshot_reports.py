@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import select
 import struct
 import threading
 
@@ -48,6 +49,22 @@ def test_an_exception_arrives_with_its_name_message_and_traceback(pipe):
     assert report.type == "ValueError"
     assert "invalid literal" in report.message
     assert 'int("x")' in report.traceback
+
+
+@pytest.mark.parametrize("character", ["x", "\0", "\u00e9", "\U0001f4a5", "\udc80"])
+def test_the_longest_exception_arrives_whatever_it_is_written_in(pipe, character):
+    kind = type(character.replace("\0", "x").replace("\udc80", "x") * 2**18, (Exception,), {})
+    sender = threading.Thread(target=Reporter(pipe["write"]).raised, args=(kind(character * 2**20),))
+    sender.start()
+    reader, reports = ReportReader(pipe["read"]), []
+    while not reports:
+        select.select([pipe["read"]], [], [], 30)
+        reports = reader.read()
+    sender.join()
+    (report,) = reports
+    assert report.message == character * (16 * 1024)
+    assert len(report.traceback) == 128 * 1024
+    assert report.traceback.endswith(character + "\n")
 
 
 def test_a_report_in_pieces_is_put_together(pipe):
