@@ -120,7 +120,7 @@ class Meter:
         self.next_look_s = self._due_s = self._headroom.due_s = self._bound.due_s = math.inf
 
     def forgo_copies(self) -> None:
-        """Count copies no more, where nothing bounds them. Headroom is told by files of the parent alone: it is read on."""
+        """Count copies no more, where nothing bounds them. Headroom, told by files of the parent alone, is read on."""
         self._counts_copies = False
 
     def close(self) -> None:

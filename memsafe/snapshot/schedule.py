@@ -339,19 +339,24 @@ class SnapshotSchedule:
             timeout_s: Seconds to wait at most.
 
         Raises:
-            TimeoutError: It is still running, and goes on.
+            TimeoutError: It is still running, and goes on; or the thread has not ended: it waits for *lock*, say, and
+                begins its snapshot yet. Call again to wait again.
         """
         if self._is_foreign():
             return
+        began_s = time.monotonic()
         self._stopped.set()
         atexit.unregister(self._stopped.set)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                path = os.fsdecode(self.path)
+                raise TimeoutError(f"the schedule of snapshots of {path} has not ended after {timeout_s} s")
         if (job := self._job) is not None:
             if cancel:
                 job.cancel()
             with suppress(SnapshotFailedError):
-                job.wait(timeout_s)
+                job.wait(None if timeout_s is None else max(0.0, began_s + timeout_s - time.monotonic()))
 
     def __enter__(self) -> Self:
         self.start()

@@ -516,6 +516,37 @@ def test_a_thread_takes_what_is_due_and_close_waits_for_it(engine):
             refused_now()
 
 
+def test_close_waits_no_longer_than_told_for_a_thread_that_cannot_have_the_lock(engine):
+    lock, asked = threading.Lock(), threading.Event()
+
+    class Watched:
+        def __enter__(self):
+            asked.set()
+            lock.acquire()
+
+        def __exit__(self, *_):
+            lock.release()
+
+    schedule = SnapshotSchedule("dump.db", print, after_changes=1, take=engine.take, lock=Watched())
+    schedule.note_changes()
+    lock.acquire()
+    rescue = threading.Timer(PATIENCE_S / 6, lock.release)  # of a close() that would wait for ever
+    rescue.start()
+    schedule.start()
+    assert asked.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError, match="has not ended"):
+        schedule.close(timeout_s=0)
+    assert not engine.runs
+    rescue.cancel()
+    lock.release()
+    assert engine.began.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError, match="still running"):
+        schedule.close(timeout_s=PATIENCE_S / 60)
+    engine.succeed()
+    schedule.close()
+    assert schedule.last_result == result()
+
+
 def test_close_cancels_if_told_to(make, engine):
     schedule = make(after_changes=1)
     schedule.save_now()
