@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from memsafe._kernel.descriptors import descriptor_path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -24,6 +25,7 @@ _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP})
 # Room in a name of at most 255 bytes for what stands around the target's own.
 _NAME_BYTES_MAX = 180
 
+_NAMES_TRIED = 1000
 _numbers = itertools.count()
 
 
@@ -86,14 +88,11 @@ class AtomicFile:
             OSError: Something on the way failed. The old file is still there, unless the last step, the folder's own
                 fsync, is what failed: then the new one is, but may not survive a power cut.
         """
-        if self._temporary is None:
-            temporary = self._temporary_name()
-            os.link(descriptor_path(self.fd), temporary, dst_dir_fd=self._folder_fd, follow_symlinks=True)
-            self._temporary = temporary
+        temporary = self._temporary or self._make_temporary(self._link)
         # Once more even where the writer has done so: a journal may have kept back an inode that had no name.
         os.fsync(self.fd)
         size_bytes = os.fstat(self.fd).st_size
-        os.rename(self._temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+        os.rename(temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
         self._temporary = None
         self.renamed = True
         try:
@@ -128,17 +127,36 @@ class AtomicFile:
         return stat.S_IMODE(status.st_mode)
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            self.fd = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=self._folder_fd)
+            self.fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o666, dir_fd=self._folder_fd)
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise OSError(error.errno, error.strerror, self._real_path) from None
-            name = self._temporary_name()
-            self.fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._folder_fd)
-            self._temporary = name
+            self._make_temporary(self._create)
         with suppress(OSError):  # a file system without locks: its left-overs stay
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _make_temporary(self, make: Callable[[str], None]) -> str:
+        """Have *make* make the file under a name that is free: process numbers repeat from container to container."""
+        tried = 0
+        while True:
+            name = self._temporary_name()
+            try:
+                make(name)
+            except FileExistsError:
+                tried += 1
+                if tried == _NAMES_TRIED:
+                    raise
+            else:
+                self._temporary = name
+                return name
+
+    def _create(self, name: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.fd = os.open(name, flags, 0o666, dir_fd=self._folder_fd)
+
+    def _link(self, name: str) -> None:
+        os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder_fd, follow_symlinks=True)
 
     def _prefix(self) -> str:
         return f".{os.fsdecode(os.fsencode(self._name)[:_NAME_BYTES_MAX])}.memsafe-"
@@ -150,11 +168,13 @@ class AtomicFile:
         prefix = self._prefix()
         for name in os.listdir(self._folder_fd):  # noqa: PTH208 - pathlib knows no descriptors
             if name.startswith(prefix) and name.endswith(".tmp"):
-                with suppress(OSError):
-                    self._remove_if_unused(name)
+                # It has the permissions of the file that it was to replace; NFS locks only what may be written.
+                for access in (os.O_RDONLY, os.O_RDWR):
+                    with suppress(OSError):
+                        self._remove_if_unused(name, access)
 
-    def _remove_if_unused(self, name: str) -> None:
-        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder_fd)
+    def _remove_if_unused(self, name: str, access: int) -> None:
+        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder_fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(name, dir_fd=self._folder_fd)

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
+from contextlib import ExitStack
 
 import pytest
 
-from memsafe.snapshot import AtomicFile
+from memsafe.snapshot import AtomicFile, atomic
 
 TMPFILE = os.O_TMPFILE
 
@@ -158,6 +160,64 @@ def test_left_overs_of_the_dead_are_removed_and_files_in_use_are_not(path):
         fcntl.flock(held, fcntl.LOCK_EX)
         replace(path)
     assert names(path) == sorted([in_use.name, other.name, "dump.db"])
+
+
+@pytest.mark.parametrize("what", ["read-only", "lockable when writable"])
+def test_a_left_over_that_cannot_be_opened_or_locked_in_one_way_is_removed_in_the_other(path, monkeypatch, what):
+    dead = path.parent / ".dump.db.memsafe-1-0.tmp"
+    dead.write_bytes(b"x")
+    if what == "read-only":
+        dead.chmod(0o444)
+        monkeypatch.setattr(os, "open", as_nobody(os.open))
+    else:
+        monkeypatch.setattr(fcntl, "flock", as_on_nfs(fcntl.flock))
+    replace(path)
+    assert names(path) == ["dump.db"]
+
+
+def as_nobody(real):
+    """open(2) without root's privilege."""
+
+    def opened(name, flags, *args, **keywords):
+        if os.fspath(name).endswith("-1-0.tmp") and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return real(name, flags, *args, **keywords)
+
+    return opened
+
+
+def as_on_nfs(real):
+    """An exclusive lock only where the file may be written (flock(2))."""
+
+    def locked(fd, operation):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, operation)
+
+    return locked
+
+
+def test_a_name_that_a_process_of_the_same_number_in_another_container_has_is_passed_over(kind, path, monkeypatch):
+    monkeypatch.setattr(atomic, "_numbers", itertools.count(7))
+    taken = [path.parent / f".dump.db.memsafe-{os.getpid()}-{number}.tmp" for number in (7, 8)]
+    with ExitStack() as theirs:
+        for file in taken:
+            fcntl.flock(theirs.enter_context(file.open("w")), fcntl.LOCK_EX)
+        replace(path)
+        assert names(path) == sorted(["dump.db", *(file.name for file in taken)])
+    assert path.read_bytes() == b"new"
+
+
+def test_where_every_name_is_taken_that_is_told(kind, path, monkeypatch):
+    def taken(*_, **__):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", taken)
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *a, **k: taken() if a[1] & os.O_EXCL else real(*a, **k))
+    with pytest.raises(FileExistsError):
+        replace(path)
+    assert names(path) == []
 
 
 def test_no_descriptor_is_left_open(kind, path):
