@@ -56,7 +56,8 @@ _HANDOVER = struct.Struct("=qqq")  # pid, pidfd, pause_ns: struct handover of fo
 
 # The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
 # Right after the fork both count the same pages, then the parent may grow: by less than all there is. So a difference
-# of 1000 decides for the child whatever happens, and it is asked for relative to the parent.
+# of 1000 decides for the child whatever happens, and it is asked for relative to the parent. A parent that is above 0
+# itself leaves less than that.
 _OOM_SCORE_ADJ_ABOVE = 1000
 _OOM_SCORE_ADJ_MAX = 1000
 
@@ -135,7 +136,14 @@ class Supervisor:
             raise self._refusal
         self._forked_by = threading.get_ident()
         child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
-        oom_score_adj = _child_oom_score_adj()
+        own_adj = _own_oom_score_adj()
+        oom_score_adj = min(own_adj + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
+        if oom_score_adj - own_adj < _OOM_SCORE_ADJ_ABOVE:
+            self._warnings.append(
+                f"the child's oom_score_adj was only {oom_score_adj - own_adj} above this process's, which is {own_adj} ("
+                f"{_OOM_SCORE_ADJ_MAX} is the most there is): a process that grew beyond the child by that many "
+                "thousandths of all memory would have been the OOM killer's first choice"
+            )
         self._began_s = time.monotonic()
         if self._meter.is_tight:
             shorter_turns.ask(self)
@@ -483,12 +491,11 @@ class Supervisor:
         return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
 
 
-def _child_oom_score_adj() -> int:
+def _own_oom_score_adj() -> int:
     try:
-        own = process.oom_score_adj()
+        return process.oom_score_adj() or 0
     except KernelError:
-        own = None
-    return min((own or 0) + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
+        return 0
 
 
 def _pidfd_of_self() -> int:

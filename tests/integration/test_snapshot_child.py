@@ -112,6 +112,23 @@ def child_state(path):
     return {**got, **own, "state": state, "half_open": half_open, "heard": heard}
 
 
+def easily_killed(path):
+    own_adj = max(300, process.oom_score_adj())  # anybody may raise it
+    Path("/proc/self/oom_score_adj").write_text(str(own_adj))
+
+    def write(out):
+        out.write(str(process.oom_score_adj()).encode())
+
+    return {**outcome(memsafe.fork_snapshot(path, write)), "own_adj": own_adj, "child_adj": int(content(path))}
+
+
+def test_a_parent_that_leaves_the_oom_killer_little_preference_for_the_child_is_told_how_much(path):
+    got = scenario.run(easily_killed, path)
+    assert got["child_adj"] == 1000
+    (warning,) = got["result"]["warnings"]
+    assert f"only {1000 - got['own_adj']} above this process's, which is {got['own_adj']} " in warning
+
+
 def test_the_child_is_tame_before_write_runs(path):
     got = scenario.run(child_state, path)
     state = got["state"]
