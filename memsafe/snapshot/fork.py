@@ -204,9 +204,11 @@ class _Slot:
     def release(self, claim: _Claim, copy_bytes: int | None = None, complete: bool = False) -> None:
         """Let the next one begin. Does nothing where *claim* does not hold the slot, or no longer."""
         if self._holder.get("") is claim:
-            if copy_bytes is not None:
-                claim.saw(copy_bytes, complete)
-            self._holder.clear()
+            try:
+                if copy_bytes is not None:
+                    claim.saw(copy_bytes, complete)
+            finally:
+                self._holder.clear()
 
     def end_at_exit(self) -> None:
         """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""

@@ -140,8 +140,8 @@ class Supervisor:
         oom_score_adj = min(own_adj + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
         if oom_score_adj - own_adj < _OOM_SCORE_ADJ_ABOVE:
             self._warnings.append(
-                f"the child's oom_score_adj was only {oom_score_adj - own_adj} above this process's, which is {own_adj} ("
-                f"{_OOM_SCORE_ADJ_MAX} is the most there is): a process that grew beyond the child by that many "
+                f"the child's oom_score_adj was only {oom_score_adj - own_adj} above this process's, which is {own_adj}"
+                f" ({_OOM_SCORE_ADJ_MAX} is the most there is): a process that grew beyond the child by that many "
                 "thousandths of all memory would have been the OOM killer's first choice"
             )
         self._began_s = time.monotonic()
@@ -189,21 +189,36 @@ class Supervisor:
     def _main(self) -> None:
         result: SnapshotResult | None = None
         error: SnapshotFailedError | None = None
-        resources = ExitStack()
         try:
-            self._prepare(resources)
-            self._wait_for_fork()
-            result = self._supervise(resources)
-        except BaseException as failure:
-            error = self._after(failure)
-        shorter_turns.release(self)
-        with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
-            resources.close()
-        self._on_end(self.run.peak_copy_bytes, self._done is not None)
-        if result is not None:
-            self.run.resolve(result)
-        elif error is not None:
-            self.run.reject(error)
+            resources = ExitStack()
+            try:
+                self._prepare(resources)
+                self._wait_for_fork()
+                result = self._supervise(resources)
+            except BaseException as failure:
+                error = self._after(failure)
+            finally:
+                self._release(resources)
+        except BaseException as failure:  # for want of memory, say: it is this thread's own, and told as such
+            self._refusal = failure
+            raise
+        finally:  # whatever came between, nobody waits for ever
+            self._prepared.set()
+            if result is not None:
+                self.run.resolve(result)
+            else:
+                verdict = self.run.seal()
+                self.run.reject(error or verdict or SnapshotFailedError(self._ended("its thread failed")))
+
+    def _release(self, resources: ExitStack) -> None:
+        try:
+            shorter_turns.release(self)
+        finally:
+            try:
+                with suppress(OSError):  # what is on disk was synced; what was not committed is not missed
+                    resources.close()
+            finally:
+                self._on_end(self.run.peak_copy_bytes, self._done is not None)
 
     def _prepare(self, resources: ExitStack) -> None:
         try:

@@ -7,6 +7,7 @@ import errno
 import functools
 import mmap
 import os
+import pkgutil
 import resource
 import select
 import shutil
@@ -545,6 +546,51 @@ def cancelled_then_junk(path):
 
 def test_what_was_cancelled_is_cancelled_whatever_goes_wrong_after(path):
     assert scenario.run(cancelled_then_junk, path)["error"] == "SnapshotCancelledError"
+
+
+def out_of_memory_in_the_thread(path, owner, name, write):
+    """Let a step of the job's thread fail where it should not, then take another snapshot."""
+    failures = []
+    threading.excepthook = lambda failed: failures.append(failed.exc_type.__name__)
+    owner = pkgutil.resolve_name(owner)
+    real = getattr(owner, name)
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    setattr(owner, name, fails)
+    try:
+        got = outcome(memsafe.fork_snapshot(path, globals()[write]))
+    except MemoryError:
+        got = {"error": "MemoryError"}
+    setattr(owner, name, real)
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-snapshot":
+            thread.join(PATIENCE_S)
+    return {**got, "failures": failures, "next": outcome(memsafe.fork_snapshot(path, hello))}
+
+
+def breaks(_):
+    raise ValueError
+
+
+SUPERVISOR = "memsafe.snapshot.supervisor"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "write", "outcome_now"),
+    [
+        (SUPERVISOR, "ExitStack", "hello", "MemoryError"),
+        (f"{SUPERVISOR}:Supervisor", "_after", "breaks", "SnapshotFailedError"),
+        (f"{SUPERVISOR}:shorter_turns", "release", "hello", "result"),
+        ("memsafe.snapshot.fork:_Claim", "saw", "hello", "result"),
+    ],
+)
+def test_a_failure_of_the_jobs_own_thread_leaves_nobody_waiting(path, owner, name, write, outcome_now):
+    got = scenario.run(out_of_memory_in_the_thread, path, owner, name, write)
+    assert outcome_now in (got.get("error"), *got)
+    assert got["failures"] == ["MemoryError"]
+    assert got["next"]["result"]["size_bytes"] == 3
 
 
 def unkillable(path):
