@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 import memsafe
 from tests.integration import scenario
-from tests.integration.snapshots import PATIENCE_S, content, temporaries
+from tests.integration.snapshots import PATIENCE_S, content, temporaries, unexpected
 
 ORDER = struct.Struct("=ci")
 ENDS = {
@@ -202,7 +202,7 @@ class Life(RuleBasedStateMachine):
 
     def succeeds(self):
         result = self.job.wait(PATIENCE_S)
-        assert (result.size_bytes, result.warnings) == (len(self.written), ())
+        assert (result.size_bytes, unexpected(result.warnings)) == (len(self.written), [])
         assert self.job.state is memsafe.SnapshotState.DONE
         assert self.reported is None or self.job.progress == (self.reported, 1000)
         self.image = self.written
