@@ -39,7 +39,7 @@ def foretold_and_copied(path, method):
         os.read(written[0], 1)
         out.write(b"done")
 
-    job = memsafe.fork_snapshot(path, writer)
+    job = memsafe.fork_snapshot(path, writer, keep_fds=[begin[1], written[0]])
     os.read(begin[0], 1)
     write(memory, range(0, MAPPED, 2))
     copied = memsafe._kernel.process.smaps_rollup(_child_of_this()).private_dirty_bytes

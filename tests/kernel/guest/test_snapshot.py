@@ -107,7 +107,7 @@ def shot(path, size_bytes):
         ended.append(bool(select.select([pidfd], [], [], PATIENCE_S)[0]))
         os.close(pidfd)
 
-    job = memsafe.fork_snapshot(path, write, on_progress=on_progress)
+    job = memsafe.fork_snapshot(path, write, on_progress=on_progress, keep_fds=[begin[0]])
     try:
         job.wait(PATIENCE_S)
     except memsafe.MemsafeError as error:
