@@ -2,8 +2,6 @@
 enum ms_spawn_step {
     MS_SPAWN_START, /* in the parent: memory for the lists, clone3(), clone() */
     MS_SPAWN_WRITE,
-    MS_SPAWN_RLIMIT,
-    MS_SPAWN_NICE,
     MS_SPAWN_KEEP,
     MS_SPAWN_STDIO,
     MS_SPAWN_CHDIR,
@@ -11,6 +9,8 @@ enum ms_spawn_step {
     MS_SPAWN_SESSION,
     MS_SPAWN_GROUP,
     MS_SPAWN_CLOSE,
+    MS_SPAWN_RLIMIT,
+    MS_SPAWN_NICE,
     MS_SPAWN_IDS,
     MS_SPAWN_EXEC,
 };

@@ -4,6 +4,7 @@
  * What runs in the child is async-signal-safe, touches nothing of the parent's but its own stack and struct child,
  * and speaks to the kernel directly where libc would act on all threads of the process (setuid and its kin). */
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -250,12 +251,12 @@ static int run_program(struct child *child)
 }
 
 /* What needs the parent's privileges comes before the ids; descriptors are closed before them too, because /proc/self
- * belongs to root from then on. */
+ * belongs to root from then on, and before the limits, because moving and listing them takes some: RLIMIT_NOFILE. */
 static int (*const steps[])(struct child *) = {
-    [MS_SPAWN_WRITE] = write_files,     [MS_SPAWN_RLIMIT] = set_rlimits,    [MS_SPAWN_NICE] = set_nice,
-    [MS_SPAWN_KEEP] = keep_fds,         [MS_SPAWN_STDIO] = place_stdio,     [MS_SPAWN_CHDIR] = change_dir,
-    [MS_SPAWN_SIGNALS] = reset_signals, [MS_SPAWN_SESSION] = start_session, [MS_SPAWN_GROUP] = join_group,
-    [MS_SPAWN_CLOSE] = close_others,    [MS_SPAWN_IDS] = set_ids,           [MS_SPAWN_EXEC] = run_program,
+    [MS_SPAWN_WRITE] = write_files,     [MS_SPAWN_KEEP] = keep_fds,         [MS_SPAWN_STDIO] = place_stdio,
+    [MS_SPAWN_CHDIR] = change_dir,      [MS_SPAWN_SIGNALS] = reset_signals, [MS_SPAWN_SESSION] = start_session,
+    [MS_SPAWN_GROUP] = join_group,      [MS_SPAWN_CLOSE] = close_others,    [MS_SPAWN_RLIMIT] = set_rlimits,
+    [MS_SPAWN_NICE] = set_nice,         [MS_SPAWN_IDS] = set_ids,           [MS_SPAWN_EXEC] = run_program,
 };
 
 static int child_main(void *argument)
@@ -354,14 +355,35 @@ static int run_child(struct child *child, int *pid)
     return child->error;
 }
 
+static pthread_mutex_t changing_ids = PTHREAD_MUTEX_INITIALIZER;
+
+static void lock_ids(void)
+{
+    pthread_mutex_lock(&changing_ids);
+}
+
+static void unlock_ids(void)
+{
+    pthread_mutex_unlock(&changing_ids);
+}
+
+/* A fork waits for the spawns under way: its child would inherit the flag as they have it, and a lock held by nobody. */
+static __attribute__((constructor)) void hold_back_forks(void)
+{
+    pthread_atfork(lock_ids, unlock_ids, unlock_ids);
+}
+
 /* A change of ids clears the memory's dumpable flag, and the memory is ours: put it back, or /proc/self would belong
- * to root from now on. */
+ * to root from now on. One at a time: another thread would take the cleared flag for the one to put back, or put it
+ * back while our child, of the new user, still has our memory. */
 static int run_child_as_another(struct child *child, int *pid)
 {
+    lock_ids();
     int dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
     int result = run_child(child, pid);
     if (dumpable == 1 && prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != dumpable)
         prctl(PR_SET_DUMPABLE, dumpable, 0, 0, 0);
+    unlock_ids();
     return result;
 }
 

@@ -404,13 +404,32 @@ def test_another_user_for_the_child_leaves_this_process_as_it_was():
     assert run_in_a_child(code).split() == ["1", "True"]
 
 
-def list_what_is_open(error):
+@pytest.mark.skipif(not ROOT, reason="only root may start a child as another user")
+def test_threads_that_start_children_as_another_user_leave_this_process_dumpable():
+    """The child's change of ids clears the flag of the memory that it shares: each must put back what was before all."""
+    code = f"""
+        import ctypes, threading
+        def start():
+            for _ in range(40):
+                memsafe.run(["true"], user={SOMEBODY}, check=True)
+        threads = [threading.Thread(target=start) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+    """
+    assert run_in_a_child(code) == "1\n"
+
+
+def list_what_is_open(error, descriptors=None):
     sealed.forbid(sealed.CLOSE_RANGE, error)
     ends = [os.pipe() for _ in range(200)]
     for fd in sum(ends, ()):
         os.set_inheritable(fd, True)
     kept = ends[100][1]
-    said = memsafe.run(["sh", "-c", "ls /proc/$$/fd; :"], pass_fds=[kept], stdout=PIPE).stdout
+    rlimits = None if descriptors is None else {resource.RLIMIT_NOFILE: descriptors}
+    said = memsafe.run(["sh", "-c", "ls /proc/$$/fd; :"], pass_fds=[kept], stdout=PIPE, rlimits=rlimits).stdout
     for fd in sum(ends, ()):
         os.close(fd)
     return {"open": sorted(map(int, said.split())), "expected": [0, 1, 2, kept]}
@@ -420,6 +439,12 @@ def list_what_is_open(error):
 def test_descriptors_are_closed_without_close_range_too(error):
     """Linux 5.4 has no close_range(); a seccomp filter makes this kernel such a one."""
     told = scenario.run(list_what_is_open, error)
+    assert told["open"] == told["expected"]
+
+
+def test_a_limit_on_descriptors_does_not_keep_them_from_being_closed():
+    """Listing them takes one, above the limit."""
+    told = scenario.run(list_what_is_open, errno.ENOSYS, 16)
     assert told["open"] == told["expected"]
 
 
