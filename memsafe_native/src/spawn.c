@@ -253,10 +253,10 @@ static int run_program(struct child *child)
 /* What needs the parent's privileges comes before the ids; descriptors are closed before them too, because /proc/self
  * belongs to root from then on, and before the limits, because moving and listing them takes some: RLIMIT_NOFILE. */
 static int (*const steps[])(struct child *) = {
-    [MS_SPAWN_WRITE] = write_files,     [MS_SPAWN_KEEP] = keep_fds,         [MS_SPAWN_STDIO] = place_stdio,
-    [MS_SPAWN_CHDIR] = change_dir,      [MS_SPAWN_SIGNALS] = reset_signals, [MS_SPAWN_SESSION] = start_session,
-    [MS_SPAWN_GROUP] = join_group,      [MS_SPAWN_CLOSE] = close_others,    [MS_SPAWN_RLIMIT] = set_rlimits,
-    [MS_SPAWN_NICE] = set_nice,         [MS_SPAWN_IDS] = set_ids,           [MS_SPAWN_EXEC] = run_program,
+    [MS_SPAWN_WRITE] = write_files, [MS_SPAWN_KEEP] = keep_fds,         [MS_SPAWN_STDIO] = place_stdio,
+    [MS_SPAWN_CHDIR] = change_dir,  [MS_SPAWN_SIGNALS] = reset_signals, [MS_SPAWN_SESSION] = start_session,
+    [MS_SPAWN_GROUP] = join_group,  [MS_SPAWN_CLOSE] = close_others,    [MS_SPAWN_RLIMIT] = set_rlimits,
+    [MS_SPAWN_NICE] = set_nice,     [MS_SPAWN_IDS] = set_ids,           [MS_SPAWN_EXEC] = run_program,
 };
 
 static int child_main(void *argument)
@@ -367,7 +367,8 @@ static void unlock_ids(void)
     pthread_mutex_unlock(&changing_ids);
 }
 
-/* A fork waits for the spawns under way: its child would inherit the flag as they have it, and a lock held by nobody. */
+/* A fork waits for the spawns under way: its child would inherit the flag as they have it, and a lock held by nobody.
+ */
 static __attribute__((constructor)) void hold_back_forks(void)
 {
     pthread_atfork(lock_ids, unlock_ids, unlock_ids);
