@@ -406,7 +406,7 @@ def test_another_user_for_the_child_leaves_this_process_as_it_was():
 
 @pytest.mark.skipif(not ROOT, reason="only root may start a child as another user")
 def test_threads_that_start_children_as_another_user_leave_this_process_dumpable():
-    """The child's change of ids clears the flag of the memory that it shares; each puts back what was before all of them."""
+    """The change of ids clears the flag of the memory that the child shares: each puts back what was before all."""
     code = f"""
         import ctypes, threading
         def start():
