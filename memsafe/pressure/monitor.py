@@ -26,7 +26,6 @@ from memsafe.status import status_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
     from typing import Self
 
     from memsafe._kernel.files import Root
@@ -231,9 +230,7 @@ class PressureMonitor:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self) -> tuple[Hub, KernelError | None]:
