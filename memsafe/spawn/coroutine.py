@@ -32,23 +32,13 @@ async def run_async(
     check: bool = False,
     **kwargs: Any,
 ) -> CompletedProcess:
-    """memsafe.run() that an event loop can go on beside. Cancelled, it kills the child and waits until it is gone.
+    """memsafe.run() that an event loop can go on beside: with its arguments, what it returns and what it raises.
 
-    Starting the child blocks the loop as long as the kernel takes to begin the program.
-
-    Args:
-        *args: Those of memsafe.Popen.
-        **kwargs: Those of memsafe.Popen.
-        input: What the child reads from its stdin.
-        capture_output: Return what it writes to stdout and stderr.
-        timeout: Seconds; when they have passed the child is killed.
-        check: Raise if it exits with anything but 0.
+    Cancelled, it kills the child and waits until it is gone. Starting the child blocks the loop as long as the kernel
+    takes to begin the program.
 
     Raises:
-        subprocess.TimeoutExpired: *timeout* passed.
-        subprocess.CalledProcessError: *check* is set and the exit status is not 0.
-        ChildOOMKilledError: The same, and the OOM killer was what ended it.
-        ValueError, KernelError, UnsupportedError: As of memsafe.Popen; UnsupportedError where pidfds are forbidden.
+        UnsupportedError: Also where pidfds are forbidden.
     """
     connect(kwargs, input, capture_output)
     process = Popen(*args, **kwargs)
