@@ -548,6 +548,74 @@ def test_what_was_cancelled_is_cancelled_whatever_goes_wrong_after(path):
     assert scenario.run(cancelled_then_junk, path)["error"] == "SnapshotCancelledError"
 
 
+def committed_then_out_of_memory(path, names):
+    """Let the job's thread fail after the rename, and then in each of *names* that comes after."""
+    from memsafe.snapshot.atomic import AtomicFile
+    from memsafe.snapshot.supervisor import Supervisor
+
+    threading.excepthook = lambda failed: None
+    commit = AtomicFile.commit
+
+    def fails(*_):
+        raise MemoryError
+
+    def committed(file):
+        commit(file)
+        fails()
+
+    AtomicFile.commit = committed
+    for name in names:
+        setattr(Supervisor, name, fails)
+    return {**outcome(memsafe.fork_snapshot(path, hello)), "content": content(path)}
+
+
+@pytest.mark.parametrize("names", [[], ["_after"]], ids=["once", "twice"])
+def test_whatever_fails_after_the_rename_it_is_said_that_the_new_file_is_there(path, names):
+    got = scenario.run(committed_then_out_of_memory, path, names)
+    assert got["error"] == "SnapshotFailedError"
+    assert f"the new image is at {path}" in got["message"]
+    assert "as it was" not in got["message"]
+    assert got["content"] == "new"
+
+
+def thread_fails_around_the_fork(path, when):
+    """Let the job's thread run out of memory while the caller's is on its way to the fork, or right after that."""
+    from memsafe.snapshot import supervisor
+
+    own_oom_score_adj, prepared = supervisor._own_oom_score_adj, Gate()
+
+    def fails(self):
+        prepared.wait()
+        if when == "after":
+            self._fork_returned.wait()
+        raise MemoryError
+
+    def on_the_way():
+        prepared.open()
+        if when == "before":
+            _let_the_thread_end()
+        return own_oom_score_adj()
+
+    real = supervisor.Supervisor._wait_for_fork
+    supervisor.Supervisor._wait_for_fork, supervisor._own_oom_score_adj = fails, on_the_way
+    gate = Gate()  # a child that nobody ends waits for ever
+    try:
+        got = outcome(memsafe.fork_snapshot(path, gated(gate)))
+    except MemoryError:
+        got = {"error": "MemoryError"}
+    supervisor.Supervisor._wait_for_fork, supervisor._own_oom_score_adj = real, own_oom_score_adj
+    gate.close()
+    prepared.close()
+    return {**got, "next": outcome(memsafe.fork_snapshot(path, hello))}
+
+
+@pytest.mark.parametrize(("when", "error"), [("before", "MemoryError"), ("after", "SnapshotFailedError")])
+def test_where_the_jobs_thread_fails_around_the_fork_there_is_no_child_that_nobody_watches(path, when, error):
+    got = scenario.run(thread_fails_around_the_fork, path, when)
+    assert got["error"] == error
+    assert got["next"]["result"]["size_bytes"] == 3
+
+
 def out_of_memory_in_the_thread(path, owner, name, write):
     """Let a step of the job's thread fail where it should not, then take another snapshot."""
     failures = []
