@@ -63,7 +63,6 @@ async def run_async(
         async with asyncio.timeout(timeout) as limit:
             await conversation.hold(input)
     except GeneratorExit:  # nobody awaits any more, the loop may be gone
-        conversation.disregard_the_end()
         _kill_and_reap(process)
         raise
     except BaseException as error:
@@ -96,7 +95,6 @@ class _Conversation:
     def __init__(self, process: Popen) -> None:
         self.ended = asyncio.Event()
         self._process = process
-        self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._chunks: dict[str, list[bytes]] = {}
@@ -132,19 +130,14 @@ class _Conversation:
         return _as_asked(self._process.stdout, out), _as_asked(self._process.stderr, err)
 
     def close(self) -> None:
-        """Close the pipes; the child is watched until it has ended. Nobody may be in hold()."""
+        """Close the pipes; the child is watched until it has ended."""
         for stream in _pipes(self._process):
-            self._disregard(stream)
-            stream.close()
-
-    def disregard_the_end(self) -> None:
-        """Watch the child no more."""
-        self._disregard(self._process)
+            self._finish(stream)
 
     def _watch_the_child(self) -> None:
         process = self._process
         try:
-            number = os.pidfd_open(process.pid)
+            pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:  # reaped by somebody else, as where SIGCHLD is ignored
             process.poll()
             self.ended.set()
@@ -158,24 +151,15 @@ class _Conversation:
             ) from None
 
         def reap() -> None:
-            if process.poll() is not None:
-                self.ended.set()
-                self._disregard(process)
-                self._settle()
+            if process.poll() is None:
+                return
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self.ended.set()
+            self._finish(process)
 
-        def let_go() -> None:
-            try:
-                self._remove(self._loop.remove_reader, pidfd.fileno())
-            finally:
-                pidfd.close()
-
-        pidfd = open(number, "rb", buffering=0)  # noqa: PTH123, SIM115 - owned: a loop may end before the child
-        self._unwatch[process] = let_go
-        try:
-            self._loop.add_reader(pidfd.fileno(), reap)
-        except BaseException:
-            let_go()
-            raise
+        self._unwatch[process] = lambda: None
+        self._loop.add_reader(pidfd, reap)
 
     def _watch(
         self,
@@ -191,29 +175,22 @@ class _Conversation:
         def ready() -> None:
             try:
                 if step(fd):
-                    finish()
+                    self._finish(stream)
             except BlockingIOError:
                 pass
             except BaseException as error:  # MemoryError, say: it belongs to who waits, not to the loop's log
+                self._finish(stream)
                 if not self._over.done():
                     self._over.set_exception(error)
-                finish()
 
-        def finish() -> None:
-            self._disregard(stream)
-            stream.close()
-            self._settle()
-
-        self._unwatch[stream] = partial(self._remove, remove, fd)
+        self._unwatch[stream] = lambda: remove(fd)
         add(fd, ready)
 
-    def _disregard(self, what: Any) -> None:
+    def _finish(self, what: Any) -> None:
         self._unwatch.pop(what, lambda: None)()
-
-    def _remove(self, remove: Callable[[int], object], fd: int) -> None:
-        """Have the loop watch *fd* no more; not in a forked copy, which has the loop's epoll with its parent."""
-        if os.getpid() == self._pid and not self._loop.is_closed():
-            remove(fd)
+        if what is not self._process:
+            what.close()
+        self._settle()
 
     def _settle(self) -> None:
         if not self._unwatch and not self._over.done():
