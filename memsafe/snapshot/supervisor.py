@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from memsafe import _native
 from memsafe._kernel import process
+from memsafe._kernel.descriptors import Owned
 from memsafe._kernel.files import is_missing
 from memsafe._kernel.oom import KillWatch
 from memsafe.errors import (
@@ -116,6 +117,8 @@ class Supervisor:
         self._pid = 0
         self._pidfd = -1
         self._stack_fd = -1
+        self._not_for_others: list[Owned] = []
+        self._forked_by = 0
         self._done: Done | None = None
         self._raised: Raised | None = None
         self._warnings: list[str] = []
@@ -182,6 +185,16 @@ class Supervisor:
                 self._thread.join()
             self._on_end(None, False)
 
+    def let_go(self) -> None:
+        """In a forked child that is not the job's: close what others wait for the end of.
+
+        That is the image, whose room on the disk it would keep, and the lock on it; and the pipe, by whose end the
+        guard and its parent hear of each other.
+        """
+        if self._was_forked() or threading.get_ident() != self._forked_by:
+            for descriptor in self._not_for_others:
+                descriptor.close()
+
     def _was_forked(self) -> bool:
         return any(self._handover)
 
@@ -246,6 +259,8 @@ class Supervisor:
             resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             resources.callback(os.close, self._wake_fd)
+            self._not_for_others = [Owned(fd) for fd in (self._file.fd, self._report_fd, self._report_write_fd)]
+            resources.callback(self._not_for_others.clear)  # before any is closed: its number may become a stranger's
         except BaseException as refusal:
             self._refusal = refusal
             raise
