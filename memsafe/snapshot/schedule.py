@@ -19,7 +19,7 @@ from memsafe.errors import (
     SnapshotInProgressError,
     SnapshotRefusedError,
 )
-from memsafe.snapshot.fork import fork_snapshot
+from memsafe.snapshot.fork import EXIT_WAIT_S, end_at_exit, fork_snapshot
 
 if TYPE_CHECKING:
     import asyncio
@@ -324,12 +324,13 @@ class SnapshotSchedule:
             RuntimeError: It is driven already, was closed, or is the parent's of this forked child.
         """
         self._check_usable()
+        end_at_exit()  # registered before this schedule's own, so that it is called after that: nothing begins then
         with self._lock:
             self._check_not_driven()
             thread = threading.Thread(target=self._drive, name="memsafe-schedule", daemon=True)
             thread.start()
             self._thread = thread
-        atexit.register(self._stopped.set)  # an interpreter that ends begins nothing more
+        atexit.register(self._end_at_exit)
 
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> None:
         """Begin no more snapshots, and wait for the one that is running. Not to be called with *lock* held.
@@ -346,7 +347,7 @@ class SnapshotSchedule:
             return
         began_s = time.monotonic()
         self._stopped.set()
-        atexit.unregister(self._stopped.set)
+        atexit.unregister(self._end_at_exit)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -357,6 +358,13 @@ class SnapshotSchedule:
                 job.cancel()
             with suppress(SnapshotFailedError):
                 job.wait(None if timeout_s is None else max(0.0, began_s + timeout_s - time.monotonic()))
+
+    def _end_at_exit(self) -> None:
+        """Begin nothing more. A snapshot that the thread is just beginning is ended by whoever takes it."""
+        if self._is_foreign() or self._thread is None:
+            return  # a lock that a forked child's copy has may never be released
+        self._stopped.set()
+        self._thread.join(EXIT_WAIT_S)
 
     def __enter__(self) -> Self:
         self.start()

@@ -1,10 +1,12 @@
 """What the tests of snapshots share: outcomes as plain data, and a gate on which a child waits."""
 
+import errno
 import os
 from pathlib import Path
 
 import memsafe
 import memsafe.snapshot  # now, and not when a test is another user, who may not read the interpreter's files
+from memsafe.snapshot import atomic
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
@@ -63,3 +65,21 @@ def gated(gate):
         gate.wait()
 
     return write
+
+
+def without_tmpfile():
+    """Go on as on a file system without O_TMPFILE."""
+    atomic.os = _WithoutTmpfile()
+
+
+class _WithoutTmpfile:
+    """The module os, there."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    @staticmethod
+    def open(path, flags, *args, **keywords):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return os.open(path, flags, *args, **keywords)
