@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import memsafe
@@ -37,6 +38,13 @@ def content(path):
 
 def temporaries(path):
     return [name for name in os.listdir(os.path.dirname(path)) if ".memsafe-" in name]
+
+
+def let_the_thread_end():
+    """Wait for the job's thread, which nobody else can join."""
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-snapshot":
+            thread.join(PATIENCE_S)
 
 
 def hello(out):
