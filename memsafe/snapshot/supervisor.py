@@ -134,6 +134,7 @@ class Supervisor:
         Raises:
             OSError: No file can be made at the path, or descriptors have run out.
             KernelError: fork failed, or no thread could be started.
+            RuntimeError: The interpreter is exiting.
         """
         _start(self._thread)
         self._prepared.wait()
@@ -581,5 +582,8 @@ def _how_it_ended(status: os.waitid_result | None) -> str:
 def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
-    except RuntimeError:  # CPython drops the errno; pthread_create(3) fails with this one alone
+    except RuntimeError as error:
+        if "shutdown" in str(error):  # CPython 3.12 and later, as soon as the main thread has ended
+            raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
+        # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None
