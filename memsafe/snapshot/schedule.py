@@ -166,6 +166,7 @@ class SnapshotSchedule:
         self._beginning = False
         self._lock = threading.RLock()  # guards what is above; re-entered when a signal handler saves
         self._stopped = threading.Event()
+        self._exiting = False
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
         self._pid = os.getpid()
@@ -363,6 +364,7 @@ class SnapshotSchedule:
         """Begin nothing more. A snapshot that the thread is just beginning is ended by whoever takes it."""
         if self._is_foreign() or self._thread is None:
             return  # a lock that a forked child's copy has may never be released
+        self._exiting = True  # which is no failure of anybody's
         self._stopped.set()
         self._thread.join(EXIT_WAIT_S)
 
@@ -476,7 +478,7 @@ class SnapshotSchedule:
         if isinstance(outcome, SnapshotCancelledError):
             return
         if isinstance(outcome, Exception):
-            if _is_deferral(outcome):
+            if _is_deferral(outcome) or self._exiting:
                 _log.info("the snapshot of %s is put off: %s", path, outcome)
                 return
             _log.warning("%d snapshots of %s failed in a row, now: %s", self._consecutive_failures, path, outcome)

@@ -167,17 +167,33 @@ def test_a_thread_that_ends_with_the_interpreter_can_begin_none(path, when):
     exits(too_late, path, when)
 
 
-def the_last_one(path):
-    atexit.register(lambda: print(outcome(memsafe.fork_snapshot(path, hello))["result"]["size_bytes"]))
+def the_last_one(path, who):
+    """Take one when the main thread has ended: in an exit function, or a thread for which the exit waits."""
+
+    def take():
+        threading.main_thread().join(0 if who == "exit function" else PATIENCE_S)
+        try:
+            print(outcome(memsafe.fork_snapshot(path, hello))["result"]["size_bytes"])
+        except RuntimeError as error:
+            print(error)
+
     memsafe.fork_snapshot(path + ".first", hello).wait(PATIENCE_S)
+    if who == "exit function":
+        atexit.register(take)
+    else:
+        threading.Thread(target=take).start()
     raise SystemExit(STATUS)
 
 
-def test_an_exit_function_may_take_a_last_one(path):
-    if sys.version_info >= (3, 12):
-        pytest.skip("CPython 3.12 and later start no threads any more by then")
-    assert scenario.run(the_last_one, path, returncode=STATUS)["stdout"] == "3\n"
-    assert path.read_bytes() == b"new"
+@pytest.mark.parametrize("who", ["exit function", "thread"])
+def test_when_the_main_thread_has_ended_one_is_taken_or_cpython_s_reason_given(path, who):
+    got = scenario.run(the_last_one, path, who, returncode=STATUS)
+    assert got["stderr"] == ""
+    if sys.version_info < (3, 12):
+        assert (got["stdout"], path.read_bytes()) == ("3\n", b"new")
+    else:  # it starts no thread any more
+        assert "is exiting" in got["stdout"]
+        assert path.read_bytes() == b"old"
 
 
 def forked_copy(path):
