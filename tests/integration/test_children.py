@@ -171,8 +171,15 @@ def test_with_check_the_kill_is_an_error_of_both_kinds(making):
 @pytest.mark.cgroup
 def test_a_tree_of_processes_has_the_limit_together(making):
     """Neither half is too much, both are."""
-    half = f"{sys.executable} -c \"held = b'x' * (96 << 20); print(flush=True); input()\""
-    done = memsafe.run(["sh", "-c", f"{half} | {half}"], stdin=subprocess.DEVNULL, stdout=PIPE, memory_limit="160 MiB")
+    code = """
+import subprocess, sys
+hold = "held = b'x' * (96 << 20); print(flush=True); input()"
+with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as half:
+    half.stdout.readline()
+    held = b"x" * (96 << 20)
+    half.communicate(b"enough")
+"""
+    done = memsafe.run([sys.executable, "-c", code], memory_limit="160 MiB")
     assert done.oom_killed
 
 
