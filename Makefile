@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch]) memsafe_native/build.py
-C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/native/*.c)
+C_FILES := $(wildcard memsafe_native/cdef/*.h memsafe_native/src/*.[ch] tests/native/*.[ch])
 SOURCES := memsafe memsafe_native tests benchmarks examples docs setup.py
 
 .DEFAULT_GOAL := help
