@@ -108,7 +108,7 @@ class Supervisor:
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
         self._refusal: BaseException | None = None
-        self._forking = threading.Lock()  # either there is a fork, or the thread has failed before it
+        self._turn = [self]  # who takes it decides: the caller's thread forks, or the job's has failed before that
         self._given_up = False  # by the caller's thread, without a child
         self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
@@ -154,27 +154,27 @@ class Supervisor:
         self._began_s = time.monotonic()
         if self._meter.is_tight:
             shorter_turns.ask(self)
-        with self._forking:
-            if self._refusal is not None:  # the thread has failed since
-                raise self._refusal
-            try:
-                _native.fork(
-                    child,
-                    self._handover,
-                    self._wake_fd,
-                    self._own_pidfd,
-                    self._report_write_fd,
-                    self._report_fd,
-                    oom_score_adj,
-                    child_options.nice,
-                    child_options.idle_io,
-                    child_options.keep_fds,
-                )
-            except OSError as error:
-                code = error.errno or errno.EAGAIN
-                raise KernelError(code, "fork", "no child was made, nothing was changed") from None
-            finally:
-                self._fork_returned.set()
+        if not self._takes_turn():
+            assert self._refusal is not None
+            raise self._refusal
+        try:
+            _native.fork(
+                child,
+                self._handover,
+                self._wake_fd,
+                self._own_pidfd,
+                self._report_write_fd,
+                self._report_fd,
+                oom_score_adj,
+                child_options.nice,
+                child_options.idle_io,
+                child_options.keep_fds,
+            )
+        except OSError as error:
+            code = error.errno or errno.EAGAIN
+            raise KernelError(code, "fork", "no child was made, nothing was changed") from None
+        finally:
+            self._fork_returned.set()
 
     def give_up(self) -> None:
         """After an exception: end the child if there is one, as nobody will hold the job, and release everything."""
@@ -195,6 +195,12 @@ class Supervisor:
         if self._was_forked() or threading.get_ident() != self._forked_by:
             for descriptor in self._not_for_others:
                 descriptor.close()
+
+    def _takes_turn(self) -> bool:
+        with suppress(IndexError):
+            self._turn.pop()  # no lock: an interrupt could keep the caller's thread from releasing it
+            return True
+        return False
 
     def _was_forked(self) -> bool:
         return any(self._handover)
@@ -331,9 +337,9 @@ class Supervisor:
 
     def _after(self, failure: BaseException, resources: ExitStack) -> SnapshotFailedError:
         """Leave no child behind, and return what the owner of the job gets to see."""
-        if not self._was_forked():
-            with self._forking:
-                self._refusal = self._refusal or failure  # the caller's thread may be just about to fork
+        self._refusal = self._refusal or failure
+        if not self._was_forked() and not self._takes_turn():
+            self._fork_returned.wait()  # the caller's thread is just about to fork, or has given up
         if self._was_forked() and not self._pid:
             self._adopt(resources)
         self._kill()
