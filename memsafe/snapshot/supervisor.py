@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 METHOD = "fork"
 
+_CALLER, _THREAD = "the caller's", "the job's"
+
 _HANDOVER = struct.Struct("=qqq")  # pid, pidfd, pause_ns: struct handover of fork_py.c
 
 # The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
@@ -108,7 +110,9 @@ class Supervisor:
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
         self._refusal: BaseException | None = None
-        self._turn = [self]  # who takes it decides: the caller's thread forks, or the job's has failed before that
+        # Who came first: the caller's thread to its fork, or the other to a failure that prevents it. No lock, which an
+        # interrupt could leave held: setdefault decides.
+        self._first: dict[str, str] = {}
         self._given_up = False  # by the caller's thread, without a child
         self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
@@ -154,8 +158,8 @@ class Supervisor:
         self._began_s = time.monotonic()
         if self._meter.is_tight:
             shorter_turns.ask(self)
-        if not self._takes_turn():
-            assert self._refusal is not None
+        if self._first.setdefault("", _CALLER) is not _CALLER:
+            assert self._refusal is not None  # the thread has failed since
             raise self._refusal
         try:
             _native.fork(
@@ -195,12 +199,6 @@ class Supervisor:
         if self._was_forked() or threading.get_ident() != self._forked_by:
             for descriptor in self._not_for_others:
                 descriptor.close()
-
-    def _takes_turn(self) -> bool:
-        with suppress(IndexError):
-            self._turn.pop()  # no lock: an interrupt could keep the caller's thread from releasing it
-            return True
-        return False
 
     def _was_forked(self) -> bool:
         return any(self._handover)
@@ -338,8 +336,8 @@ class Supervisor:
     def _after(self, failure: BaseException, resources: ExitStack) -> SnapshotFailedError:
         """Leave no child behind, and return what the owner of the job gets to see."""
         self._refusal = self._refusal or failure
-        if not self._was_forked() and not self._takes_turn():
-            self._fork_returned.wait()  # the caller's thread is just about to fork, or has given up
+        if self._first.setdefault("", _THREAD) is _CALLER:
+            self._fork_returned.wait()  # it may be in the midst of it
         if self._was_forked() and not self._pid:
             self._adopt(resources)
         self._kill()
@@ -589,7 +587,7 @@ def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" in str(error):  # CPython 3.12 and later, in exit functions at the latest
+        if "shutdown" in str(error):  # CPython 3.12 and later, as soon as the main thread has ended
             raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
         # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None
