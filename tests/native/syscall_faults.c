@@ -9,8 +9,8 @@
  *   n      the first call to fail, counted from 1; 0 ends it, and returns what was done: 0, or the number of the first
  *          call that failed, plus 1
  *   what   the errno, or KILL: the call's whole process is killed instead
- *   how    the n-th alone; it, and everywhere all later ones of the same name; it and all later ones that are counted,
- *          but those without which nothing can be taken away (see NEEDED)
+ *   how    the n-th alone; it, and all later ones of the same name in every process but the first, which judges; it and
+ *          all later ones that are counted, but those without which nothing can be taken away (see NEEDED)
  *
  * It ends when the last process has, with the program's exit status. x86-64 only. */
 #include <errno.h>
@@ -82,6 +82,7 @@ static struct {
     long failed; /* the number of the first call that failed, or -1 */
 } plan;
 
+static pid_t program;        /* the first process */
 static pid_t asker;          /* the process that asks */
 static pid_t caller;         /* its thread that does */
 static int pending[1 << 22]; /* by thread: the errno to put in place of the result of the call that is under way */
@@ -143,7 +144,7 @@ static int is_due(pid_t thread, long number)
     if (!plan.n)
         return 0;
     if (plan.how == SAME && plan.failed >= 0)
-        return number == plan.failed;
+        return number == plan.failed && process_of(thread) != program;
     if (number == SYS_waitid)
         plan.waited |= where_is(thread) == BESIDE;
     if (where_is(thread) != plan.where)
@@ -261,7 +262,7 @@ static pid_t start(char **arguments)
 int main(int count, char **arguments)
 {
     int status, result = 125;
-    pid_t thread, program;
+    pid_t thread;
     if (count < 2)
         return 125;
     plan.failed = -1;
