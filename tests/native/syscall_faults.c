@@ -9,8 +9,10 @@
  *   n      the first call to fail, counted from 1; 0 ends it, and returns what was done: 0, or the number of the first
  *          call that failed, plus 1
  *   what   the errno, or KILL: the call's whole process is killed instead
- *   how    the n-th alone; it, and all later ones of the same name in every process but the first, which judges; it and
- *          all later ones that are counted, but those without which nothing can be taken away (see NEEDED)
+ *   how    the n-th alone; it, and everywhere all later ones of the same name; it and all later ones that are counted,
+ *          but those without which nothing can be taken away (see NEEDED)
+ *
+ * Where it is a child of the program's that asks, the program itself is left alone.
  *
  * It ends when the last process has, with the program's exit status. x86-64 only. */
 #include <errno.h>
@@ -82,7 +84,7 @@ static struct {
     long failed; /* the number of the first call that failed, or -1 */
 } plan;
 
-static pid_t program;        /* the first process */
+static pid_t program;        /* the first process: it may wait for the one that asks */
 static pid_t asker;          /* the process that asks */
 static pid_t caller;         /* its thread that does */
 static int pending[1 << 22]; /* by thread: the errno to put in place of the result of the call that is under way */
@@ -141,10 +143,10 @@ static int is_needed(long number)
 
 static int is_due(pid_t thread, long number)
 {
-    if (!plan.n)
+    if (!plan.n || (program != asker && process_of(thread) == program))
         return 0;
     if (plan.how == SAME && plan.failed >= 0)
-        return number == plan.failed && process_of(thread) != program;
+        return number == plan.failed;
     if (number == SYS_waitid)
         plan.waited |= where_is(thread) == BESIDE;
     if (where_is(thread) != plan.where)
