@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 from memsafe.errors import KernelError
@@ -74,7 +75,8 @@ def read(path: str, *, max_bytes: int = _FILE_BYTES_MAX) -> bytes:
     except OSError as error:
         raise error if isinstance(error, KernelError) else failed(error, path) from None
     finally:
-        os.close(fd)
+        with suppress(OSError):  # it is closed all the same, and what was read was read
+            os.close(fd)
 
 
 def _read_all(fd: int, path: str, max_bytes: int) -> bytes:

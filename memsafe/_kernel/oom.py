@@ -163,7 +163,11 @@ class KillWatch:
         """Begin to watch. Nothing is raised: what cannot be read is not known."""
         self._root = root
         self._log = KillLog(root)
-        self._before = _kills(root)
+        try:
+            self._before = _kills(root)
+        except BaseException:  # for want of memory
+            self._log.close()
+            raise
 
     def evidence(self, pid: int) -> str | None:
         """Return what says that the OOM killer ended *pid*, which SIGKILL has ended; None: nothing, so it did not."""

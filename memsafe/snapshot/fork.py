@@ -112,8 +112,8 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
-        RuntimeError: The interpreter is exiting, and the call is in a thread that ends with it; from CPython 3.12 on in
-            any thread, once the main thread has ended.
+        RuntimeError: The interpreter is exiting, and the call is in a thread that ends with it. Or in any thread: from
+            CPython 3.12 on none can be started in exit functions, in 3.12 itself once the main thread has ended.
         UnsupportedError: No library for *compress* is installed.
         ValueError: An argument makes no sense.
     """

@@ -587,7 +587,7 @@ def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" in str(error):  # CPython 3.12 and later, as soon as the main thread has ended
+        if "shutdown" in str(error):  # CPython 3.12 and later, in exit functions at the latest
             raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
         # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

@@ -355,7 +355,19 @@ def stopped_parent(path, pipe_fd):
     Gate().wait()
 
 
-@pytest.mark.parametrize("body", [killed_parent, finishing_parent, stopped_parent])
+def replaced_parent(path, pipe_fd):
+    """It becomes another program: its pidfd says nothing of that, its end of the report pipe does."""
+
+    def write(out):
+        os.write(pipe_fd, b"%d\n" % os.getpid())
+        Gate().wait()
+
+    memsafe.fork_snapshot(path, write, keep_fds=[pipe_fd])
+    sys.stdin.read()
+    os.execv("/bin/sleep", ["sleep", "100"])
+
+
+@pytest.mark.parametrize("body", [killed_parent, finishing_parent, stopped_parent, replaced_parent])
 def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
     read_fd, write_fd = os.pipe()
     said = os.fdopen(read_fd, "rb")
@@ -375,11 +387,11 @@ def test_the_child_ends_with_its_parent_and_leaves_no_file(path, body):
         if body is stopped_parent:
             while "T (stopped)" not in Path(f"/proc/{child_pid}/status").read_text():
                 time.sleep(0.001)  # nothing tells a stranger that a process has stopped
-        if body is not finishing_parent:
-            parent.kill()
-        else:
+        if body is finishing_parent:
             assert parent.wait(PATIENCE_S) == 0
             assert said.read() == b"SnapshotCancelledError"
+        elif body is not replaced_parent:
+            parent.kill()
         assert select.select([child], [], [], PATIENCE_S)[0], "the child outlived its parent"
         os.close(child)
     finally:

@@ -171,7 +171,8 @@ def the_last_one(path, who):
     """Take one when the main thread has ended: in an exit function, or a thread for which the exit waits."""
 
     def take():
-        threading.main_thread().join(0 if who == "exit function" else PATIENCE_S)
+        if who == "thread":
+            threading.main_thread().join(PATIENCE_S)
         try:
             print(outcome(memsafe.fork_snapshot(path, hello))["result"]["size_bytes"])
         except RuntimeError as error:
@@ -189,11 +190,10 @@ def the_last_one(path, who):
 def test_when_the_main_thread_has_ended_one_is_taken_or_cpython_s_reason_given(path, who):
     got = scenario.run(the_last_one, path, who, returncode=STATUS)
     assert got["stderr"] == ""
-    if sys.version_info < (3, 12):
+    if sys.version_info < (3, 12) or path.read_bytes() == b"new":
         assert (got["stdout"], path.read_bytes()) == ("3\n", b"new")
-    else:  # it starts no thread any more
+    else:  # from some moment on it starts no thread any more, which differs from version to version
         assert "is exiting" in got["stdout"]
-        assert path.read_bytes() == b"old"
 
 
 def forked_copy(path):

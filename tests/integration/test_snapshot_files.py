@@ -124,6 +124,28 @@ def test_a_path_that_became_a_folder_meanwhile_is_a_failure_with_its_cause(path)
     assert temporaries(path) == []
 
 
+def removed_folder(path):
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    os.unlink(path)
+    os.rmdir(os.path.dirname(path))
+    gate.open()
+    got = outcome(job)
+    gate.close()
+    return got
+
+
+def test_a_folder_that_was_removed_meanwhile_is_a_failure_with_its_cause(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "dump.db").write_bytes(b"old")
+    got = scenario.run(removed_folder, folder / "dump.db")
+    assert got["error"] == "SnapshotFailedError"
+    assert "could not be put" in got["message"]
+    assert "No such file" in got["message"]
+    assert os.listdir(tmp_path) == []
+
+
 def with_a_folder_that_cannot_be_synced(path):
     real = os.fsync
 

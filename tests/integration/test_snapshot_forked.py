@@ -12,10 +12,13 @@ import pytest
 import memsafe
 from memsafe.snapshot import fork, supervisor
 from tests.integration import scenario
-from tests.integration.snapshots import PATIENCE_S, Gate, content, gated, hello, outcome
+from tests.integration.snapshots import PATIENCE_S, Gate, content, gated, outcome, temporaries, without_tmpfile
 
 
-def used_in_another_child(path):
+def used_in_another_child(path, named):
+    """The forked process takes a snapshot of its own, for the same path, while the parent's runs."""
+    if named:
+        without_tmpfile()
     gate = Gate()
     job = memsafe.fork_snapshot(path, gated(gate))
     pid = os.fork()
@@ -23,21 +26,24 @@ def used_in_another_child(path):
         try:
             job.wait(PATIENCE_S)
         except RuntimeError:
-            memsafe.fork_snapshot(path + ".2", hello).wait(PATIENCE_S)
+            memsafe.fork_snapshot(path, lambda out: out.write(b"other")).wait(PATIENCE_S)
             os._exit(5)
         os._exit(6)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    meanwhile = content(path)
     gate.open()
     got = outcome(job)
     gate.close()
-    return {**got, "status": status, "other": content(path + ".2")}
+    return {**got, "status": status, "meanwhile": meanwhile}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_has_a_slot_of_its_own_and_no_claim_on_the_parents_job(path):
-    got = scenario.run(used_in_another_child, path)
-    assert (got["status"], got["other"]) == (5, "new")
+@pytest.mark.parametrize("named", [False, True])
+def test_a_forked_child_has_a_slot_of_its_own_and_no_claim_on_the_parents_job_or_file(path, named):
+    got = scenario.run(used_in_another_child, path, named)
+    assert (got["status"], got["meanwhile"]) == (5, "other")
     assert got["result"]["size_bytes"] == 3
+    assert path.read_bytes() == b"new"
+    assert temporaries(path) == []
 
 
 def forked_meanwhile(path, when):

@@ -10,6 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 import memsafe
 from tests.integration import scenario
 from tests.integration.snapshots import (
@@ -47,8 +49,11 @@ def test_an_interrupt_during_the_fork_leaves_no_child_behind(path):
     assert path.read_bytes() == b"old"
 
 
-def interrupted_everywhere(path, step):
-    """Raise KeyboardInterrupt at the n-th bytecode of memsafe.snapshot in the calling thread, for every step-th n."""
+def interrupted_everywhere(path, step, names):
+    """Raise KeyboardInterrupt at the n-th bytecode of memsafe.snapshot in the calling thread, for every step-th n.
+
+    Counted are functions of these *names*, or all where there are none.
+    """
     package = os.path.dirname(memsafe.snapshot.__file__)
     outcomes = []
     memsafe.fork_snapshot(path, hello).wait(PATIENCE_S)  # what is imported and cached is so before
@@ -56,7 +61,7 @@ def interrupted_everywhere(path, step):
     while outcomes[-1:] != ["done"]:
         n += step
         before = _open_files()
-        outcomes.append(_interrupted_at(n, path, package))
+        outcomes.append(_interrupted_at(n, path, package, names))
         let_the_thread_end()
         left = [target for fd, target in _open_files().items() if before.get(fd) != target]
         if left or temporaries(path) or content(path) not in ("old", "new"):
@@ -68,16 +73,17 @@ def interrupted_everywhere(path, step):
     return {"points": n, "outcomes": sorted(set(outcomes))}
 
 
-def _interrupted_at(n, path, package):
+def _interrupted_at(n, path, package, names):
     left, own = n, os.getpid()
 
     def count(frame, event, _):
         nonlocal left
-        if os.getpid() != own or not frame.f_code.co_filename.startswith(package):
+        code = frame.f_code
+        if os.getpid() != own or not code.co_filename.startswith(package) or (names and code.co_name not in names):
             return None
         frame.f_trace_opcodes = True
         # Signals are looked for after calls and at jumps back, never between a value and its return.
-        if event == "opcode" and not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN"):
+        if event == "opcode" and not dis.opname[code.co_code[frame.f_lasti]].startswith("RETURN"):
             left -= 1
             if left == 0:
                 sys.settrace(None)
@@ -108,10 +114,13 @@ def _open_files():
     return found
 
 
-def test_an_interrupt_at_any_bytecode_leaves_no_child_file_or_descriptor_and_the_next_one_works(path):
-    got = scenario.run(interrupted_everywhere, path, 7)
+@pytest.mark.parametrize(("step", "names", "points"), [(7, [], 300), (1, ["fork"], 70)], ids=["anywhere", "the fork"])
+def test_an_interrupt_at_any_bytecode_leaves_no_child_file_or_descriptor_and_the_next_one_works(
+    path, step, names, points
+):
+    got = scenario.run(interrupted_everywhere, path, step, names)
     assert got.get("outcomes") == ["done", "interrupted"], got
-    assert got["points"] > 300
+    assert got["points"] > points
 
 
 def storm(path, rounds):

@@ -45,6 +45,20 @@ def test_reads_a_file_longer_than_one_chunk(tmp_path: Path) -> None:
     assert files.read(str(tmp_path / "long")) == data
 
 
+def test_a_close_that_fails_takes_nothing_from_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"text")
+    close = os.close
+
+    def closed(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", closed)
+        assert files.read(str(path)) == b"text"
+
+
 def test_refuses_a_file_beyond_its_bound(tmp_path: Path) -> None:
     (tmp_path / "long").write_bytes(bytes(4097))
     with pytest.raises(KernelError) as error:

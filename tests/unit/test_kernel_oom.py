@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from memsafe._kernel import oom
 from memsafe._kernel.oom import KillLog, KillWatch
 from memsafe.testing import FakeKernel
 
@@ -183,3 +184,14 @@ def test_times_of_another_namespace_are_not_compared(machine, namespace, named):
     from_now_on = KillLog(machine.root)
     assert from_now_on.names(41) is False
     from_now_on.close()
+
+
+def test_a_watch_that_cannot_begin_leaves_no_descriptor(machine, monkeypatch):
+    def fails(root):
+        raise MemoryError
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(oom, "_kills", fails)
+    with pytest.raises(MemoryError):
+        KillWatch(machine.root)
+    assert os.listdir("/proc/self/fd") == before
