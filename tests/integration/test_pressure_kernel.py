@@ -343,7 +343,7 @@ def writes_files_without_other_memory(group, path):
     with PressureMonitor() as monitor:
         monitor.check()
         counted.count(monitor)
-        for _ in range(8):
+        for _ in range(64):  # mostly the first is enough; a disk that is fast just then wants more
             with open(path, "wb") as file:
                 for _ in range(320):
                     file.write(bytes(MIB))
