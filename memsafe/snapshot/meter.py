@@ -39,8 +39,8 @@ _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
 # And earlier, where at the present rate they would be gone before the child has given its memory back, on a machine
 # that is busy: but not before a quarter of what there was at the start is gone.
-_NOTICE_S = 0.05
-_HASTE_SHARE_OF_START = 0.75
+NOTICE_S = 0.05
+HASTE_SHARE_OF_START = 0.75
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -97,7 +97,7 @@ class Meter:
         # Of their own: what is measured seldom takes long to read, what is counted often does not.
         self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
         with self._measured.reading():
-            self._starts = {(c.kind, c.path): headroom for c, headroom in self._headrooms()}
+            self._starts = {(c.kind, c.path): headroom_of(c) for c in self._constraints()}
         began_s = time.thread_time()
         with self._looked.reading():
             _, margin_bytes = self._look_around(0)
@@ -176,7 +176,7 @@ class Meter:
 
     def _soon_bytes(self) -> float:
         """Return what will be gone, at this rate, before the next reading could help."""
-        return self._rate_bytes_per_s * (_NOTICE_S + self._headroom.wait_s)
+        return self._rate_bytes_per_s * (NOTICE_S + self._headroom.wait_s)
 
     def _look_every_s(self) -> float:
         full_within_s = max(self._headroom.slack_bytes, 0) / _FILL_BYTES_PER_S
@@ -198,25 +198,38 @@ class Meter:
             soon_bytes: What will be gone before anything that is done now helps.
         """
         nearest_bytes = math.inf
-        for c, headroom in self._headrooms():
+        for c in self._constraints():
+            headroom = headroom_of(c)
             start = self._starts.get((c.kind, c.path), c.limit_bytes)
-            reserve = min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start // _RESERVE_SHARE_OF_START)
-            if headroom < max(reserve, min(soon_bytes, start * _HASTE_SHARE_OF_START)):
-                where = f"{c.kind} of {c.path}" if c.path else c.kind
-                haste = (
-                    f", and {format_size(int(self._rate_bytes_per_s))} more are taken a second"
-                    if headroom >= reserve
-                    else ""
-                )
-                return f"only {format_size(headroom)} are left below {where} ({format_size(c.limit_bytes)}){haste}", 0
+            reserve = reserve_bytes(c, start)
+            if headroom < reserve:
+                return shortage(c, headroom), 0
+            if headroom < min(soon_bytes, start * HASTE_SHARE_OF_START):
+                return shortage(c, headroom, int(self._rate_bytes_per_s)), 0
             nearest_bytes = min(nearest_bytes, headroom - reserve)
         return None, nearest_bytes
 
-    def _headrooms(self) -> list[tuple[Constraint, int]]:
-        """Return what copies count against, with its headroom: no rlimit of the parent, and no commit."""
-        return [
-            # File cache in use is given back too before anybody is killed.
-            (c, c.headroom_bytes + c.active_file_bytes)
-            for c in status_once(self._root).constraints
-            if c.consequence != "refuse" and c.headroom_bytes is not None
-        ]
+    def _constraints(self) -> list[Constraint]:
+        return [each for each in status_once(self._root).constraints if is_eaten_by_copies(each)]
+
+
+def is_eaten_by_copies(constraint: Constraint) -> bool:
+    """Whether copies count against it: no rlimit of the parent's does, and no commit."""
+    return constraint.consequence != "refuse" and constraint.headroom_bytes is not None
+
+
+def headroom_of(constraint: Constraint) -> int:
+    """Return what copies may take: file cache in use is given back too before anybody is killed."""
+    return (constraint.headroom_bytes or 0) + constraint.active_file_bytes
+
+
+def reserve_bytes(constraint: Constraint, start_bytes: int) -> int:
+    """Return how much is to be left when the child is ended, where *start_bytes* were left when it began."""
+    return min(constraint.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start_bytes // _RESERVE_SHARE_OF_START)
+
+
+def shortage(constraint: Constraint, left_bytes: int, rate_bytes_per_s: int = 0) -> str:
+    """Say what is short; the rate where that, and not yet what is left, is why."""
+    where = f"{constraint.kind} of {constraint.path}" if constraint.path else constraint.kind
+    haste = f", and {format_size(rate_bytes_per_s)} more are taken a second" if rate_bytes_per_s else ""
+    return f"only {format_size(left_bytes)} are left below {where} ({format_size(constraint.limit_bytes)}){haste}"
