@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from memsafe._kernel.files import Root
     from memsafe.status import Constraint, MemoryStatus
 
-# What could fill memory between two looks; and the least and the most between them.
-_FILL_BYTES_PER_S = 4 << 30
+# Several times what could fill memory, so that as many looks come before it has; and the least and the most between
+# two of them.
+_FILL_BYTES_PER_S = 16 << 30
 _LEAST_S = 0.001
-_MOST_S = 0.01
+_MOST_S = 0.05
 
 
 class Sentry:

@@ -17,12 +17,12 @@ enum {
     DUTY = 400,                  /* one part in so many of a core, */
     BURST_NS = 10 * 1000 * 1000, /* and so much on top: a thousand looks or more when it matters */
     WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
-    LOOKS_UNTIL_MARK = 4,
     NS_PER_S = 1000000000
 };
 
-/* What was left twice before, 4 to 8 ms apart: the rate is since the older of the two. */
+/* What was left twice before, 4 to 8 ms apart: the rate is since the older of the two. And when to look again. */
 typedef struct trail {
+    int64_t next_ns;
     int64_t at_ns[2];
     int64_t left_bytes[2];
 } trail;
@@ -63,26 +63,24 @@ static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
     return rate > 0 ? (int64_t)rate : 0;
 }
 
-/* Whether a gauge says that the child must end. Else *next_ns is lowered to when to look at it again. */
-static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, int64_t *next_ns, ms_sentry_report *report)
+/* Whether a gauge says that the child must end. Else its next_ns is set. */
+static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_report *report)
 {
+    ms_gauge_pace *pace = &sentry->orders.pace;
     ms_gauge *gauge = &sentry->gauges[index];
+    trail *trail = &sentry->trails[index];
     gauge->seen_bytes = INT64_MAX;
-    ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, &sentry->orders.pace);
+    ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, pace);
     if (sight.short_of >= 0) {
         *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
         return true;
     }
+    trail->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
-    int64_t rate = note(&sentry->trails[index], at_ns, gauge->seen_bytes);
-    if (sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)sentry->orders.notice_ns / NS_PER_S) {
-        *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-        return true;
-    }
-    if (sight.soonest_ns / LOOKS_UNTIL_MARK < *next_ns)
-        *next_ns = sight.soonest_ns / LOOKS_UNTIL_MARK;
-    return false;
+    int64_t rate = note(trail, at_ns, gauge->seen_bytes);
+    *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
+    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)sentry->orders.notice_ns / NS_PER_S;
 }
 
 /* Returns when there will have been time for another look that takes as much as the last, for all that was spent. */
@@ -92,22 +90,23 @@ static int64_t affordable_ns(const ms_sentry *sentry, int64_t last_ns)
     return sentry->began_ns + (spent_ns - BURST_NS) * DUTY;
 }
 
-/* pre: the lock is held. Returns when to look again; 0: the child was ended. */
+/* pre: the lock is held. Returns when to look again; 0: the child must end. */
 static int64_t look(ms_sentry *sentry)
 {
-    ms_sentry_report report;
-    const ms_gauge_pace *pace = &sentry->orders.pace;
-    int64_t cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID), at_ns = clock_ns(CLOCK_MONOTONIC), next_ns = pace->most_ns;
+    int64_t cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID), at_ns = clock_ns(CLOCK_MONOTONIC);
+    int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
-        if (!is_short(sentry, i, at_ns, &next_ns, &report))
-            continue;
-        sentry->report = report;
-        atomic_store_explicit(&sentry->has_told, true, memory_order_release);
-        return 0;
+        ms_sentry_report report;
+        if (sentry->trails[i].next_ns <= at_ns && is_short(sentry, i, at_ns, &report)) {
+            sentry->report = report;
+            atomic_store_explicit(&sentry->has_told, true, memory_order_release);
+            return 0;
+        }
+        if (sentry->trails[i].next_ns < next_ns)
+            next_ns = sentry->trails[i].next_ns;
     }
-    next_ns = at_ns + (next_ns > pace->least_ns ? next_ns : pace->least_ns);
-    int64_t soonest_ns = affordable_ns(sentry, clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu_ns);
-    return next_ns > soonest_ns ? next_ns : soonest_ns;
+    int64_t affordable_at_ns = affordable_ns(sentry, clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu_ns);
+    return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
 }
 
 /* pre: the lock is held. */
