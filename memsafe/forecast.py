@@ -15,7 +15,6 @@ from memsafe.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Self
 
 __all__ = ["DirtyMeter", "DirtyRate", "Forecast", "Observations", "measure_dirty_rate", "observations"]
@@ -159,9 +158,7 @@ class DirtyMeter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -23,7 +23,6 @@ from memsafe.sizes import Size, format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import TracebackType
     from typing import Self
 
     from memsafe.budget import Budget
@@ -298,9 +297,7 @@ class Region(RegionCore):
             raise ValueError("the region was closed")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -20,7 +20,6 @@ from memsafe.sizes import Size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
     from typing import Self
 
 __all__ = ["FakeCgroup", "FakeKernel", "FakeMachine", "FakeMapping", "FakeOvercommit", "FakeProcess"]
@@ -595,9 +594,7 @@ class FakeKernel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _place(self, path: str) -> None:

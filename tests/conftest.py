@@ -1,6 +1,7 @@
 """What all tests share: in the run of CI that forbids it, a skip is a failure; no test fails for being slow."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -8,6 +9,12 @@ from hypothesis import settings
 # A busy machine is not a defect: no test asserts a duration.
 settings.register_profile("memsafe", deadline=None)
 settings.load_profile("memsafe")
+
+
+def pytest_configure():
+    # A shell has what it runs in the background ignore SIGINT, and so would all that the tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import memsafe
-from memsafe.snapshot import atomic, meter
+from memsafe.snapshot import meter
+from tests.integration.snapshots import without_tmpfile
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tests" / "native" / "syscall_faults.c"
@@ -253,26 +254,13 @@ _FIRST_OF_THREAD = 2
 def _worker(folder: Path, fault: Fault, first: int) -> None:
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     if fault.named:
-        atomic.os = _WithoutTmpfile()  # type: ignore[assignment]
+        without_tmpfile()
     if fault.where == WHERE[4]:
         meter.Meter._look_every_s = lambda _: math.inf  # type: ignore[method-assign] # the same calls each time
     call_names()
     for _ in range(2):  # what is imported and cached is so before
         memsafe.fork_snapshot(folder / "warm", _write).wait()
     _sweep(folder, fault, first)
-
-
-class _WithoutTmpfile:
-    """The module os, on a file system without O_TMPFILE."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(os, name)
-
-    @staticmethod
-    def open(path: str, flags: int, *args: int, **keywords: int) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return os.open(path, flags, *args, **keywords)
 
 
 # Who starts it.

@@ -30,6 +30,7 @@ class Run:
         shot: Of how many the child was taken by the OOM killer.
         refused: How many were not begun.
         failed: How many failed in other ways.
+        oom_kills: How many processes the OOM killer has taken in the cgroup, by the kernel's count.
     """
 
     outcome: str
@@ -38,6 +39,7 @@ class Run:
     shot: int
     refused: int
     failed: int
+    oom_kills: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,7 +55,7 @@ def run(cell: Cell) -> Iterator[Run]:
     for _ in range(cell.runs):
         journal = Journal()
         try:
-            outcome = _redis(cell, journal) if cell.engine == redis.ENGINE else _forked(cell, journal)
+            outcome, oom_kills = _redis(cell, journal) if cell.engine == redis.ENGINE else _forked(cell, journal)
             yield Run(
                 outcome,
                 complete=journal[Mark.COMPLETE],
@@ -61,12 +63,13 @@ def run(cell: Cell) -> Iterator[Run]:
                 shot=journal[Mark.SHOT],
                 refused=journal[Mark.REFUSED],
                 failed=journal[Mark.FAILED],
+                oom_kills=oom_kills,
             )
         finally:
             journal.close()
 
 
-def _forked(cell: Cell, journal: Journal) -> str:
+def _forked(cell: Cell, journal: Journal) -> tuple[str, int]:
     with tempfile.TemporaryDirectory(prefix="memsafe-bench-") as folder:
         place = Place(cell.limit_bytes)
         inmate = Inmate(place, lambda: program.live(cell, place, journal, folder))
@@ -78,17 +81,18 @@ def _forked(cell: Cell, journal: Journal) -> str:
         finally:
             status, kills = inmate.end(by_force=overdue)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 and journal[Mark.DONE]:
-        return "survived"
+        return "survived", kills
     if overdue:
-        return "stood still"
-    return "killed" if os.WIFSIGNALED(status) and kills else "failed"
+        return "stood still", kills
+    return "killed" if os.WIFSIGNALED(status) and kills else "failed", kills
 
 
-def _redis(cell: Cell, journal: Journal) -> str:
+def _redis(cell: Cell, journal: Journal) -> tuple[str, int]:
     with ExitStack() as cleanup:
         place = Place(cell.limit_bytes)
         cleanup.callback(place.remove)
         redis.live(cell, place, journal)
+        kills = place.oom_kills()
         if journal[Mark.DONE]:
-            return "survived"
-        return "killed" if place.oom_kills() else "failed"
+            return "survived", kills
+        return "killed" if kills else "failed", kills

@@ -16,6 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 import memsafe
+import memsafe.snapshot  # before the cgroup is entered: its pages are not charged there
 from benchmarks.snapshot_survival.cells import IMAGE_S, MIB, Cell
 from benchmarks.survival.journal import Journal
 from benchmarks.survival.place import Place

@@ -10,8 +10,16 @@ from typing import Any
 from benchmarks.snapshot_survival.cells import Cell
 from memsafe import format_size
 
-_COUNTS = ("complete", "ended", "shot", "refused", "failed")
-_HEADINGS = ("data", "limit", "rewritten at", "engine", "parent survived", "else", *_COUNTS)
+_COUNTS = ("complete", "ended", "shot", "refused", "failed", "oom_kills")
+_HEADINGS = (
+    "data",
+    "limit",
+    "rewritten at",
+    "engine",
+    "parent survived",
+    "else",
+    *(count.replace("oom_kills", "OOM kills") for count in _COUNTS),
+)
 
 
 def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -25,7 +33,7 @@ def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield f"### Linux {kernel}, cgroup v{version}, a load of {min(loads):.0f} to {max(loads):.0f}"
         yield ""
         yield f"| {' | '.join(_HEADINGS)} |"
-        yield f"|{'|'.join('---:' if heading in ('parent survived', *_COUNTS) else '---' for heading in _HEADINGS)}|"
+        yield f"|{'|'.join('---:' if heading in _HEADINGS[-len(_COUNTS) :] else '---' for heading in _HEADINGS)}|"
         for cell, runs in cells.items():
             yield f"| {' | '.join(_row(cell, runs))} |"
         yield ""

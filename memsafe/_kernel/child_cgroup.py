@@ -23,21 +23,39 @@ from memsafe.errors import KernelError, UnsupportedError
 
 _PREFIX = "memsafe-child-"
 _ATTEMPTS = 8
+# What systemd writes on the cgroup of a unit with Delegate=; before version 251 the second alone.
+_DELEGATED = ("user.delegate", "trusted.delegate")
+# What keeps a process from more than so much, and would not keep one beside it.
+_LIMITS = (
+    "memory.max",
+    "memory.high",
+    "memory.swap.max",
+    "pids.max",
+    "cpu.max",
+    "cpuset.cpus",
+    "cpuset.mems",
+    "io.max",
+)
 # Somebody who sweeps took it for a left-over between our mkdir and our lock, or it had that name already.
 _LOST = frozenset({errno.EEXIST, errno.ENOENT, errno.ENODEV, errno.EWOULDBLOCK})
 
 
 @dataclass(slots=True)
 class ChildCgroup:
-    """A cgroup that this process made for a child."""
+    """A cgroup that a process made for a child of its own."""
 
     cgroup: MemoryCgroup
     lock_fd: int
+    maker_pid: int
 
     def remove(self) -> None:
-        """Remove it, or leave it to the next who makes one where a process still lives in it."""
+        """Remove it, or leave it to the next who makes one where a process still lives in it.
+
+        In a forked copy of the maker only the lock is closed: the child is the maker's, and so is its cgroup.
+        """
         try:
-            _rmdir(self.cgroup.directory)
+            if os.getpid() == self.maker_pid:
+                _rmdir(self.cgroup.directory)
         finally:
             os.close(self.lock_fd)
 
@@ -76,26 +94,22 @@ def _parent(root: Root) -> tuple[int, str]:
     if located.version == 1:
         return 1, located.cgroups[0].directory
     own = placement.unified_directory() or located.cgroups[0].directory
-    reasons = []
-    for folder, limiting in ((own, None), (own.rpartition("/")[0], MemoryCgroup(2, "", own))):
-        reason = _refusal(folder, limiting)
-        if reason is None:
-            return 2, folder
-        reasons.append(reason)
-    raise UnsupportedError("; ".join(reasons))
+    folder = own.rpartition("/")[0]
+    below = _refusal(own)
+    if below is None:
+        return 2, own
+    beside = _refusal(folder) or _escape(own, folder)
+    if beside is None:
+        return 2, folder
+    raise UnsupportedError(f"{below}; {beside}")
 
 
-def _refusal(folder: str, limiting: MemoryCgroup | None) -> str | None:
-    """Return why no v2 cgroup can be made in *folder*; *limiting*: the one that its processes would no longer be in."""
+def _refusal(folder: str) -> str | None:
+    """Return why no v2 cgroup can be made in *folder* for a child of ours."""
     control = f"{folder}/cgroup.subtree_control"
     try:
         if b"memory" not in files.read(control).split():
             return f"{control} does not pass the memory controller on"
-        if limiting is not None and any(
-            limit not in (None, files.UNLIMITED)
-            for limit in (limiting.limit_bytes(), limiting.high_bytes(), limiting.swap_limit_bytes())
-        ):
-            return f"a cgroup in {folder} would be free of the limits of {limiting.directory}"
     except KernelError as error:
         return str(error)
     # The child needs the latter to move: the common ancestor's, where it is not the folder itself.
@@ -103,6 +117,36 @@ def _refusal(folder: str, limiting: MemoryCgroup | None) -> str | None:
         if not os.access(path, os.W_OK):
             return f"{path} may not be written"
     return None
+
+
+def _escape(own: str, folder: str) -> str | None:
+    """Return why a child in the v2 cgroup *folder* would escape who set up *own*, which lies in it."""
+    if not _is_delegated(folder):
+        return (
+            f"{folder} is not delegated (systemd's Delegate=): who stops or limits {own} would miss a child beside it"
+        )
+    try:
+        limits = [name for name in _LIMITS if _is_set(f"{own}/{name}")]
+    except KernelError as error:
+        return str(error)
+    if limits:
+        return f"a cgroup in {folder} would be free of the limits of {own}: {', '.join(limits)}"
+    return None
+
+
+def _is_delegated(folder: str) -> bool:
+    """Whether whoever manages the cgroups has said that what is in *folder* is left to those who live in it."""
+    for name in _DELEGATED:
+        with suppress(OSError):  # it has none; or not for us: trusted.* needs CAP_SYS_ADMIN; or none are kept at all
+            if os.getxattr(folder, name) == b"1":
+                return True
+    return False
+
+
+def _is_set(path: str) -> bool:
+    """Whether the v2 limit at *path* is there and is one: unset it is empty, or begins with "max"."""
+    text = files.read_optional(path)
+    return text is not None and text.split()[:1] not in ([], [b"max"])
 
 
 def _make(group: MemoryCgroup, limit_bytes: int) -> ChildCgroup:
@@ -118,7 +162,7 @@ def _make(group: MemoryCgroup, limit_bytes: int) -> ChildCgroup:
     except BaseException:
         _rmdir(group.directory)
         raise
-    return ChildCgroup(group, lock_fd)
+    return ChildCgroup(group, lock_fd, os.getpid())
 
 
 def _limit(group: MemoryCgroup, limit_bytes: int) -> None:
@@ -160,10 +204,9 @@ def _sweep(parent: str) -> None:
         except OSError:
             continue  # gone, or another user's
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _rmdir(folder)
-        except BlockingIOError:
-            pass  # in use
+            with suppress(OSError):  # in use, or no locks are to be had: then nobody can tell
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _rmdir(folder)
         finally:
             os.close(fd)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from memsafe._native import check, ffi, lib
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 METHODS = {"soft-dirty": lib.MS_DIRTY_SOFT, "pagemap-scan": lib.MS_DIRTY_SCAN}
@@ -65,9 +64,7 @@ class DirtyPages:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

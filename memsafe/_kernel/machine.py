@@ -10,61 +10,53 @@ from memsafe._kernel.files import Labelled, Root
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
-class MemInfo:
+class MemInfo(Labelled):
     """The lines of /proc/meminfo that memsafe needs; None where the kernel does not say.
 
     A line is looked at when it is asked for, so that garbage in one leaves the others readable.
     """
 
-    __slots__ = ("_lines",)
-
-    def __init__(self, lines: Labelled) -> None:
-        self._lines = lines
-
-    @property
-    def path(self) -> str:
-        """The file."""
-        return self._lines.path
+    __slots__ = ()
 
     @property
     def total_bytes(self) -> int | None:
         """RAM that the kernel manages."""
-        return self._lines.size_bytes(b"MemTotal")
+        return self.size_bytes(b"MemTotal")
 
     @property
     def free_bytes(self) -> int | None:
         """RAM that nobody uses for anything."""
-        return self._lines.size_bytes(b"MemFree")
+        return self.size_bytes(b"MemFree")
 
     @property
     def available_bytes(self) -> int | None:
         """RAM that could be had without swapping: free, and the caches that can be dropped."""
-        return self._lines.size_bytes(b"MemAvailable")
+        return self.size_bytes(b"MemAvailable")
 
     @property
     def swap_total_bytes(self) -> int | None:
         """All swap."""
-        return self._lines.size_bytes(b"SwapTotal")
+        return self.size_bytes(b"SwapTotal")
 
     @property
     def swap_free_bytes(self) -> int | None:
         """Swap that is not used."""
-        return self._lines.size_bytes(b"SwapFree")
+        return self.size_bytes(b"SwapFree")
 
     @property
     def hugetlb_bytes(self) -> int | None:
         """RAM held by the huge page pools of every size (since Linux 4.16)."""
-        return self._lines.size_bytes(b"Hugetlb")
+        return self.size_bytes(b"Hugetlb")
 
     @property
     def commit_limit_bytes(self) -> int | None:
         """What may be promised to all processes together, in mode 2."""
-        return self._lines.size_bytes(b"CommitLimit")
+        return self.size_bytes(b"CommitLimit")
 
     @property
     def committed_bytes(self) -> int | None:
         """What is promised to all processes together."""
-        return self._lines.size_bytes(b"Committed_AS")
+        return self.size_bytes(b"Committed_AS")
 
 
 def meminfo(root: Root = "/") -> MemInfo:
@@ -74,7 +66,7 @@ def meminfo(root: Root = "/") -> MemInfo:
         KernelError: It cannot be read.
     """
     path = files.under(root, "/proc/meminfo")
-    return MemInfo(Labelled(files.read(path), path))
+    return MemInfo(files.read(path), path)
 
 
 def overcommit_mode(root: Root = "/") -> int | None:

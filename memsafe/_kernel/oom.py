@@ -10,6 +10,7 @@ import os
 import re
 import time
 from contextlib import suppress
+from operator import index
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import cgroup, files
@@ -49,8 +50,8 @@ _LOG_LAG_S = 0.1
 
 
 def check_score_adj(score_adj: int) -> None:
-    """Raise ValueError unless *score_adj* is one that the kernel takes."""
-    if not SCORE_ADJ_MIN <= score_adj <= SCORE_ADJ_MAX:
+    """Raise ValueError unless *score_adj* is one that the kernel takes, TypeError if it is no int."""
+    if not SCORE_ADJ_MIN <= index(score_adj) <= SCORE_ADJ_MAX:
         raise ValueError(f"oom_score_adj must be from {SCORE_ADJ_MIN} to {SCORE_ADJ_MAX}: {score_adj!r}")
 
 

@@ -18,71 +18,63 @@ CAP_SYS_RESOURCE = 24
 _INITIAL_USER_NAMESPACE = "user:[4026531837]"
 
 
-class ProcessStatus:
+class ProcessStatus(Labelled):
     """The lines of /proc/<pid>/status that concern memory; None where the kernel does not say (a kernel thread).
 
     A line is looked at when it is asked for, so that garbage in one leaves the others readable.
     """
 
-    __slots__ = ("_lines",)
-
-    def __init__(self, lines: Labelled) -> None:
-        self._lines = lines
-
-    @property
-    def path(self) -> str:
-        """The file."""
-        return self._lines.path
+    __slots__ = ()
 
     @property
     def rss_bytes(self) -> int | None:
         """What is in RAM."""
-        return self._lines.size_bytes(b"VmRSS")
+        return self.size_bytes(b"VmRSS")
 
     @property
     def anonymous_bytes(self) -> int | None:
         """What is in RAM and in no file."""
-        return self._lines.size_bytes(b"RssAnon")
+        return self.size_bytes(b"RssAnon")
 
     @property
     def swap_bytes(self) -> int | None:
         """What is swapped out."""
-        return self._lines.size_bytes(b"VmSwap")
+        return self.size_bytes(b"VmSwap")
 
     @property
     def total_vm_bytes(self) -> int | None:
         """All mappings: what RLIMIT_AS limits."""
-        return self._lines.size_bytes(b"VmSize")
+        return self.size_bytes(b"VmSize")
 
     @property
     def data_vm_bytes(self) -> int | None:
         """Private writable mappings but the stack: what RLIMIT_DATA limits."""
-        return self._lines.size_bytes(b"VmData")
+        return self.size_bytes(b"VmData")
 
     @property
     def page_table_bytes(self) -> int | None:
         """Its page tables, of all levels."""
-        return self._lines.size_bytes(b"VmPTE")
+        return self.size_bytes(b"VmPTE")
 
     @property
     def real_uid(self) -> int | None:
         """Its real user."""
-        uids = self._lines.get(b"Uid")
-        return files.count(uids.split()[0], self._lines.path) if uids else None
+        uids = self.get(b"Uid")
+        return files.count(uids.split()[0], self.path) if uids else None
 
     @property
     def threads(self) -> int | None:
         """How many threads it has."""
-        return self._lines.count(b"Threads")
+        return self.count(b"Threads")
 
     @property
     def effective_capabilities(self) -> int:
         """Its capabilities as a set of bits; none where they are not told."""
-        text = self._lines.get(b"CapEff")
+        text = self.get(b"CapEff")
         if text is None:
             return 0
         if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
-            raise files.garbage(self._lines.path, f"CapEff is {text[:40]!r}")
+            raise files.garbage(self.path, f"CapEff is {text[:40]!r}")
         return int(text, 16)
 
 
@@ -139,7 +131,7 @@ def status(root: Root = "/", pid: int | str = "self") -> ProcessStatus:
         KernelError: It cannot be read.
     """
     path = files.under(root, f"/proc/{pid}/status")
-    return ProcessStatus(Labelled(files.read(path), path))
+    return ProcessStatus(files.read(path), path)
 
 
 def pids(root: Root = "/") -> list[int]:

@@ -10,7 +10,6 @@ from memsafe._native import check, ffi, lib
 from memsafe.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from memsafe.sizes import Size
@@ -118,9 +117,7 @@ class EmergencyReserve:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

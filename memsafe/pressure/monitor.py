@@ -16,28 +16,26 @@ from memsafe.errors import KernelError
 from memsafe.pressure import journal, levels
 from memsafe.pressure.alarm import alarm
 from memsafe.pressure.deputy import Deputy
+from memsafe.pressure.dispatch import Dispatcher, hears
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
-from memsafe.pressure.responder import Responder
 from memsafe.pressure.sources import WATERMARK
 from memsafe.status import status_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
     from typing import Self
 
     from memsafe._kernel.files import Root
     from memsafe.budget import Budget
+    from memsafe.pressure.dispatch import Callback, Callbacks
     from memsafe.pressure.sources import SourceStatus
     from memsafe.pressure.stream import EventStream
     from memsafe.pressure.waiter import Report
     from memsafe.sizes import Size
     from memsafe.status import MemoryStatus
-
-    Callback = Callable[[PressureEvent], object]
 
 CallbackT = TypeVar("CallbackT", bound="Callback")
 
@@ -138,18 +136,15 @@ class PressureMonitor:
         self._hurries = hurry
         self._root = root
         self._clock = clock
-        self._responder = Responder(budget, clock, self._shortage_bytes)
-        # Who has the lead (see Deputy) moves the ladder, and leaves here what is to be told in the monitor's thread.
+        # Who has the lead (see Deputy) moves the ladder, and leaves with the dispatcher what is to be told in the
+        # monitor's thread.
         self._ladder = Ladder(self._thresholds.cooldown_s)
-        self._untold: tuple[PressureEvent, Judgement, tuple[tuple[PressureLevel, Callback], ...]] | None = None
-        self._told = PressureLevel.NORMAL
-        self._told_count = 0  # so many callbacks, from the first, know of that level
-        self._wants_trim = self._has_answered = False
+        self._dispatcher = Dispatcher(budget, clock, self._shortage_bytes)
         self._source_statuses: tuple[SourceStatus, ...] = ()
         # Guards what other threads touch: the callbacks, the requests, the streams, the last events, the changes and
         # whether they are wanted, and whether the thread still takes requests.
         self._lock = threading.Lock()
-        self._callbacks: tuple[tuple[PressureLevel, Callback], ...] = ()
+        self._callbacks: Callbacks = ()
         self._requests: list[_Request] = []
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._last_event: PressureEvent | None = None
@@ -196,7 +191,7 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._last_event = self._last_real = None
         self._changes, self._changes_wanted = 0, False
-        self._untold, self._told, self._told_count = None, PressureLevel.NORMAL, 0
+        self._dispatcher.forget()
         hub, refusal = self._open()
         self._requests = [_Request()]  # the first look
         hub.wake()
@@ -231,9 +226,7 @@ class PressureMonitor:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self) -> tuple[Hub, KernelError | None]:
@@ -318,7 +311,7 @@ class PressureMonitor:
         with self._lock:
             self._callbacks = (*self._callbacks, (level, function))
             missed = self._last_real
-            is_late = missed is not None and level > PressureLevel.NORMAL and _hears(level, missed.level)
+            is_late = missed is not None and level > PressureLevel.NORMAL and hears(level, missed.level)
             if is_late and not self._stopping:
                 self._post(_Request(callback=function, missed=missed, place=len(self._callbacks)))
         return function
@@ -424,13 +417,13 @@ class PressureMonitor:
                     requests, self._requests = self._requests, []
                 deputy.has_led = False
                 before = self.level
-                self._has_answered = False
+                self._dispatcher.has_answered = False
                 self._turn(hub, deputy, reports, requests, wants_look=has_led)
                 # It may have been woken for a request; and what it has seen since may have grown.
                 has_led = deputy.has_led
                 if has_led and not self._stopping:
                     hub.wake()
-                idle = self.level is before and not requests and not self._has_answered
+                idle = self.level is before and not requests and not self._dispatcher.has_answered
                 rest_s = _REST_S if idle else 0.0
         except KernelError:
             journal.exception("the monitor cannot go on, and ends: somebody else has closed descriptors of its own")
@@ -468,8 +461,9 @@ class PressureMonitor:
                     hub.provide()  # waking up has given it back
             with self._surviving(hub):
                 for request in requests:
-                    self._tell_late(deputy, request)
-                self._tell(deputy)  # what came up in the meantime
+                    if request.callback is not None and request.missed is not None:
+                        self._dispatcher.tell_late(deputy, request.callback, request.missed, request.place)
+                self._dispatcher.tell(deputy)  # what came up in the meantime
         finally:
             for request in requests:
                 request.done.set()
@@ -509,8 +503,7 @@ class PressureMonitor:
         judgement = self._decide(status, heard, causes)
         recovers = bool(causes)
         # The figures are as old as the answer took: meanwhile memory may have filled up again.
-        while deputy is not None and (self._answer(deputy, judgement) or self._trim_if_quiet(deputy, judgement)):
-            self._has_answered = True
+        while deputy is not None and self._dispatcher.answer(deputy, judgement):
             if deputy.has_led or self._stopping:
                 return True  # it has looked since, and has done all that follows
             hub.draw()  # callbacks may have used up what the wake-up gave
@@ -521,7 +514,8 @@ class PressureMonitor:
         # Last: whoever is to be warned should not wait for it. Setting a v1 threshold takes the kernel some 30 ms.
         if hub.choose(status):
             self._source_statuses = hub.statuses
-        self._set_timer(hub, status, within_s=_QUIET_S if self._wants_trim else levels.RECOVERY_S if recovers else None)
+        within_s = _QUIET_S if self._dispatcher.wants_trim else levels.RECOVERY_S if recovers else None
+        self._set_timer(hub, status, within_s)
         hub.provide(status)
         if self.level == PressureLevel.NORMAL and (refusal := self._take_reserve(status)) is not None:
             _say_refused(refusal)
@@ -539,6 +533,16 @@ class PressureMonitor:
             shorter_turns.ask(self)
         return judgement
 
+    def _shortage_bytes(self) -> int:
+        """Look, for the responder, in the midst of its work: what is missing until every cause has passed."""
+        hub, deputy = self._hub, self._deputy
+        if hub is None or deputy is None:
+            return 0  # a reclaimer has forked, and this is the child
+        with deputy.back():
+            hub.draw()
+            with hub.reading():
+                return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
+
     def _drill(self, hub: Hub, level: PressureLevel, deputy: Deputy) -> None:
         previous, now_s = self._ladder.level, self._clock()
         if level == previous:
@@ -550,7 +554,7 @@ class PressureMonitor:
         detail = f"simulated; {judgement.detail}"
         drill = replace(judgement, raised=level, held=level, source=_SIMULATE, detail=detail)
         self._announce(previous, drill, _SIMULATE, now_s)
-        self._tell(deputy)
+        self._dispatcher.tell(deputy)
         if not deputy.has_led:
             self._set_timer(hub, status)
 
@@ -579,7 +583,7 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ telling
 
     def _announce(self, previous: PressureLevel, judgement: Judgement, source: str, now_s: float) -> None:
-        """Tell loops at once, and leave the rest for _tell(); in either thread, with the lead."""
+        """Tell loops at once, and leave the rest for the dispatcher; in either thread, with the lead."""
         event = PressureEvent(
             level=self.level,
             previous=previous,
@@ -596,7 +600,7 @@ class PressureMonitor:
             elif self._last_real is not None and event.level < self._last_real.level:
                 self._last_real = None  # the next look tells it again, if it still stands
             self._changes += 1
-            self._untold = event, judgement, self._callbacks
+            self._dispatcher.untold = event, judgement, self._callbacks
             streams = list(self._streams)
             is_wanted = self._changes_wanted
         if event.level == PressureLevel.CRITICAL:
@@ -617,116 +621,11 @@ class PressureMonitor:
             with suppress(OSError):
                 os.eventfd_write(self._changed_fd, changes)
 
-    def _tell(self, deputy: Deputy) -> bool:
-        """Have the budget reclaimed and the callbacks run for what is untold; whether there was anything.
-
-        What came up while callbacks ran is one change: from what they were told last to what is now.
-        """
-        has_told = False
-        while self._untold is not None:
-            (event, judgement, callbacks), self._untold = self._untold, None
-            previous, self._told = self._told, event.level
-            newer, self._told_count = callbacks[self._told_count :], len(callbacks)
-            if event.level == previous != PressureLevel.NORMAL:
-                # It went and came back. Who was told last need not know, but others have heard of it from nobody.
-                self._call_all(deputy, newer, event)
-                has_told = has_told or bool(newer)
-            elif event.level != previous:
-                event = event if event.previous == previous else replace(event, previous=previous)
-                self._respond(deputy, event, judgement, callbacks)
-                has_told = True
-        return has_told
-
-    def _tell_late(self, deputy: Deputy, request: _Request) -> None:
-        """Call a callback that came late, unless what was told since was told it as well."""
-        if request.callback is not None and request.missed is not None and self._told_count < request.place:
-            self._told_count = request.place
-            self._call(deputy, request.callback, request.missed)
-
-    def _respond(
-        self,
-        deputy: Deputy,
-        event: PressureEvent,
-        judgement: Judgement,
-        callbacks: tuple[tuple[PressureLevel, Callback], ...],
-    ) -> None:
-        rose = event.level > event.previous
-        freed_bytes = self._reclaim(deputy, event.level, judgement, event.at_s) if rose else 0
-        self._call_all(deputy, callbacks, event)
-        # At CRITICAL always: the callbacks may have freed memory that no budget knows.
-        if rose and (freed_bytes > 0 or event.level == PressureLevel.CRITICAL):
-            self._wants_trim = True
-            if judgement.source is not None:
-                self._trim(deputy)  # no headroom tells of a quiet moment
-
-    def _answer(self, deputy: Deputy, judgement: Judgement) -> bool:
-        """Tell what there is to tell; where a cause only lasts, have the budget reclaimed again.
-
-        Returns:
-            Whether callbacks were called, or something was freed.
-        """
-        is_due = self._responder.is_due(judgement)
-        if self._tell(deputy):
-            return True
-        if not is_due or self._reclaim(deputy, judgement.raised, judgement, self._clock()) == 0:
-            return False
-        self._wants_trim = True
-        return True
-
-    def _trim_if_quiet(self, deputy: Deputy, judgement: Judgement) -> bool:
-        """Trim if that is wanted and nothing was answered in this turn, or nothing else can help; whether it was."""
-        if not self._wants_trim or (self._has_answered and judgement.raised < PressureLevel.CRITICAL):
-            return False
-        self._trim(deputy)
-        return True
-
-    def _call_all(
-        self, deputy: Deputy, callbacks: tuple[tuple[PressureLevel, Callback], ...], event: PressureEvent
-    ) -> None:
-        for wanted, callback in callbacks:
-            if _hears(wanted, event.level):
-                self._call(deputy, callback, event)
-
-    def _call(self, deputy: Deputy, callback: Callback, event: PressureEvent) -> None:
-        with deputy.away("the callback %r for %s", callback, event.level.name):
-            try:
-                callback(event)
-            except BaseException:
-                # SystemExit too: a callback must not end the thread that warns the others.
-                journal.exception("the callback %r for %s failed; the others run", callback, event.level.name)
-
-    def _reclaim(self, deputy: Deputy, level: PressureLevel, judgement: Judgement, judged_s: float) -> int:
-        if self._budget is None:
-            return 0
-        with deputy.away("reclaiming the budget %r", self._budget):
-            return self._responder.respond(level, judgement, judged_s)
-
-    def _trim(self, deputy: Deputy) -> None:
-        self._wants_trim = False
-        if self._budget is not None:
-            with deputy.away("giving memory back"):
-                self._responder.trim()
-
-    def _shortage_bytes(self) -> int:
-        """Look, for the responder, in the midst of its work: what is missing until every cause has passed."""
-        hub, deputy = self._hub, self._deputy
-        if hub is None or deputy is None:
-            return 0  # a reclaimer has forked, and this is the child
-        with deputy.back():
-            hub.draw()
-            with hub.reading():
-                return levels.judge(status_once(self._root), self._thresholds).shortage_bytes
-
 
 def critical_event() -> PressureEvent | None:
     """Return why memory is at CRITICAL by a monitor that runs in this process; None: by none of them."""
     events = [monitor._last_event for monitor in _living() if not monitor._stopping]
     return next((event for event in events if event is not None and event.level == PressureLevel.CRITICAL), None)
-
-
-def _hears(wanted: PressureLevel, level: PressureLevel) -> bool:
-    """Whether a callback for *wanted* hears of *level*."""
-    return level == wanted if wanted == PressureLevel.NORMAL else level >= wanted
 
 
 # What a fork must reach in the child; a monitor in it owns nothing until it is started.

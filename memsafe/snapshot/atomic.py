@@ -88,9 +88,11 @@ class AtomicFile:
             OSError: Something on the way failed. The old file is still there, unless the last step, the folder's own
                 fsync, is what failed: then the new one is, but may not survive a power cut.
         """
-        temporary = self._temporary or self._make_temporary(self._link)
-        # Once more even where the writer has done so: a journal may have kept back an inode that had no name.
-        os.fsync(self.fd)
+        temporary = self._temporary
+        if temporary is None:
+            os.fsync(self.fd)  # what takes long comes while nothing would be left of a process that dies
+            temporary = self._make_temporary(self._link)
+        os.fsync(self.fd)  # btrfs keeps an inode without a name out of its log, however often it is synced
         size_bytes = os.fstat(self.fd).st_size
         os.rename(temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
         self._temporary = None
@@ -104,16 +106,18 @@ class AtomicFile:
 
     def close(self) -> None:
         """Close the descriptors, and drop the file if it was not committed. A second call does nothing."""
+        self._drop()
+        folder_fd, self._folder_fd = self._folder_fd, -1
+        _close(folder_fd)
+
+    def _drop(self) -> None:
+        """Close the file, and remove it if it has a name of ours."""
         if self._temporary is not None:
             with suppress(OSError):
                 os.unlink(self._temporary, dir_fd=self._folder_fd)
             self._temporary = None
-        fds = (self.fd, self._folder_fd)
-        self.fd = self._folder_fd = -1
-        for fd in fds:
-            if fd >= 0:
-                with suppress(OSError):  # it is closed all the same, and what is committed was synced
-                    os.close(fd)
+        fd, self.fd = self.fd, -1
+        _close(fd)
 
     def _mode_of_old(self) -> int | None:
         try:
@@ -132,9 +136,36 @@ class AtomicFile:
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise OSError(error.errno, error.strerror, self._real_path) from None
-            self._make_temporary(self._create)
-        with suppress(OSError):  # a file system without locks: its left-overs stay
+            self._create_locked()
+        else:
+            self._lock()
+
+    def _create_locked(self) -> None:
+        """Make a named file that nobody has taken for a left-over in the instant before it was locked."""
+        for _ in range(_NAMES_TRIED):
+            name = self._make_temporary(self._create)
+            if self._lock() and self._is_at(name):
+                return
+            self._drop()
+        raise OSError(errno.EBUSY, "Each temporary file was removed at once by somebody else", self._real_path)
+
+    def _lock(self) -> bool:
+        """Return False where somebody else was first: who looks for left-overs, and will remove this one."""
+        try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: its left-overs stay
+            pass
+        return True
+
+    def _is_at(self, name: str) -> bool:
+        """Whether the file has its name still. Not told by st_nlink, which some FUSE daemons leave at 0."""
+        try:
+            os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _make_temporary(self, make: Callable[[str], None]) -> str:
         """Have *make* make the file under a name that is free: process numbers repeat from container to container."""
@@ -179,4 +210,10 @@ class AtomicFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(name, dir_fd=self._folder_fd)
         finally:
+            os.close(fd)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        with suppress(OSError):  # it is closed all the same, and what is committed was synced
             os.close(fd)

@@ -8,6 +8,7 @@ import atexit
 import functools
 import os
 import sys
+import threading
 import time
 from array import array
 from contextlib import suppress
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from memsafe.pressure.levels import PressureEvent
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
-    from memsafe.snapshot.job import SnapshotJob, SnapshotRun
+    from memsafe.snapshot.job import SnapshotJob
     from memsafe.snapshot.writer import ChecksumName, SnapshotWriter, Zstd
 
     class HasFileno(Protocol):
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
             """Return the descriptor."""
 
 
-_EXIT_WAIT_S = 10.0
+EXIT_WAIT_S = 10.0
+"""For how long an interpreter that exits waits for what is being ended, at most."""
 
 
 def fork_snapshot(
@@ -110,6 +112,8 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
+        RuntimeError: The interpreter is exiting, and the call is in a thread that ends with it; from CPython 3.12 on in
+            any thread, once the main thread has ended.
         UnsupportedError: No library for *compress* is installed.
         ValueError: An argument makes no sense.
     """
@@ -141,7 +145,8 @@ def fork_snapshot(
             on_progress,
             functools.partial(_slot.release, claim),
         )
-        claim.run = supervisor.run
+        claim.supervisor = supervisor
+        _slot.check_may_begin()  # once more: end_at_exit() has either seen the supervisor, or is seen here
         supervisor.fork(write, child_options, options)
         return supervisor.job
     except BaseException:
@@ -150,6 +155,11 @@ def fork_snapshot(
         else:
             supervisor.give_up()
         raise
+
+
+def end_at_exit() -> None:
+    """Have a snapshot that is running when the interpreter exits ended, after whatever is registered after this."""
+    _slot.hook()
 
 
 def _deferred(assessment: ForkAssessment, event: PressureEvent) -> ForkAssessment:
@@ -164,7 +174,7 @@ class _Claim:
 
     def __init__(self, path: StrPath) -> None:
         self.path = path
-        self.run: SnapshotRun | None = None
+        self.supervisor: Supervisor | None = None
         self.private_bytes: int | None = None
         self.began_s = time.monotonic()
 
@@ -186,6 +196,7 @@ class _Slot:
     def __init__(self) -> None:
         self._holder: dict[str, _Claim] = {}
         self._hooked = False
+        self._exiting_in: int | None = None  # the thread in which the interpreter exits
 
     def take(self, claim: _Claim) -> None:
         holder = self._holder.setdefault("", claim)
@@ -195,11 +206,20 @@ class _Slot:
                 f"a snapshot of {asked} was asked for, but one of {running} is still running: wait for it, or "
                 "cancel it; one fork snapshot at a time in a process"
             )
+        self.check_may_begin()
+        self.hook()
+
+    def hook(self) -> None:
+        """Be told of the exit and of forks. What is registered after this is called before it at the exit."""
         if not self._hooked:
             atexit.register(self.end_at_exit)
-            # In a forked child: the parent's snapshot is none of its business.
-            os.register_at_fork(after_in_child=self._holder.clear)
+            os.register_at_fork(after_in_child=self._forget)
             self._hooked = True
+
+    def check_may_begin(self) -> None:
+        """Raise RuntimeError in a thread that the exit of the interpreter may stop at any moment."""
+        if self._exiting_in not in (None, threading.get_ident()):
+            raise RuntimeError("the interpreter is exiting: a thread that ends with it can begin no snapshot")
 
     def release(self, claim: _Claim, copy_bytes: int | None = None, complete: bool = False) -> None:
         """Let the next one begin. Does nothing where *claim* does not hold the slot, or no longer."""
@@ -210,13 +230,23 @@ class _Slot:
             finally:
                 self._holder.clear()
 
+    def _forget(self) -> None:
+        """In a forked child: the parent's snapshot is none of its business."""
+        claim = self._holder.get("")
+        self._holder.clear()
+        self._exiting_in = None
+        if claim is not None and claim.supervisor is not None:
+            claim.supervisor.let_go()
+
     def end_at_exit(self) -> None:
         """The job's thread is a daemon: it must not be stopped between naming the new file and renaming it."""
+        self._exiting_in = threading.get_ident()
         claim = self._holder.get("")
-        if claim is not None and claim.run is not None:
-            claim.run.cancel()
+        if claim is not None and claim.supervisor is not None:
+            run = claim.supervisor.run
+            run.cancel()
             with suppress(Exception):
-                claim.run.future.exception(_EXIT_WAIT_S)
+                run.future.exception(EXIT_WAIT_S)
 
 
 _slot = _Slot()

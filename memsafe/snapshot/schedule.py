@@ -19,7 +19,7 @@ from memsafe.errors import (
     SnapshotInProgressError,
     SnapshotRefusedError,
 )
-from memsafe.snapshot.fork import fork_snapshot
+from memsafe.snapshot.fork import EXIT_WAIT_S, end_at_exit, fork_snapshot
 
 if TYPE_CHECKING:
     import asyncio
@@ -166,6 +166,7 @@ class SnapshotSchedule:
         self._beginning = False
         self._lock = threading.RLock()  # guards what is above; re-entered when a signal handler saves
         self._stopped = threading.Event()
+        self._exiting = False
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
         self._pid = os.getpid()
@@ -324,12 +325,13 @@ class SnapshotSchedule:
             RuntimeError: It is driven already, was closed, or is the parent's of this forked child.
         """
         self._check_usable()
+        end_at_exit()  # registered before this schedule's own, so that it is called after that: nothing begins then
         with self._lock:
             self._check_not_driven()
             thread = threading.Thread(target=self._drive, name="memsafe-schedule", daemon=True)
             thread.start()
             self._thread = thread
-        atexit.register(self._stopped.set)  # an interpreter that ends begins nothing more
+        atexit.register(self._end_at_exit)
 
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> None:
         """Begin no more snapshots, and wait for the one that is running. Not to be called with *lock* held.
@@ -346,7 +348,7 @@ class SnapshotSchedule:
             return
         began_s = time.monotonic()
         self._stopped.set()
-        atexit.unregister(self._stopped.set)
+        atexit.unregister(self._end_at_exit)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -357,6 +359,14 @@ class SnapshotSchedule:
                 job.cancel()
             with suppress(SnapshotFailedError):
                 job.wait(None if timeout_s is None else max(0.0, began_s + timeout_s - time.monotonic()))
+
+    def _end_at_exit(self) -> None:
+        """Begin nothing more. A snapshot that the thread is just beginning is ended by whoever takes it."""
+        if self._is_foreign() or self._thread is None:
+            return  # a lock that a forked child's copy has may never be released
+        self._exiting = True  # which is no failure of anybody's
+        self._stopped.set()
+        self._thread.join(EXIT_WAIT_S)
 
     def __enter__(self) -> Self:
         self.start()
@@ -468,7 +478,7 @@ class SnapshotSchedule:
         if isinstance(outcome, SnapshotCancelledError):
             return
         if isinstance(outcome, Exception):
-            if _is_deferral(outcome):
+            if _is_deferral(outcome) or self._exiting:
                 _log.info("the snapshot of %s is put off: %s", path, outcome)
                 return
             _log.warning("%d snapshots of %s failed in a row, now: %s", self._consecutive_failures, path, outcome)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from memsafe import _native
 from memsafe._kernel import process
+from memsafe._kernel.descriptors import Owned
 from memsafe._kernel.files import is_missing
 from memsafe._kernel.oom import KillWatch
 from memsafe.errors import (
@@ -108,15 +109,19 @@ class Supervisor:
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
         self._refusal: BaseException | None = None
+        self._forking = threading.Lock()  # either there is a fork, or the thread has failed before it
         self._given_up = False  # by the caller's thread, without a child
         self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
+        self._file: AtomicFile | None = None
         self._wake_fd = -1
         self._pid = 0
         self._pidfd = -1
         self._stack_fd = -1
         self._deadline_s = math.inf
         self._is_late = False
+        self._not_for_others: list[Owned] = []
+        self._forked_by = 0
         self._done: Done | None = None
         self._raised: Raised | None = None
         self._warnings: list[str] = []
@@ -132,11 +137,13 @@ class Supervisor:
         Raises:
             OSError: No file can be made at the path, or descriptors have run out.
             KernelError: fork failed, or no thread could be started.
+            RuntimeError: The interpreter is exiting.
         """
         _start(self._thread)
         self._prepared.wait()
         if self._refusal is not None:
             raise self._refusal
+        assert self._file is not None
         self._forked_by = threading.get_ident()
         child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
         own_adj = _own_oom_score_adj()
@@ -152,25 +159,28 @@ class Supervisor:
             self._deadline_s = self._began_s + self._bounds.timeout_s
         if self._meter.is_tight:
             shorter_turns.ask(self)
-        try:
-            _native.fork(
-                child,
-                self._handover,
-                self._wake_fd,
-                self._own_pidfd,
-                self._report_write_fd,
-                self._report_fd,
-                oom_score_adj,
-                child_options.nice,
-                child_options.idle_io,
-                child_options.keep_fds,
-                self._sentry.address,
-            )
-        except OSError as error:
-            code = error.errno or errno.EAGAIN
-            raise KernelError(code, "fork", "no child was made, nothing was changed") from None
-        finally:
-            self._fork_returned.set()
+        with self._forking:
+            if self._refusal is not None:  # the thread has failed since
+                raise self._refusal
+            try:
+                _native.fork(
+                    child,
+                    self._handover,
+                    self._wake_fd,
+                    self._own_pidfd,
+                    self._report_write_fd,
+                    self._report_fd,
+                    oom_score_adj,
+                    child_options.nice,
+                    child_options.idle_io,
+                    child_options.keep_fds,
+                    self._sentry.address,
+                )
+            except OSError as error:
+                code = error.errno or errno.EAGAIN
+                raise KernelError(code, "fork", "no child was made, nothing was changed") from None
+            finally:
+                self._fork_returned.set()
 
     def give_up(self) -> None:
         """After an exception: end the child if there is one, as nobody will hold the job, and release everything."""
@@ -181,6 +191,16 @@ class Supervisor:
             if self._thread.ident is not None:
                 self._thread.join()
             self._on_end(None, False)
+
+    def let_go(self) -> None:
+        """In a forked child that is not the job's: close what others wait for the end of.
+
+        That is the image, whose room on the disk it would keep, and the lock on it; and the pipe, by whose end the
+        guard and its parent hear of each other.
+        """
+        if self._was_forked() or threading.get_ident() != self._forked_by:
+            for descriptor in self._not_for_others:
+                descriptor.close()
 
     def _was_forked(self) -> bool:
         return any(self._handover)
@@ -202,7 +222,7 @@ class Supervisor:
                 self._wait_for_fork()
                 result = self._supervise(resources)
             except BaseException as failure:
-                error = self._after(failure)
+                error = self._after(failure, resources)
             finally:
                 self._release(resources)
         except BaseException as failure:  # for want of memory, say: it is this thread's own, and told as such
@@ -248,6 +268,8 @@ class Supervisor:
             resources.callback(os.close, self._wake_fd)
             self._sentry = Sentry(self._bounds.root, self._wake_fd)
             resources.callback(self._sentry.close)
+            self._not_for_others = [Owned(fd) for fd in (self._file.fd, self._report_fd, self._report_write_fd)]
+            resources.callback(self._not_for_others.clear)  # before any is closed: its number may become a stranger's
         except BaseException as refusal:
             self._refusal = refusal
             raise
@@ -270,10 +292,7 @@ class Supervisor:
     def _supervise(self, resources: ExitStack) -> SnapshotResult:
         if not self._was_forked():
             raise SnapshotFailedError(f"the snapshot of {os.fsdecode(self.run.path)} was not begun")
-        self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
-        if self._pidfd >= 0:
-            resources.callback(os.close, self._pidfd)
-            resources.callback(self._sentry.rest)  # before that
+        pause_ns = self._adopt(resources)
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
         with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
@@ -298,20 +317,35 @@ class Supervisor:
             warnings=tuple(self._warnings),
         )
 
+    def _adopt(self, resources: ExitStack) -> int:
+        """Take the child over from the caller's thread, and return for how long that stood still, in nanoseconds."""
+        pause_ns: int
+        self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
+        if self._pidfd >= 0:
+            resources.callback(os.close, self._pidfd)
+            resources.callback(self._sentry.rest)  # before that
+        return pause_ns
+
     def _commit(self) -> int:
+        assert self._file is not None  # _prepare() has opened it
         try:
             return self._file.commit()
         except OSError as cause:
             path = os.fsdecode(self.run.path)
             what = (
-                f"the new image is at {path}, but may not survive a power cut: its folder could not be synced"
+                self._ended(f"its folder could not be synced: {cause}")
                 if self._file.renamed
-                else f"the image is complete, but could not be put at {path}"
+                else f"the image is complete, but could not be put at {path}: {cause}"
             )
-            raise SnapshotFailedError(f"{what}: {cause}") from cause
+            raise SnapshotFailedError(what) from cause
 
-    def _after(self, failure: BaseException) -> SnapshotFailedError:
+    def _after(self, failure: BaseException, resources: ExitStack) -> SnapshotFailedError:
         """Leave no child behind, and return what the owner of the job gets to see."""
+        if not self._was_forked():
+            with self._forking:
+                self._refusal = self._refusal or failure  # the caller's thread may be just about to fork
+        if self._was_forked() and not self._pid:
+            self._adopt(resources)
         self._kill()
         self._reap()
         verdict = self.run.seal()
@@ -319,7 +353,7 @@ class Supervisor:
             return verdict
         if isinstance(failure, SnapshotFailedError):
             return failure
-        error = SnapshotFailedError(self._ended(f"the parent could not watch over it: {failure!r}"))
+        error = SnapshotFailedError(self._ended(f"the parent could not see it through: {failure!r}"))
         error.__cause__ = failure
         return error
 
@@ -480,7 +514,10 @@ class Supervisor:
         )
 
     def _ended(self, what: str) -> str:
-        return f"the snapshot of {os.fsdecode(self.run.path)} was ended, the file there is as it was: {what}"
+        path = os.fsdecode(self.run.path)
+        if self._file is not None and self._file.renamed:
+            return f"the new image is at {path}, but may not survive a power cut: {what}"
+        return f"the snapshot of {path} was ended, the file there is as it was: {what}"
 
     def _end(self, verdict: SnapshotFailedError) -> None:
         self.run.end(verdict)
@@ -590,5 +627,8 @@ def _how_it_ended(status: os.waitid_result | None) -> str:
 def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
-    except RuntimeError:  # CPython drops the errno; pthread_create(3) fails with this one alone
+    except RuntimeError as error:
+        if "shutdown" in str(error):  # CPython 3.12 and later, as soon as the main thread has ended
+            raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
+        # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

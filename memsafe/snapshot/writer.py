@@ -169,7 +169,7 @@ def _packing(options: Zstd) -> Callable[[], Any]:
         if not fewest <= options.threads <= most:  # the library would take the nearest
             raise ValueError(f"from {fewest} to {most} threads")
         zstd.ZstdCompressor(options=settings)
-    except (ValueError, TypeError, zstd.ZstdError) as error:
+    except (ValueError, TypeError, OverflowError, zstd.ZstdError) as error:
         raise ValueError(f"{options} makes no sense: {error}") from None
     return partial(zstd.ZstdCompressor, options=settings)
 
@@ -179,8 +179,8 @@ def _zstd() -> Any:
         with suppress(ImportError):
             return import_module(module)
     raise UnsupportedError(
-        "compress='zstd' needs Python 3.14's compression.zstd, or its backport for older ones: "
-        "pip install 'memsafe[zstd]'"
+        "compress='zstd' needs compression.zstd, which Python 3.14 has where it was built with libzstd, or for older "
+        "ones its backport: pip install 'memsafe[zstd]'"
     )
 
 

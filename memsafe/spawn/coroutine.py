@@ -32,23 +32,13 @@ async def run_async(
     check: bool = False,
     **kwargs: Any,
 ) -> CompletedProcess:
-    """memsafe.run() that an event loop can go on beside. Cancelled, it kills the child and waits until it is gone.
+    """memsafe.run() that an event loop can go on beside: with its arguments, what it returns and what it raises.
 
-    Starting the child blocks the loop as long as the kernel takes to begin the program.
-
-    Args:
-        *args: Those of memsafe.Popen.
-        **kwargs: Those of memsafe.Popen.
-        input: What the child reads from its stdin.
-        capture_output: Return what it writes to stdout and stderr.
-        timeout: Seconds; when they have passed the child is killed.
-        check: Raise if it exits with anything but 0.
+    Cancelled, it kills the child and waits until it is gone. Starting the child blocks the loop as long as the kernel
+    takes to begin the program.
 
     Raises:
-        subprocess.TimeoutExpired: *timeout* passed.
-        subprocess.CalledProcessError: *check* is set and the exit status is not 0.
-        ChildOOMKilledError: The same, and the OOM killer was what ended it.
-        ValueError, KernelError, UnsupportedError: As of memsafe.Popen; UnsupportedError where pidfds are forbidden.
+        UnsupportedError: Also where pidfds are forbidden.
     """
     connect(kwargs, input, capture_output)
     process = Popen(*args, **kwargs)
@@ -63,6 +53,7 @@ async def run_async(
         async with asyncio.timeout(timeout) as limit:
             await conversation.hold(input)
     except GeneratorExit:  # nobody awaits any more, the loop may be gone
+        conversation.disregard_the_end()
         _kill_and_reap(process)
         raise
     except BaseException as error:
@@ -95,6 +86,7 @@ class _Conversation:
     def __init__(self, process: Popen) -> None:
         self.ended = asyncio.Event()
         self._process = process
+        self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._chunks: dict[str, list[bytes]] = {}
@@ -130,14 +122,19 @@ class _Conversation:
         return _as_asked(self._process.stdout, out), _as_asked(self._process.stderr, err)
 
     def close(self) -> None:
-        """Close the pipes; the child is watched until it has ended."""
+        """Close the pipes; the child is watched until it has ended. Nobody may be in hold()."""
         for stream in _pipes(self._process):
-            self._finish(stream)
+            self._disregard(stream)
+            stream.close()
+
+    def disregard_the_end(self) -> None:
+        """Watch the child no more."""
+        self._disregard(self._process)
 
     def _watch_the_child(self) -> None:
         process = self._process
         try:
-            pidfd = os.pidfd_open(process.pid)
+            number = os.pidfd_open(process.pid)
         except ProcessLookupError:  # reaped by somebody else, as where SIGCHLD is ignored
             process.poll()
             self.ended.set()
@@ -151,15 +148,24 @@ class _Conversation:
             ) from None
 
         def reap() -> None:
-            if process.poll() is None:
-                return
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
-            self.ended.set()
-            self._finish(process)
+            if process.poll() is not None:
+                self.ended.set()
+                self._disregard(process)
+                self._settle()
 
-        self._unwatch[process] = lambda: None
-        self._loop.add_reader(pidfd, reap)
+        def let_go() -> None:
+            try:
+                self._remove(self._loop.remove_reader, pidfd.fileno())
+            finally:
+                pidfd.close()
+
+        pidfd = open(number, "rb", buffering=0)  # noqa: SIM115 - owned: a loop may end before the child
+        self._unwatch[process] = let_go
+        try:
+            self._loop.add_reader(pidfd.fileno(), reap)
+        except BaseException:
+            let_go()
+            raise
 
     def _watch(
         self,
@@ -175,22 +181,29 @@ class _Conversation:
         def ready() -> None:
             try:
                 if step(fd):
-                    self._finish(stream)
+                    finish()
             except BlockingIOError:
                 pass
             except BaseException as error:  # MemoryError, say: it belongs to who waits, not to the loop's log
-                self._finish(stream)
                 if not self._over.done():
                     self._over.set_exception(error)
+                finish()
 
-        self._unwatch[stream] = lambda: remove(fd)
+        def finish() -> None:
+            self._disregard(stream)
+            stream.close()
+            self._settle()
+
+        self._unwatch[stream] = partial(self._remove, remove, fd)
         add(fd, ready)
 
-    def _finish(self, what: Any) -> None:
+    def _disregard(self, what: Any) -> None:
         self._unwatch.pop(what, lambda: None)()
-        if what is not self._process:
-            what.close()
-        self._settle()
+
+    def _remove(self, remove: Callable[[int], object], fd: int) -> None:
+        """Have the loop watch *fd* no more; not in a forked copy, which has the loop's epoll with its parent."""
+        if os.getpid() == self._pid and not self._loop.is_closed():
+            remove(fd)
 
     def _settle(self) -> None:
         if not self._unwatch and not self._over.done():

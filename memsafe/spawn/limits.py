@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from memsafe._kernel.cgroup import MemoryCgroup
     from memsafe._kernel.child_cgroup import ChildCgroup
 
-    StrPath = str | os.PathLike[str]
+    StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 MemoryLimitBy: TypeAlias = Literal["auto", "cgroup", "rlimit"]
 
 _WAYS = ("auto", "cgroup", "rlimit")
+_RLIMIT_MIN, _RLIMIT_MAX = -1, 2**64 - 1  # RLIM_INFINITY is either
 _CGROUP_NEEDS = (
     "needs a cgroup's folder whose cgroup.procs, and that of the common ancestor, this process may write; in v2, one "
     "without controllers in its cgroup.subtree_control"
@@ -48,7 +50,7 @@ class Limits:
         oom_score_adj: int | None,
         memory_limit: Size | None,
         memory_limit_by: MemoryLimitBy,
-        cgroup: StrPath | Iterable[StrPath] | None,
+        cgroup: StrOrBytesPath | Iterable[StrOrBytesPath] | None,
         rlimits: Mapping[int, int | tuple[int, int]] | None,
         nice: int,
     ) -> None:
@@ -57,14 +59,13 @@ class Limits:
         self.made: ChildCgroup | None = None
         self._groups: tuple[MemoryCgroup, ...] = ()
         if cgroup is not None:
-            folders = [cgroup] if isinstance(cgroup, (str, os.PathLike)) else cgroup
-            self._groups = tuple(child_cgroup.at(os.path.abspath(folder)) for folder in folders)  # noqa: PTH100
+            folders = [cgroup] if isinstance(cgroup, (str, bytes, os.PathLike)) else cgroup
+            paths = (os.path.abspath(os.fsdecode(folder)) for folder in folders)  # noqa: PTH100
+            self._groups = tuple(map(child_cgroup.at, paths))
         if oom_score_adj is not None:
             check_score_adj(oom_score_adj)
             self.writes.append((os.fsencode(score_adj_path()), b"%d" % oom_score_adj))
-        self.rlimits = [
-            (which, *((value, value) if isinstance(value, int) else value)) for which, value in (rlimits or {}).items()
-        ]
+        self.rlimits = [(which, *_soft_and_hard(which, value)) for which, value in (rlimits or {}).items()]
         self.nice = index(nice)
         if memory_limit_by not in _WAYS:
             raise ValueError(f"memory_limit_by must be one of {', '.join(_WAYS)}: {memory_limit_by!r}")
@@ -147,8 +148,10 @@ class Limits:
             needs = _CGROUP_NEEDS if at < len(self._groups) else "below what it inherits needs CAP_SYS_RESOURCE"
         elif step == lib.MS_SPAWN_RLIMIT:
             call, needs = f"setrlimit{self.rlimits[at]}", "raising a hard limit needs CAP_SYS_RESOURCE"
+            if code == errno.EINVAL:
+                needs = "the soft limit is above the hard one, or there is no such limit"
         else:
-            call, needs = f"nice({self.nice})", "below 0 needs CAP_SYS_NICE"
+            call, needs = f"nice({self.nice})", "less than this process has needs CAP_SYS_NICE"
         return KernelError(code, call, f"by the child, which was not started; {needs}")
 
 
@@ -168,6 +171,18 @@ def _memory_bytes(memory_limit: Size) -> int:
     if limit_bytes == 0:
         raise ValueError("memory_limit must be above 0: no program starts without memory")
     return limit_bytes
+
+
+def _soft_and_hard(which: int, value: int | tuple[int, int]) -> tuple[int, int]:
+    try:
+        soft, hard = map(index, value if isinstance(value, (tuple, list)) else (value, value))
+        if all(_RLIMIT_MIN <= limit <= _RLIMIT_MAX for limit in (soft, hard)):
+            return soft, hard
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"rlimits[{which!r}] must be a number or (soft, hard), each from 0 to 2**64 - 1 or RLIM_INFINITY: {value!r}"
+    )
 
 
 def _data_limit(limit_bytes: int) -> tuple[int, int]:

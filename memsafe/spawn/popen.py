@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memsafe.sizes import Size
     from memsafe.spawn.limits import MemoryLimitBy
 
-    StrPath = str | os.PathLike[str]
+    StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # What is passed to _execute_child, which is no public name: known for 3.11 to 3.13, asked of any other.
 _KNOWN_PARAMETERS = """
@@ -88,7 +88,7 @@ class Popen(subprocess.Popen[Any]):
         oom_score_adj: int | None = None,
         memory_limit: Size | None = None,
         memory_limit_by: MemoryLimitBy = "auto",
-        cgroup: StrPath | Iterable[StrPath] | None = None,
+        cgroup: StrOrBytesPath | Iterable[StrOrBytesPath] | None = None,
         rlimits: Mapping[int, int | tuple[int, int]] | None = None,
         nice: int = 0,
         **kwargs: Any,
@@ -109,8 +109,10 @@ class Popen(subprocess.Popen[Any]):
     def returncode(self, value: Any) -> None:
         self._returncode = value
         if value is not None:
-            self.oom_killed = self._limits.was_oom_killed(self.pid, value)
-            self._limits.release()
+            try:
+                self.oom_killed = self._limits.was_oom_killed(self.pid, value)
+            finally:
+                self._limits.release()
 
     def _execute_child(self, *values: Any) -> None:
         """Start the child; subprocess.Popen.__init__ calls it with everything checked and the pipes made."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _U64 = 2**64 - 1
 _INT_MAX = 2**31 - 1
 _ID_MAX = 2**32 - 2  # the kernel keeps -1 for "no change"
+_GROUPS_MAX = 65536  # NGROUPS_MAX
 
 
 class Program:
@@ -98,12 +99,12 @@ def start(program: Program, given: Mapping[str, Any], limits: Limits) -> int:
         point("groups", ffi.new("uint32_t[]", groups))
         plan.groups_count = len(groups)
     if limits.writes:
-        texts = [(ffi.new("char[]", path), ffi.new("char[]", text)) for path, text in limits.writes]
+        texts = [(_pack([path])[0], _pack([text])[0]) for path, text in limits.writes]
         alive.append(texts)
         point("writes", ffi.new("struct ms_spawn_write[]", texts))
         plan.writes_count = len(texts)
     if limits.birthplace is not None:
-        point("birthplace", ffi.new("char[]", limits.birthplace))
+        point("birthplace", _pack([limits.birthplace])[0])
     if limits.rlimits:
         rlimits = [(which, soft & _U64, hard & _U64) for which, soft, hard in limits.rlimits]
         point("rlimits", ffi.new("struct ms_spawn_rlimit[]", rlimits))
@@ -136,6 +137,8 @@ def _kept_fds(fds: Iterable[Any]) -> list[int]:
 def _group_ids(groups: Sequence[int]) -> list[int]:
     if any(group > _ID_MAX for group in groups):
         raise ValueError("invalid group id")
+    if len(groups) > _GROUPS_MAX:
+        raise ValueError("too many groups")
     return list(groups)
 
 

@@ -148,15 +148,22 @@ static PyObject *core_try_reserve(PyObject *self, PyObject *const *args, Py_ssiz
     return PyObject_CallMethod(self, "_try_reserve", "O", args[0]);
 }
 
+/* Python has looked at it before: what is no plain size is an error here. */
+static int64_t checked_size(PyObject *object)
+{
+    int64_t n = plain_size(object);
+    if (n < 0)
+        PyErr_SetString(PyExc_ValueError, "a size in bytes was expected");
+    return n;
+}
+
 PyDoc_STRVAR(core_attempt_doc, "_attempt($self, size_bytes, /)\n--\n\n"
                                "A Reservation, or how many levels up it was refused. Asks nobody for room.\n");
 
 static PyObject *core_attempt(PyObject *self, PyObject *size)
 {
-    int64_t n = plain_size(size);
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    return node_of((BudgetCore *)self) ? attempt((BudgetCore *)self, n) : NULL;
+    int64_t n = checked_size(size);
+    return n >= 0 && node_of((BudgetCore *)self) ? attempt((BudgetCore *)self, n) : NULL;
 }
 
 PyDoc_STRVAR(core_overdraw_doc, "_overdraw($self, size_bytes, /)\n--\n\n"
@@ -165,11 +172,9 @@ PyDoc_STRVAR(core_overdraw_doc, "_overdraw($self, size_bytes, /)\n--\n\n"
 static PyObject *core_overdraw(PyObject *object, PyObject *size)
 {
     BudgetCore *self = (BudgetCore *)object;
-    int64_t n = plain_size(size);
+    int64_t n = checked_size(size);
     int level;
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    if (!node_of(self))
+    if (n < 0 || !node_of(self))
         return NULL;
     int result = ms_budget_charge_overdraft(self->node, n, &level);
     return result < 0 ? PyLong_FromLong(level) : ms_reservation_of_charge(self, n, result);
@@ -193,11 +198,9 @@ PyDoc_STRVAR(core_charge_existing_doc,
 
 static PyObject *core_charge_existing(PyObject *self, PyObject *size)
 {
-    int64_t n = plain_size(size);
+    int64_t n = checked_size(size);
     int level, result;
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    if (!node_of((BudgetCore *)self))
+    if (n < 0 || !node_of((BudgetCore *)self))
         return NULL;
     result = ms_budget_charge_existing(((BudgetCore *)self)->node, n, &level);
     if (result == -EOVERFLOW)
@@ -216,10 +219,8 @@ PyDoc_STRVAR(core_uncharge_existing_doc, "_uncharge_existing($self, size_bytes, 
 
 static PyObject *core_uncharge_existing(PyObject *self, PyObject *size)
 {
-    int64_t n = plain_size(size);
-    if (n < 0)
-        return PyErr_SetString(PyExc_ValueError, "a size in bytes was expected"), NULL;
-    if (!node_of((BudgetCore *)self))
+    int64_t n = checked_size(size);
+    if (n < 0 || !node_of((BudgetCore *)self))
         return NULL;
     return PyBool_FromLong(ms_budget_uncharge_existing(((BudgetCore *)self)->node, n) == 0);
 }
@@ -394,20 +395,15 @@ static PyObject *current_budget_by(PyObject *Py_UNUSED(module), PyObject *get)
     return PyCFunction_New(&method, get);
 }
 
-static int add_current_budget_by(PyObject *dict)
-{
-    static PyMethodDef method = {"current_budget_by", current_budget_by, METH_O, current_budget_by_doc};
-    PyObject *function = PyCFunction_New(&method, NULL);
-    int failed = !function || PyDict_SetItemString(dict, method.ml_name, function);
-    Py_XDECREF(function);
-    return failed;
-}
-
 int ms_budget_py_add(PyObject *dict)
 {
+    static PyMethodDef functions[] = {
+        {"current_budget_by", current_budget_by, METH_O, current_budget_by_doc},
+        {0},
+    };
     if (!ms_budget_type)
         ms_budget_type = (PyTypeObject *)PyType_FromSpec(&core_spec);
     if (!ms_budget_type || PyDict_SetItemString(dict, "BudgetCore", (PyObject *)ms_budget_type))
         return -1;
-    return ms_reservation_py_add(dict) || ms_claim_py_add(dict) || add_current_budget_by(dict) ? -1 : 0;
+    return ms_reservation_py_add(dict) || ms_claim_py_add(dict) || ms_py_add_functions(dict, functions) ? -1 : 0;
 }

@@ -364,12 +364,5 @@ int ms_numpy_handler_py_add(PyObject *dict)
         {"numpy_swap_handler", numpy_swap_handler, METH_O, numpy_swap_handler_doc},
         {0},
     };
-    for (PyMethodDef *method = methods; method->ml_name; method++) {
-        PyObject *function = PyCFunction_New(method, NULL);
-        int failed = !function || PyDict_SetItemString(dict, method->ml_name, function);
-        Py_XDECREF(function);
-        if (failed)
-            return -1;
-    }
-    return 0;
+    return ms_py_add_functions(dict, methods);
 }

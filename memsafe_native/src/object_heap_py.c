@@ -72,11 +72,9 @@ static PyObject *object_heap_bytes(PyObject *Py_UNUSED(module), PyObject *Py_UNU
 
 int ms_object_heap_py_add(PyObject *dict)
 {
-    static PyMethodDef method = {"object_heap_bytes", object_heap_bytes, METH_NOARGS, object_heap_bytes_doc};
-    PyObject *function = PyCFunction_New(&method, NULL);
-    if (!function)
-        return -1;
-    int failed = PyDict_SetItemString(dict, method.ml_name, function);
-    Py_DECREF(function);
-    return failed;
+    static PyMethodDef methods[] = {
+        {"object_heap_bytes", object_heap_bytes, METH_NOARGS, object_heap_bytes_doc},
+        {0},
+    };
+    return ms_py_add_functions(dict, methods);
 }

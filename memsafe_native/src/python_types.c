@@ -5,6 +5,18 @@
 #include "python_types.h"
 #include "python_types_internal.h"
 
+int ms_py_add_functions(PyObject *dict, PyMethodDef *methods)
+{
+    for (PyMethodDef *method = methods; method->ml_name; method++) {
+        PyObject *function = PyCFunction_New(method, NULL);
+        int failed = !function || PyDict_SetItemString(dict, method->ml_name, function);
+        Py_XDECREF(function);
+        if (failed)
+            return -1;
+    }
+    return 0;
+}
+
 int ms_python_types_attach(uintptr_t dict)
 {
     PyGILState_STATE gil = PyGILState_Ensure();

@@ -34,11 +34,11 @@ def run(function, *args, returncode=0, leaves=None, prefix=()):
         [*prefix, *command(function, *map(_plain, args))], capture_output=True, text=True, timeout=TIMEOUT_S, env=env
     )
     assert done.returncode == returncode, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    last = done.stdout.splitlines()[-1] if done.stdout else "{}"
-    report = json.loads(last)
+    result = Result()
     if returncode == 0:
+        report = json.loads(done.stdout.splitlines()[-1])
         assert report["left"] == (leaves or {}), done.stderr
-    result = Result(report.get("returned") or {})
+        result.update(report["returned"] or {})
     result["stderr"] = done.stderr
     result["stdout"] = done.stdout
     return result

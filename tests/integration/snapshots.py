@@ -1,10 +1,13 @@
 """What the tests of snapshots share: outcomes as plain data, and a gate on which a child waits."""
 
+import errno
 import os
+import threading
 from pathlib import Path
 
 import memsafe
 import memsafe.snapshot  # now, and not when a test is another user, who may not read the interpreter's files
+from memsafe.snapshot import atomic
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
@@ -37,6 +40,13 @@ def temporaries(path):
     return [name for name in os.listdir(os.path.dirname(path)) if ".memsafe-" in name]
 
 
+def let_the_thread_end():
+    """Wait for the job's thread, which nobody else can join."""
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-snapshot":
+            thread.join(PATIENCE_S)
+
+
 def hello(out):
     out.write(b"new")
 
@@ -63,3 +73,21 @@ def gated(gate):
         gate.wait()
 
     return write
+
+
+def without_tmpfile():
+    """Go on as on a file system without O_TMPFILE."""
+    atomic.os = _WithoutTmpfile()
+
+
+class _WithoutTmpfile:
+    """The module os, there."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    @staticmethod
+    def open(path, flags, *args, **keywords):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return os.open(path, flags, *args, **keywords)

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -420,6 +422,100 @@ def test_threads_that_start_children_as_another_user_leave_this_process_dumpable
         print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
     """
     assert run_in_a_child(code) == "1\n"
+
+
+PATIENCE_S = 20
+
+
+def in_a_forked_copy(act):
+    """Call *act* in a copy of this process, which does nothing else; how it ended, or None: it did not in time."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    pidfd = os.pidfd_open(pid)
+    ended, _, _ = select.select([pidfd], [], [], PATIENCE_S)
+    os.close(pidfd)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def fork_beside_a_thread_that_starts_as_another_user(count):
+    """What became of so many forks; each copy starts a child as another user."""
+    as_another = partial(memsafe.run, ["true"], user=SOMEBODY, check=True)
+    stop = threading.Event()
+
+    def start():
+        while not stop.is_set():
+            as_another()
+
+    busy = threading.Thread(target=start)
+    busy.start()
+    ended = Counter(str(in_a_forked_copy(as_another)) for _ in range(count))
+    stop.set()
+    busy.join()
+    return {"ended": ended}
+
+
+@pytest.mark.skipif(not ROOT, reason="only root may start a child as another user")
+def test_a_fork_beside_a_thread_that_starts_as_another_user_can_start_as_another_user():
+    """The copy has the lock as it was, and not the thread that would have let it go."""
+    assert scenario.run(fork_beside_a_thread_that_starts_as_another_user, 50)["ended"] == {"0": 50}
+
+
+def forget_in_a_forked_copy(forget):
+    """Have a forked copy wait for, or drop, a limited child that was shot and not yet reaped; what is known of it."""
+    process = memsafe.Popen(EAT, memory_limit="128 MiB")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    folder = process.memory_cgroup
+
+    def act():
+        nonlocal process
+        if forget == "wait":
+            process.wait()
+        else:
+            del process
+
+    copy_ended, kept = in_a_forked_copy(act), os.path.exists(folder)
+    process.wait()
+    told = [process.returncode, process.oom_killed]
+    return {"copy": copy_ended, "kept": kept, "told": told, "left": os.path.exists(folder)}
+
+
+@pytest.mark.cgroup
+@pytest.mark.parametrize("forget", ["wait", "drop"])
+def test_a_forked_copy_of_a_popen_leaves_the_cgroup_to_its_maker(making, forget):
+    told = scenario.run(forget_in_a_forked_copy, forget)
+    assert told == {**told, "copy": 0, "kept": True, "told": [-signal.SIGKILL, True], "left": False}
+
+
+def close_in_a_forked_copy():
+    """Have a forked copy close a coroutine that waits for a child; what the child said to us then."""
+
+    async def main():
+        running = asyncio.create_task(memsafe.run_async(["cat"], stdin=read_end, stdout=PIPE))
+        await asyncio.sleep(0)
+        copy_ended = in_a_forked_copy(running.get_coro().close)
+        os.close(read_end)
+        os.write(write_end, b"hello")
+        os.close(write_end)
+        async with asyncio.timeout(PATIENCE_S):
+            return {"copy": copy_ended, "said": (await running).stdout.decode()}
+
+    read_end, write_end = os.pipe()
+    return asyncio.run(main())
+
+
+def test_a_forked_copy_of_a_loop_does_not_make_its_parent_deaf():
+    """They share one epoll."""
+    told = scenario.run(close_in_a_forked_copy)
+    assert told == {**told, "copy": 0, "said": "hello"}
 
 
 def list_what_is_open(error, descriptors=None):

@@ -1,9 +1,11 @@
 """What ends a snapshot's child before its parent is harmed, and what is counted to know when."""
 
+import contextlib
 import errno
 import mmap
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -11,53 +13,19 @@ import memsafe
 from memsafe._kernel import process
 from memsafe._kernel.oom import KillLog
 from memsafe.errors import KernelError
-from memsafe.snapshot.sentry import Sentry
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
+from tests.integration.copies import NO_ROOM_BYTES, copies_of, killed_beside_a_victim, write_everything
 from tests.integration.snapshots import MIB, PATIENCE_S, Gate, describe, gated, hello, outcome
 
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-
-
-def state_of(size_bytes, *, huge=False):
-    """Private memory, every page of it written."""
-    state = mmap.mmap(-1, size_bytes, PRIVATE)
-    state.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    write_to(state)
-    return state
-
-
-def write_to(state, every=1):
-    for offset in range(0, len(state), every * mmap.PAGESIZE):
-        state[offset] = (state[offset] + 1) % 256
-
-
 # What is counted.
-
-
-def copies_of(path, writers, huge):
-    state = state_of(32 * MIB, huge=huge)
-    gate = Gate()
-
-    def write(out):
-        if "child" in writers:
-            write_to(state, every=2)
-        gate.wait()
-
-    job = memsafe.fork_snapshot(path, write)
-    if "parent" in writers:
-        write_to(state, every=2)
-    gate.open()
-    result = job.wait(PATIENCE_S)
-    gate.close()
-    return {"peak": result.peak_copy_bytes}
 
 
 @pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("writers", [["parent"], ["child"], ["parent", "child"]])
 def test_a_page_that_either_side_writes_is_one_copy(path, writers, huge):
-    got = scenario.run(copies_of, path, writers, huge)
-    idle = scenario.run(copies_of, path, [], huge)["peak"]
+    got = scenario.run(copies_of, path, writers, huge, 32 * MIB)
+    idle = scenario.run(copies_of, path, [], huge, 32 * MIB)["peak"]
     assert idle < 8 * MIB
     assert abs(got["peak"] - idle - 16 * MIB) < 2 * MIB
 
@@ -200,28 +168,19 @@ def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(pa
 # With everything against it.
 
 
-def write_everything(path, folder, limit_file, state_mib, limit_mib, rounds):
-    """Have a snapshot copied faster than anybody can look, in a cgroup that has no room for it."""
-    outcomes, filling = [], b"x" * MIB
-    with open(f"{folder}/cgroup.procs", "w") as procs:
-        procs.write(str(os.getpid()))
-    with open(f"{folder}/{limit_file}", "w") as limit:
-        limit.write(str(limit_mib * MIB))
-    state = state_of(state_mib * MIB)
-    for _ in range(rounds):
-        memsafe.fork_snapshot(path, hello, max_copy="16 MiB").wait(PATIENCE_S)  # so little is forecast for the next
-        gate = Gate()
-        job = memsafe.fork_snapshot(path, gated(gate))
-        for offset in range(0, len(state), MIB):
-            state[offset : offset + MIB] = filling
-        outcomes.append(outcome(job)["error"])
-        gate.close()
-    return {"outcomes": outcomes}
+def join(folder, limit_file, limit_bytes):
+    Path(folder, "cgroup.procs").write_text(str(os.getpid()))
+    Path(folder, limit_file).write_text(str(limit_bytes))
+
+
+def write_everything_in(path, folder, limit_file):
+    join(folder, limit_file, NO_ROOM_BYTES)
+    return write_everything(path, 3)
 
 
 @pytest.mark.cgroup
 def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(path, memory_group):
-    got = scenario.run(write_everything, path, *memory_group, 160, 288, 3)
+    got = scenario.run(write_everything_in, path, *memory_group)
     assert len(got["outcomes"]) == 3
     assert set(got["outcomes"]) <= {"SnapshotOverrunError", "OOMKilledError"}
     assert path.read_bytes() == b"new"
@@ -230,35 +189,18 @@ def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(
 # Whom the OOM killer took.
 
 
-def keep_sentries_out():
-    """Have memory filled faster than anybody looks."""
-    Sentry._open_files = lambda *_: None
-
-
-def killed_beside_a_victim(path, folder, limit_file):
-    """Kill the child by hand, after the OOM killer has taken another process of the same cgroup."""
-    with open(f"{folder}/cgroup.procs", "w") as procs:
-        procs.write(str(os.getpid()))
-    with open(f"{folder}/{limit_file}", "w") as limit:
-        limit.write(str(96 * MIB))
-
-    def write(out):
-        eater = memsafe.Popen(["tail", "/dev/zero"], oom_score_adj=1000)
-        ended = eater.wait()
-        out.progress(-ended, -ended)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    keep_sentries_out()
-    signals = []
-    job = memsafe.fork_snapshot(path, write, on_progress=lambda done, total: signals.append(done))
-    return {**outcome(job), "signals": signals}
+def killed_beside_a_victim_in(path, folder, limit_file):
+    join(folder, limit_file, 96 * MIB)
+    return killed_beside_a_victim(path)
 
 
 @pytest.mark.cgroup
 def test_a_child_killed_by_hand_is_not_taken_for_a_victim_beside_it(path, memory_group):
-    if KillLog().names(0) is None:
+    with contextlib.closing(KillLog()) as log:
+        readable = log.names(0) is not None
+    if not readable:
         pytest.skip("the kernel's log may not be read here, or has the pids of another namespace")
-    got = scenario.run(killed_beside_a_victim, path, *memory_group)
+    got = scenario.run(killed_beside_a_victim_in, path, *memory_group)
     assert got["signals"] == [signal.SIGKILL]
     assert got["error"] == "SnapshotFailedError"
     assert "SIGKILL" in got["message"]

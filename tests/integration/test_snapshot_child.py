@@ -421,28 +421,3 @@ def test_after_a_change_of_user_what_cannot_be_done_is_told():
     assert got["bounded"]["error"] == "SnapshotFailedError"
     assert "max_copy cannot be kept" in got["bounded"]["message"]
     assert got["content"] == "new"
-
-
-def used_in_another_child(path):
-    gate = Gate()
-    job = memsafe.fork_snapshot(path, gated(gate))
-    pid = os.fork()
-    if pid == 0:
-        try:
-            job.wait(PATIENCE_S)
-        except RuntimeError:
-            memsafe.fork_snapshot(path + ".2", hello).wait(PATIENCE_S)
-            os._exit(5)
-        os._exit(6)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    gate.open()
-    got = outcome(job)
-    gate.close()
-    return {**got, "status": status, "other": content(path + ".2")}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_has_a_slot_of_its_own_and_no_claim_on_the_parents_job(path):
-    got = scenario.run(used_in_another_child, path)
-    assert (got["status"], got["other"]) == (5, "new")
-    assert got["result"]["size_bytes"] == 3

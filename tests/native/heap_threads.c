@@ -1,10 +1,11 @@
 /* The accounts of Python's heap under threads, for the sanitizers: threads that count, ask and are refused while others
  * open and close accounts and one forks must leave every budget at zero. Exits non-zero where they do not. */
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "check.h"
 
 #include "ms.h"
 
@@ -12,14 +13,6 @@
 #include "heap.h"
 
 enum { THREADS = 4, ROUNDS = 3000, LIMIT = 8 << 20 };
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static ms_budget *budgets[THREADS];
 static _Atomic int64_t refusals;

@@ -3,11 +3,11 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "check.h"
 
 #include "ms.h"
 #include "emergency.h"
@@ -16,14 +16,6 @@
 #include "waiter.h"
 
 enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
-
-#define CHECK(what)                                                                                                    \
-    do {                                                                                                               \
-        if (!(what)) {                                                                                                 \
-            fprintf(stderr, "line %d: %s\n", __LINE__, #what);                                                         \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static ms_waiter *waiter;
 static int counters[SOURCES];

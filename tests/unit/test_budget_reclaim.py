@@ -297,9 +297,9 @@ def test_who_waits_is_served_before_a_requester_that_reclaims_and_both_are_recko
     hoard.release()
 
 
-def test_two_threads_that_reclaim_at_once_share_the_work():
-    db, calls = Budget(100, name="db"), []
-    hoard = db.reserve(100)
+def what_is_asked_for_two(db, hoard, give):
+    """Have two threads want 30 bytes, the second while a reclaimer is asked for the first; what that was asked for."""
+    calls = []
     inside, both_in_line = threading.Event(), threading.Event()
 
     @db.reclaimer
@@ -307,53 +307,35 @@ def test_two_threads_that_reclaim_at_once_share_the_work():
         calls.append(need_bytes)
         inside.set()
         assert both_in_line.wait(60)
-        hoard.shrink(60)
-        return 60
+        freed_bytes = give(need_bytes)
+        hoard.shrink(freed_bytes)
+        return freed_bytes
 
-    def ask():
-        db.reserve(30).release()
-
-    first = threading.Thread(target=ask)
+    first, second = (threading.Thread(target=lambda: db.reserve(30).release()) for _ in range(2))
     first.start()
     assert inside.wait(60)
-    second = threading.Thread(target=ask)
     second.start()
     while db.waiting < 2:
         time.sleep(0.001)
     both_in_line.set()
     first.join()
     second.join()
-    assert calls == [30]  # one run was enough for both
-    assert db.stats().reclaims == 1
-    assert db.stats().refusals == 0
-    hoard.release()
+    return calls
+
+
+def test_two_threads_that_reclaim_at_once_share_the_work():
+    db = Budget(100, name="db")
+    with db.reserve(100) as hoard:
+        assert what_is_asked_for_two(db, hoard, lambda need_bytes: 60) == [30]  # one run was enough for both
+        assert db.stats().reclaims == 1
+        assert db.stats().refusals == 0
 
 
 def test_a_second_requester_asks_again_for_what_the_first_run_did_not_free():
-    db, calls = Budget(100, name="db"), []
-    hoard = db.reserve(100)
-    inside, both_in_line = threading.Event(), threading.Event()
-
-    @db.reclaimer
-    def shed(need_bytes):
-        calls.append(need_bytes)
-        inside.set()
-        assert both_in_line.wait(60)
-        hoard.shrink(need_bytes)
-        return need_bytes
-
-    threads = [threading.Thread(target=lambda: db.reserve(30).release()) for _ in range(2)]
-    threads[0].start()
-    assert inside.wait(60)
-    threads[1].start()
-    while db.waiting < 2:
-        time.sleep(0.001)
-    both_in_line.set()
-    for thread in threads:
-        thread.join()
-    assert calls[0] == 30
-    assert db.stats().refusals == 0
-    hoard.release()
+    db = Budget(100, name="db")
+    with db.reserve(100) as hoard:
+        assert what_is_asked_for_two(db, hoard, lambda need_bytes: need_bytes)[0] == 30
+        assert db.stats().refusals == 0
 
 
 def test_waiting_for_a_reclaimer_that_waits_for_oneself_ends(monkeypatch):

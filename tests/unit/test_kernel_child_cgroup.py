@@ -1,5 +1,6 @@
 """Where a cgroup for a child may be made: told from files. That it is made and removed, integration tests show."""
 
+import errno
 import os
 
 import pytest
@@ -14,10 +15,25 @@ def tree(tmp_path):
     return ProcTree(tmp_path)
 
 
-def v2(tree, *, parent_passes="memory pids", own_limit="max"):
+@pytest.fixture(autouse=True)
+def attributes(monkeypatch, tree):
+    """Extended attributes, which not every file system keeps; /app is delegated."""
+    kept = {(f"{tree.root}/sys/fs/cgroup/app", "user.delegate"): b"1"}
+
+    def getxattr(path, name):
+        value = kept.get((path, name), errno.ENODATA)
+        if isinstance(value, int):
+            raise OSError(value, os.strerror(value))
+        return value
+
+    monkeypatch.setattr(os, "getxattr", getxattr)
+    return kept
+
+
+def v2(tree, *, parent_passes="memory pids"):
     tree.v2("/app/main")
     tree.v2_group("/app")
-    tree.v2_group("/app/main", own_limit)
+    tree.v2_group("/app/main")
     for path, text in (("/app", parent_passes), ("/app/main", "")):
         tree.write(f"/sys/fs/cgroup{path}/cgroup.subtree_control", text + "\n")
         tree.write(f"/sys/fs/cgroup{path}/cgroup.procs", "1\n")
@@ -41,11 +57,83 @@ def test_v2_wants_a_parent_that_passes_the_memory_controller_on(tree):
         assert f"{tree.root}/sys/fs/cgroup{folder}/cgroup.subtree_control does not pass the memory" in refusal(tree)
 
 
-@pytest.mark.parametrize(("file", "text"), [("memory.max", 1), ("memory.high", 1), ("memory.swap.max", 0)])
+NOT_DELEGATED = "/sys/fs/cgroup/app is not delegated"
+MADE = "removed by somebody else"  # a plain folder has no memory.max: so looks a cgroup that was removed in between
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("user.delegate", errno.ENODATA),
+        ("user.delegate", errno.EOPNOTSUPP),
+        ("trusted.delegate", errno.EPERM),
+        ("user.delegate", b"0"),
+        ("user.delegate", b""),
+        ("trusted.delegate", b"yes"),
+        ("user.other", b"1"),
+    ],
+)
+def test_v2_makes_none_beside_the_own_in_what_was_not_delegated(tree, attributes, name, value):
+    """A service's sibling is out of the service: of its pids.max and cpu.max, and not stopped with it."""
+    v2(tree)
+    attributes.clear()
+    attributes[f"{tree.root}/sys/fs/cgroup/app", name] = value
+    assert NOT_DELEGATED in refusal(tree)
+
+
+def test_v2_makes_none_beside_the_own_where_only_the_own_was_delegated(tree, attributes):
+    v2(tree)
+    attributes.clear()
+    attributes[f"{tree.root}/sys/fs/cgroup/app/main", "user.delegate"] = b"1"
+    assert NOT_DELEGATED in refusal(tree)
+
+
+@pytest.mark.parametrize("name", ["user.delegate", "trusted.delegate"])
+def test_v2_makes_it_beside_the_own_where_either_attribute_says_that_it_may(tree, attributes, name):
+    v2(tree)
+    attributes.clear()
+    attributes[f"{tree.root}/sys/fs/cgroup/app", name] = b"1"
+    assert f"made in {tree.root}/sys/fs/cgroup/app: each was {MADE}" in refusal(tree)
+
+
+def test_v2_makes_it_below_the_own_without_anybodys_leave(tree, attributes):
+    v2(tree)
+    attributes.clear()
+    tree.write("/sys/fs/cgroup/app/main/cgroup.subtree_control", "memory\n")
+    assert f"made in {tree.root}/sys/fs/cgroup/app/main: each was {MADE}" in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("memory.max", "1"),
+        ("memory.high", "1"),
+        ("memory.swap.max", "0"),
+        ("pids.max", "100"),
+        ("cpu.max", "50000 100000"),
+        ("cpuset.cpus", "0-1"),
+        ("cpuset.mems", "0"),
+        ("io.max", "8:0 rbps=1048576 wbps=max riops=max wiops=max"),
+    ],
+)
 def test_v2_makes_none_beside_the_own_that_would_be_free_of_its_limits(tree, file, text):
     v2(tree)
     tree.write(f"/sys/fs/cgroup/app/main/{file}", f"{text}\n")
-    assert f"would be free of the limits of {tree.root}/sys/fs/cgroup/app/main" in refusal(tree)
+    assert f"would be free of the limits of {tree.root}/sys/fs/cgroup/app/main: {file}" in refusal(tree)
+
+
+def test_limits_that_are_not_set_bind_nobody(tree):
+    v2(tree)
+    unset = {
+        "pids.max": "max\n",
+        "cpu.max": "max 100000\n",
+        "cpuset.cpus": "\n",
+        "io.max": "",
+        "memory.swap.max": "max\n",
+    }
+    for file, text in unset.items():
+        tree.write(f"/sys/fs/cgroup/app/main/{file}", text)
+    assert MADE in refusal(tree)
 
 
 def test_v2_wants_a_folder_that_may_be_written(tree, monkeypatch):
@@ -62,13 +150,12 @@ def test_a_control_file_that_is_gone_is_a_refusal_that_names_it(tree):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_vanishes_while_it_is_made_is_tried_again_and_then_given_up(tree, version):
-    """A plain folder has no memory.max: so looks a cgroup that somebody removed in between."""
     if version == 2:
         v2(tree)
     else:
         tree.v1("/app")
         tree.v1_group("/app", 2**62)
-    assert "removed by somebody else" in refusal(tree)
+    assert MADE in refusal(tree)
 
 
 def test_a_folder_in_which_nothing_can_be_made_is_named(tree):
@@ -91,3 +178,18 @@ def test_left_overs_are_swept_but_for_those_in_use_and_those_of_others(tree):
     os.close(lock_fd)
     left = {path.name for path in base.iterdir() if path.is_dir()}
     assert left == {"main", "memsafe-child-2-b", "memsafe-child-3-c", "other"}
+
+
+def test_without_locks_nothing_is_swept_and_none_can_be_made(tree, monkeypatch):
+    """Nobody can tell then which are in use."""
+
+    def flock(fd, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    v2(tree)
+    left = tree.root / "sys/fs/cgroup/app/memsafe-child-1-a"
+    left.mkdir()
+    monkeypatch.setattr(child_cgroup.fcntl, "flock", flock)
+    with pytest.raises(memsafe.UnsupportedError, match="No locks available"):
+        child_cgroup.make(64 * MIB, tree.root)
+    assert left.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -11,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import Budget, EmergencyReserve, PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, EmergencyReserve
 from memsafe.errors import KernelError
-from memsafe.testing import FakeKernel
-
-MIB = 1024 * 1024
-NORMAL, LOW, CRITICAL = PressureLevel
-QUIET = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=10)
-LIMIT = 128 * MIB
+from tests.unit.small_machine import CRITICAL, LIMIT, LOW, MIB, NORMAL, QUIET, leave, monitored
 
 
 def resident_bytes() -> int:
@@ -83,32 +79,7 @@ def test_threads_that_take_and_give_leave_all_or_nothing():
 # --- in a monitor ---------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 1000.0
-
-    def __call__(self):
-        return self.now_s
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def machine(tmp_path):
-    kernel = FakeKernel(tmp_path)
-    kernel.cgroup("/app", limit=LIMIT, usage=32 * MIB).join()
-    return kernel
-
-
-def leave(machine, left_bytes):
-    machine.cgroup("/app").usage = LIMIT - left_bytes
-
-
-def watched(machine, clock, budget=None, reserve="8 MiB"):
-    return PressureMonitor(budget, reserve=reserve, root=machine.root, clock=clock, thresholds=QUIET)
+watched = functools.partial(monitored, reserve="8 MiB")
 
 
 def test_at_critical_it_is_given_back_before_reclaimers_and_callbacks_and_taken_again_when_calm(machine, clock):

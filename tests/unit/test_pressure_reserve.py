@@ -13,8 +13,7 @@ from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from memsafe.testing import FakeKernel
-
-MIB = 1024 * 1024
+from tests.unit.small_machine import MIB, leave
 
 
 def held_bytes(reserve: BlockReserve) -> int:
@@ -74,18 +73,11 @@ def provided(monkeypatch):
     return told
 
 
-@pytest.fixture
-def machine(tmp_path):
-    kernel = FakeKernel(tmp_path)
-    kernel.cgroup("/app", limit=128 * MIB, usage=32 * MIB).join()
-    return kernel
-
-
 def test_it_is_taken_between_looks_while_there_is_plenty_and_not_where_the_last_bytes_are_at_stake(machine, provided):
     quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=0)
     holds = []
     for left_bytes in (64 * MIB, 4 * MIB, 0, 64 * MIB):
-        machine.cgroup("/app").usage = 128 * MIB - left_bytes
+        leave(machine, left_bytes)
         with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
             monitor.check()
             holds.append(provided.get(timeout=30))
@@ -98,7 +90,7 @@ def test_waking_up_for_anything_but_a_look_leaves_it_as_it_was(machine, provided
     quiet = Thresholds(poll_s_min=3600, poll_s_max=3600, cooldown_s=3600)
     with PressureMonitor(root=machine.root, thresholds=quiet) as monitor:
         for left_bytes, holds in ((64 * MIB, True), (0, False)):
-            machine.cgroup("/app").usage = 128 * MIB - left_bytes
+            leave(machine, left_bytes)
             monitor.check()
             while not provided.empty():
                 provided.get()

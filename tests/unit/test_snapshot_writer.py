@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,11 @@ from memsafe.snapshot.writer import (
     Zstd,
 )
 from tests.page_cache import resident_bytes, skip_unless_droppable
+
+try:
+    from compression import zstd
+except ImportError:
+    from backports import zstd
 
 MIB = 1024 * 1024
 
@@ -98,10 +104,6 @@ def test_what_is_written_arrives_and_is_counted(fd, path, compress, checksum):
 
 
 def unpacked(path):
-    try:
-        from compression import zstd
-    except ImportError:
-        from backports import zstd
     return zstd.decompress(path.read_bytes())
 
 
@@ -199,6 +201,7 @@ def test_arguments_that_make_no_sense_are_refused_at_once():
         ({"compress": "gzip"}, "compress must be 'zstd'"),
         ({"compress": 3}, "compress must be"),
         ({"compress": Zstd(level=1000)}, "Zstd.*makes no sense"),
+        ({"compress": Zstd(level=1 << 40)}, "Zstd.*makes no sense"),
         ({"compress": Zstd(threads=-1)}, "Zstd.*makes no sense"),
         ({"max_bytes_per_s": 0}, "above 0"),
         ({"max_bytes_per_s": "fast"}, "max_bytes_per_s must look like"),
@@ -212,6 +215,22 @@ def test_compression_that_is_not_installed_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "backports.zstd", None)
     with pytest.raises(UnsupportedError, match=r"memsafe\[zstd\]"):
         WriterOptions.of(compress="zstd")
+
+
+def test_the_standard_librarys_own_compression_goes_before_the_backport(fd, path, monkeypatch):
+    made = []
+
+    def compressor(options):
+        made.append(options)
+        return zstd.ZstdCompressor(options=options)
+
+    own = SimpleNamespace(**{**vars(zstd), "ZstdCompressor": compressor})
+    monkeypatch.setitem(sys.modules, "compression.zstd", own)
+    with writer(fd, compress="zstd") as out:
+        out.write(b"new")
+        out.finish()
+    assert len(made) == 2  # one to try the options
+    assert unpacked(path) == b"new"
 
 
 def test_nothing_is_imported_after_the_options_are_known(fd, path, monkeypatch):

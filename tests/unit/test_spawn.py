@@ -30,7 +30,7 @@ def outcome(run, *args, **kwargs):
         done = run(*args, **kwargs)
     except OSError as error:
         return type(error), error.errno, error.strerror, error.filename
-    except (ValueError, TypeError, IndexError, OverflowError, subprocess.SubprocessError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, subprocess.SubprocessError) as error:
         return type(error)
     return done.returncode, done.stdout, done.stderr
 
@@ -93,6 +93,19 @@ SAME = {
     "a user beyond all": (["true"], {"user": 2**64}),
     "a group beyond all": (["true"], {"group": 2**64}),
     "an extra group beyond all": (["true"], {"extra_groups": [2**64]}),
+    "more extra groups than there may be": (["true"], {"extra_groups": range(65537)}),
+    "env in bytes": (["/usr/bin/env"], {"env": {b"A": b"\xff", "B": b"1"}}),
+    "PATH of env in bytes": (["sh", "-c", "echo hello"], {"env": {b"PATH": b"/nonexistent:/bin"}}),
+    "a session and a group of its own": (["true"], {"start_new_session": True, "process_group": 0}),
+    "a group that is none": (["true"], {"process_group": -5}),
+    "newlines": (["printf", r"a\r\nb\rc"], {"universal_newlines": True}),
+    "a pipe of another size": (["cat"], {"input": b"x" * 100_000, "pipesize": 4096}),
+    "a user's and a group's name": (["id"], {"user": "root", "group": "root", "extra_groups": ["root"]}),
+    "a user's name that nobody has": (["id"], {"user": "nobody has this name"}),
+    "an executable in bytes": (["other-name", "-c", "echo $0"], {"executable": b"/bin/sh"}),
+    "no name": ([""], {}),
+    "nothing, and an executable": ([], {"executable": "/bin/true"}),
+    "an argument beyond all": (["true", "x" * 200_000], {}),
     "an unknown user's name": (["id"], {"user": 65533, "group": 65533, "extra_groups": []}),
 }
 
@@ -336,6 +349,33 @@ def test_memory_limit_and_the_same_rlimit_exclude_each_other():
         memsafe.Popen(["true"], memory_limit="1 GiB", rlimits={resource.RLIMIT_DATA: 2**30})
 
 
+@pytest.mark.parametrize(
+    "junk", [2**64, 2**64 + 64, (64, 2**64 + 64), -2, (1,), (1, 2, 3), "64", 6.4, None, (64, None), ()]
+)
+def test_an_rlimit_that_is_none_is_refused_and_never_taken_for_another(junk):
+    with pytest.raises(ValueError, match=r"rlimits\[7\] must be a number or \(soft, hard\)"):
+        memsafe.Popen(["true"], rlimits={resource.RLIMIT_NOFILE: junk})
+
+
+def test_rlimits_may_be_infinite_in_either_spelling_and_any_kind_of_int():
+    class Number:
+        def __index__(self):
+            return 64
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert hard == resource.RLIM_INFINITY
+    for infinity in (-1, 2**64 - 1):
+        limits = {resource.RLIMIT_FSIZE: infinity, resource.RLIMIT_CORE: [0, 0], resource.RLIMIT_NOFILE: Number()}
+        said = memsafe.run(["sh", "-c", "ulimit -f; ulimit -n"], rlimits=limits, stdout=PIPE, check=True).stdout
+        assert said.split() == [b"unlimited", b"64"]
+
+
+@pytest.mark.parametrize("given", [{"oom_score_adj": 500.7}, {"oom_score_adj": "500"}, {"nice": 1.5}, {"nice": "1"}])
+def test_a_number_that_is_no_int_is_refused_and_not_rounded(given):
+    with pytest.raises(TypeError):
+        memsafe.Popen(["true"], **given)
+
+
 def test_rlimits_and_nice_are_the_childs():
     limits = {resource.RLIMIT_NOFILE: (64, 128), resource.RLIMIT_CORE: 0}
     shell = ["sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c; nice"]
@@ -346,7 +386,7 @@ def test_rlimits_and_nice_are_the_childs():
 def test_a_limit_that_the_kernel_refuses_is_named_and_nothing_is_started(tmp_path):
     before = open_fds()
     program = ["touch", str(tmp_path / "started")]
-    with pytest.raises(memsafe.KernelError, match=r"setrlimit.*not started") as refused:
+    with pytest.raises(memsafe.KernelError, match=r"setrlimit.*not started; the soft limit is above") as refused:
         memsafe.Popen(program, rlimits={resource.RLIMIT_NOFILE: (2, 1)}, stdout=PIPE)
     assert refused.value.errno == errno.EINVAL
     with pytest.raises(memsafe.KernelError, match=re.escape(f"write 0 to {tmp_path}/cgroup.procs: No such file")):
@@ -358,6 +398,19 @@ def test_a_limit_that_the_kernel_refuses_is_named_and_nothing_is_started(tmp_pat
     assert open_fds() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_folder_of_a_cgroup_is_taken_in_every_spelling_of_a_path_and_never_cut_short(tmp_path):
+    (tmp_path / "cgroup.procs").touch()
+    for folder in (tmp_path, str(tmp_path), os.fsencode(tmp_path), [tmp_path], (os.fsencode(tmp_path),)):
+        (tmp_path / "cgroup.procs").write_text("")
+        assert memsafe.run(["true"], cgroup=folder).returncode == 0
+        assert (tmp_path / "cgroup.procs").read_text() == "0"
+    (tmp_path / "cgroup.procs").write_text("")
+    for folder in (f"{tmp_path}/cgroup.procs\0", f"{tmp_path}\0"):
+        with pytest.raises(ValueError, match="null byte"):
+            memsafe.Popen(["true"], cgroup=folder)
+    assert (tmp_path / "cgroup.procs").read_text() == ""
 
 
 def test_a_child_that_could_not_start_is_reaped_though_sigchld_is_ignored():

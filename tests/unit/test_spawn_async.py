@@ -238,6 +238,53 @@ def test_a_coroutine_that_is_never_finished_kills_its_child(runner):
     os.close(keep_open)
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_coroutine_that_outlives_its_loop_leaves_nothing_when_it_is_closed(runner, timeout):
+    async def main():
+        running = memsafe.run_async(["cat"], stdin=never_ending, capture_output=True, timeout=timeout)
+        running.send(None)
+        return running
+
+    never_ending, keep_open = os.pipe()
+    running = runner(main())
+    running.close()
+    os.close(never_ending)
+    os.close(keep_open)
+
+
+class Loop:
+    """The running loop, which refuses the *number*-th descriptor to read from."""
+
+    def __init__(self, number):
+        self._loop, self._left = asyncio.get_running_loop(), number
+
+    def __getattr__(self, name):
+        return getattr(self._loop, name)
+
+    def add_reader(self, fd, callback):
+        self._left -= 1
+        if self._left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._loop.add_reader(fd, callback)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_loop_that_refuses_to_watch_leaves_no_child_and_no_descriptor(runner, monkeypatch, number):
+    """It does so past fs.epoll.max_user_watches."""
+
+    async def main():
+        loop = Loop(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "get_running_loop", lambda: loop)
+            await memsafe.run_async(["cat"], stdin=never_ending, capture_output=True)
+
+    never_ending, keep_open = os.pipe()
+    with pytest.raises(OSError, match="No space left"):
+        runner(main())
+    os.close(never_ending)
+    os.close(keep_open)
+
+
 @pytest.mark.parametrize("stdout", [None, PIPE])
 def test_a_child_that_somebody_else_has_reaped_is_no_reason_to_wait(runner, monkeypatch, stdout):
     """Its status is lost: subprocess says 0 then."""

@@ -129,12 +129,21 @@ def start_many_limited(count):
     return {"left": left}
 
 
-def test_the_cgroup_is_removed_when_the_child_is_reaped(group):
-    assert child.run(start_many_limited, 20, cgroup=group.child("own")) == {"left": 0}
+@pytest.fixture
+def delegated(group):
+    """A cgroup that is left to those who live in it, as systemd marks one."""
+    os.setxattr(group.path, "user.delegate", b"1")
+    return group
 
 
-def test_memory_limit_makes_a_cgroup_beside_the_own_whose_processes_end_together(group):
+def test_the_cgroup_is_removed_when_the_child_is_reaped(delegated):
+    assert child.run(start_many_limited, 20, cgroup=delegated.child("own")) == {"left": 0}
+
+
+@pytest.mark.parametrize("attribute", ["user.delegate", "trusted.delegate"])
+def test_memory_limit_makes_a_cgroup_beside_the_own_whose_processes_end_together(group, attribute):
     own = group.child("own")
+    os.setxattr(group.path, attribute, b"1")
     told = child.run(start_limited, "auto", cgroup=own)
     name = told["folder"].removeprefix(str(group.path))
     assert name.startswith("/memsafe-child-")
@@ -146,23 +155,44 @@ def test_memory_limit_makes_a_cgroup_beside_the_own_whose_processes_end_together
     }
 
 
-def test_a_limited_process_makes_none_that_would_be_free_of_its_limits(group):
-    own = group.child("own", memory_max=256 * MIB)
-    told = child.run(start_limited, "cgroup", cgroup=own)
-    assert f"would be free of the limits of {own.path}" in told["refused"]
-    told = child.run(start_limited, "auto", cgroup=own)
+def assert_limited_by_rlimit(own, **kwargs):
+    """By RLIMIT_DATA: the one that ate was refused, and where it was."""
+    told = child.run(start_limited, "auto", cgroup=own, **kwargs)
     assert (told["folder"], told["status"], told["oom_killed"]) == (None, 0, None)
-    assert told["said"].endswith("alive\n")
+    assert told["said"] == f"0::/{own.path.parent.name}/own\nalive\n"
 
 
-def test_an_ordinary_user_makes_none_where_nothing_was_delegated(group):
+def test_roots_child_stays_in_its_service_where_nothing_was_delegated(group):
+    """So stands a service in its slice: beside it the child would be out of pids.max, and not stopped with it."""
     own = group.child("own")
+    told = child.run(start_limited, "cgroup", cgroup=own)
+    assert f"{group.path} is not delegated" in told["refused"]
+    assert_limited_by_rlimit(own)
+
+
+@pytest.mark.parametrize("limit", ["memory_max", "pids_max"])
+def test_a_limited_process_makes_none_that_would_be_free_of_its_limits(delegated, limit):
+    own = delegated.child("own", **{limit: 256 * MIB if limit == "memory_max" else 1000})
+    told = child.run(start_limited, "cgroup", cgroup=own)
+    assert f"would be free of the limits of {own.path}: {limit.replace('_', '.')}" in told["refused"]
+    assert_limited_by_rlimit(own)
+
+
+def test_the_child_of_a_limited_child_is_not_free_of_its_limit(delegated):
+    """A cgroup of memsafe's own making is no other than any."""
+    own = delegated.child("memsafe-child-1-00000000", memory_max=256 * MIB)
+    told = child.run(start_limited, "cgroup", cgroup=own)
+    assert f"would be free of the limits of {own.path}: memory.max" in told["refused"]
+
+
+def test_an_ordinary_user_makes_none_where_it_may_not_write(delegated):
+    own = delegated.child("own")
     told = child.run(start_limited, "cgroup", cgroup=own, user=child.ORDINARY)
-    assert f"{group.path} may not be written" in told["refused"]
+    assert f"{delegated.path} may not be written" in told["refused"]
 
 
-def test_an_ordinary_user_makes_one_in_what_was_delegated(group):
-    own = group.child("own")
+def give(group, own):
+    """Let nobody write what a delegated cgroup's user may."""
     for path in (
         group.path,
         group.path / "cgroup.procs",
@@ -170,5 +200,22 @@ def test_an_ordinary_user_makes_one_in_what_was_delegated(group):
         own.path / "cgroup.procs",
     ):
         os.chown(path, child.NOBODY, child.NOBODY)
+
+
+def test_an_ordinary_user_makes_one_in_what_was_delegated(delegated):
+    own = delegated.child("own")
+    give(delegated, own)
     told = child.run(start_limited, "cgroup", cgroup=own, user=child.ORDINARY)
     assert (told["status"], told["oom_killed"]) == (-signal.SIGKILL, True)
+
+
+@pytest.mark.parametrize("attribute", [None, "trusted.delegate"])
+def test_an_ordinary_user_makes_none_in_what_it_owns_but_was_not_told_is_delegated(group, attribute):
+    """A user's slices are its own as well, and its services in them are limited and stopped. trusted.* is root's."""
+    own = group.child("own")
+    give(group, own)
+    if attribute is not None:
+        os.setxattr(group.path, attribute, b"1")
+    told = child.run(start_limited, "cgroup", cgroup=own, user=child.ORDINARY)
+    assert f"{group.path} is not delegated" in told["refused"]
+    assert_limited_by_rlimit(own, user=child.ORDINARY)

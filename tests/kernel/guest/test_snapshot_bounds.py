@@ -1,7 +1,6 @@
 """What a snapshot's copies come to, and who dies of them, on this kernel and in cgroup v2; and whom the killer took."""
 
 import errno
-import mmap
 import os
 import signal
 from pathlib import Path
@@ -9,13 +8,16 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from memsafe.snapshot.sentry import Sentry
+from tests.integration.copies import (
+    NO_ROOM_BYTES,
+    copies_of,
+    keep_sentries_out,
+    killed_beside_a_victim,
+    state_of,
+    write_everything,
+)
+from tests.integration.snapshots import MIB, Gate, outcome
 from tests.kernel.guest import child
-
-MIB = 1024 * 1024
-PATIENCE_S = 60
-
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 @pytest.fixture
@@ -25,61 +27,14 @@ def path(scratch):
     return target
 
 
-def state_of(size_bytes, huge=False):
-    state = mmap.mmap(-1, size_bytes, PRIVATE)
-    state.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    write_to(state)
-    return state
-
-
-def write_to(state, every=1):
-    for offset in range(0, len(state), every * mmap.PAGESIZE):
-        state[offset] = (state[offset] + 1) % 256
-
-
-def outcome(job):
-    try:
-        return {"copies": job.wait(PATIENCE_S).peak_copy_bytes}
-    except memsafe.SnapshotFailedError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-
-
-class Gate:
-    """An eventfd, which the child keeps: of inherited pipes it has none."""
-
-    def __init__(self):
-        self.fd = os.eventfd(0)
-
-    def wait(self):
-        os.eventfd_read(self.fd)
-
-    def open(self):
-        os.eventfd_write(self.fd, 1)
-
-
 # Copies are counted whoever writes.
-
-
-def copies_of(path, writers, huge):
-    state, gate = state_of(16 * MIB, huge), Gate()
-
-    def write(out):
-        if "child" in writers:
-            write_to(state, every=2)
-        gate.wait()
-
-    job = memsafe.fork_snapshot(path, write)
-    if "parent" in writers:
-        write_to(state, every=2)
-    gate.open()
-    return outcome(job)
 
 
 @pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("writers", [["parent"], ["child"], ["parent", "child"]])
 def test_a_page_that_either_side_writes_is_one_copy(path, writers, huge):
-    idle = child.run(copies_of, str(path), [], huge)["copies"]
-    told = child.run(copies_of, str(path), writers, huge)["copies"]
+    idle = child.run(copies_of, str(path), [], huge, 16 * MIB)["peak"]
+    told = child.run(copies_of, str(path), writers, huge, 16 * MIB)["peak"]
     assert idle < 8 * MIB
     assert abs(told - idle - 8 * MIB) < 2 * MIB
 
@@ -87,29 +42,12 @@ def test_a_page_that_either_side_writes_is_one_copy(path, writers, huge):
 # With everything against it.
 
 
-def write_everything(path, rounds):
-    outcomes, filling = [], b"x" * MIB
-    state = state_of(160 * MIB)
-    for _ in range(rounds):
-        memsafe.fork_snapshot(path, lambda out: out.write(b"new"), max_copy="16 MiB").wait(PATIENCE_S)
-        gate = Gate()
-
-        def write(out, gate=gate):
-            gate.wait()
-
-        job = memsafe.fork_snapshot(path, write)
-        for offset in range(0, len(state), MIB):
-            state[offset : offset + MIB] = filling
-        outcomes.append(outcome(job)["error"])
-    return outcomes
-
-
 @pytest.mark.parametrize("throttled", [False, True])
 def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(group, path, throttled):
-    limits = {"memory_high": 272 * MIB} if throttled else {}
-    own = group.child("own", memory_max=288 * MIB, **limits)
+    limits = {"memory_high": NO_ROOM_BYTES - 16 * MIB} if throttled else {}
+    own = group.child("own", memory_max=NO_ROOM_BYTES, **limits)
     rounds = 1 if throttled else 5  # after a stall, the next is deferred for ten seconds
-    outcomes = child.run(write_everything, str(path), rounds, cgroup=own)
+    outcomes = child.run(write_everything, str(path), rounds, cgroup=own)["outcomes"]
     print("outcomes:", outcomes)
     assert len(outcomes) == rounds
     assert set(outcomes) <= {"SnapshotOverrunError", "OOMKilledError"}
@@ -117,24 +55,6 @@ def test_where_copies_find_no_memory_the_parent_survives_and_the_child_does_not(
 
 
 # Whom the killer took.
-
-
-def keep_sentries_out():
-    """Have memory filled faster than anybody looks."""
-    Sentry._open_files = lambda *_: None
-
-
-def killed_beside_a_victim(path):
-    def write(out):
-        eater = memsafe.Popen(["tail", "/dev/zero"], oom_score_adj=1000)
-        ended = eater.wait()
-        out.progress(-ended, -ended)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    keep_sentries_out()
-    signals = []
-    job = memsafe.fork_snapshot(path, write, on_progress=lambda done, total: signals.append(done))
-    return {**outcome(job), "signals": signals}
 
 
 @pytest.mark.parametrize(("user", "error"), [(child.ROOT, "SnapshotFailedError"), (child.ORDINARY, "OOMKilledError")])

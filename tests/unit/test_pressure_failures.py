@@ -1,0 +1,132 @@
+"""What may fail around a monitor ends nothing: the handlers of the log, a look, a start."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+
+import pytest
+
+from memsafe.errors import KernelError
+from memsafe.pressure.emergency import EmergencyReserve
+from memsafe.pressure.hub import Hub
+from tests.unit.small_machine import LOW, MIB, leave, listen, monitored
+
+
+@pytest.fixture
+def on_log():
+    handler, log = logging.Handler(), logging.getLogger("memsafe.pressure")
+
+    def have_done(act):
+        handler.emit = act
+        log.addHandler(handler)
+
+    yield have_done
+    log.removeHandler(handler)
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), SystemExit(1)])
+def test_a_handler_of_the_log_that_raises_ends_nothing(machine, monitor, on_log, monkeypatch, error):
+    told = []
+
+    def refuse_to_log(record):
+        told.append(record.getMessage())
+        raise error
+
+    on_log(refuse_to_log)
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.0)  # each callback is too slow
+    with monkeypatch.context() as broken:
+        broken.setattr("memsafe.pressure.monitor.status_once", fail)
+        monitor.check()
+    assert "could not look" in told[0]
+    monitor.on(LOW, fail)
+    heard = listen(monitor, LOW)
+    leave(machine, 15 * MIB)
+    assert monitor.check() == LOW
+    late = listen(monitor, LOW)
+    monitor.check()
+    assert len(heard) == len(late) == 1
+    assert any("failed" in line for line in told)
+    assert any("took" in line for line in told)
+
+
+def test_a_handler_of_the_log_may_call_the_monitor_that_starts(machine, clock, on_log, monkeypatch):
+    def refuse_memory(reserve):
+        raise KernelError(errno.ENOMEM, "mmap")
+
+    monkeypatch.setattr(EmergencyReserve, "take", refuse_memory)
+    monitor = monitored(machine, clock, reserve="1 MiB")
+    told = []
+    on_log(lambda record: (monitor.on(LOW, told.append), told.append(record.getMessage())))
+    starting = threading.Thread(target=monitor.start, daemon=True)
+    starting.start()
+    starting.join(30)
+    assert not starting.is_alive()
+    assert "cannot be taken" in told[0]
+    monitor.close()
+
+
+def test_one_that_cannot_begin_keeps_nobody_waiting(machine, clock, monkeypatch):
+    ready, errors = Hub.ready, []
+
+    def lack_memory(hub):
+        if threading.current_thread().name == "memsafe-pressure":
+            raise MemoryError
+        ready(hub)
+
+    monkeypatch.setattr(Hub, "ready", lack_memory)
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    with monitored(machine, clock) as monitor:
+        with pytest.raises(RuntimeError, match=r"has ended|does not run"):
+            monitor.check(timeout_s=30)
+        monitor.close()
+    assert [error.exc_type for error in errors] == [MemoryError]
+
+
+def refuse(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+
+def refuse_the_second(start=threading.Thread.start):
+    calls = itertools.count()
+    return lambda self: start(self) if next(calls) == 0 else refuse()
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"),
+    [
+        ("memsafe.pressure.monitor.status_once", refuse),
+        ("threading.Thread.start", refuse),
+        ("threading.Thread.start", refuse_the_second()),
+    ],
+)
+def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, fails):
+    threads = threading.active_count()
+    before = sorted(os.listdir("/proc/self/fd"))
+    monitor = monitored(machine, clock)
+    with monkeypatch.context() as broken:
+        broken.setattr(what, fails)
+        with pytest.raises(RuntimeError, match="new thread"):
+            monitor.start()
+    assert threading.active_count() == threads
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    monitor.close()
+    with monitor:
+        monitor.simulate(LOW)
+
+
+def test_a_look_that_fails_is_logged_and_tried_again(monitor, monkeypatch, caplog):
+    with monkeypatch.context() as broken:
+        broken.setattr("memsafe.pressure.monitor.status_once", lambda _: 1 / 0)
+        monitor.check()
+        monitor.simulate(LOW)
+    assert caplog.text.count("could not look") == 2
+    monitor.simulate(LOW)
+    assert monitor.level == LOW
