@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SHARE = 1 / 400
 _READINGS_AHEAD = 8
 _READING_SPACE = 10  # between two readings, in what one costs
-_LOOKS_AHEAD_S = 0.005
+_LOOKS_AHEAD = 100
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
 _LOOK_EVERY_S_MIN = 0.002
@@ -43,6 +43,8 @@ _RESERVE_SHARE_OF_START = 4
 # that is busy: but not before a quarter of what there was at the start is gone.
 NOTICE_S = 0.05
 HASTE_SHARE_OF_START = 0.75
+# What has kept a look waiting will keep the child's end waiting too.
+_LATE_LOOKS = 2
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -123,7 +125,7 @@ class Meter:
         self._looked_at_s = time.thread_time()
         self._headroom = _Doubt(margin_bytes, self._looks, now_s)
         self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
-        self._rate_bytes_per_s = 0.0
+        self._rate_bytes_per_s = self._late_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
         self._due_s = now_s + _FIRST_AFTER_S
@@ -153,8 +155,9 @@ class Meter:
         Plans the next look. Cheap: unless the faults say that there is reason, nothing but them is read.
         """
         now_s, faulted_bytes = time.monotonic(), self._faulted_bytes(pid)
-        self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
-        self._counted_bytes, self._counted_s = faulted_bytes, now_s
+        since_s = max(now_s - self._counted_s, 1e-4)
+        self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / since_s
+        self._counted_bytes, self._counted_s, self._late_s = faulted_bytes, now_s, _LATE_LOOKS * since_s
         short = None
         soon_bytes = self._soon_bytes()
         if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
@@ -195,14 +198,15 @@ class Meter:
 
     def _soon_bytes(self) -> float:
         """Return what will be gone, at this rate, before anything that is done now helps."""
-        return self._rate_bytes_per_s * NOTICE_S
+        return self._rate_bytes_per_s * (NOTICE_S + self._late_s)
 
     def _plan_look(self, now_s: float) -> None:
         """Count all that this thread has done since the last look and that was no reading."""
         cpu_s = time.thread_time()
-        self._looks.spend(cpu_s - self._looked_at_s)
+        cost_s = cpu_s - self._looked_at_s
+        self._looks.spend(cost_s)
         self._looked_at_s = cpu_s
-        self.next_look_s = max(now_s + self._look_every_s(), self._looks.due_s(_LOOKS_AHEAD_S))
+        self.next_look_s = max(now_s + self._look_every_s(), self._looks.due_s(_LOOKS_AHEAD * cost_s))
 
     def _look_every_s(self) -> float:
         nearest_bytes = min(each.left_bytes(self._counted_bytes) for each in (self._headroom, self._bound))

@@ -15,9 +15,9 @@ typedef struct ms_sentry_report {
     int64_t rate_bytes_per_s; /* and how fast it went; 0 where give_bytes had been reached */
 } ms_sentry_report;
 
-/* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core and 10 ms of processor
- * time at the most. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create gave.
- * Thread-safe. Needs no GIL. */
+/* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at
+ * the most a thousand looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create
+ * gave. Thread-safe. Needs no GIL. */
 int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
 
 /* Watch over this child, once. The pidfd must stay open until ms_sentry_rest or ms_sentry_close.

@@ -14,8 +14,9 @@
 #include "thread.h"
 
 enum {
-    DUTY = 400,                  /* one part in so many of a core, */
-    BURST_NS = 10 * 1000 * 1000, /* and so much on top: a thousand looks or more when it matters */
+    DUTY = 400,         /* one part in so many of a core, */
+    LOOKS_AHEAD = 1000, /* and before their time so many looks, which are 10 ms, or a second where all is slow */
+    LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too */
     WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
     NS_PER_S = 1000000000
 };
@@ -23,6 +24,7 @@ enum {
 /* What was left twice before, 4 to 8 ms apart: the rate is since the older of the two. And when to look again. */
 typedef struct trail {
     int64_t next_ns;
+    int64_t looked_ns; /* when it was looked at last */
     int64_t at_ns[2];
     int64_t left_bytes[2];
 } trail;
@@ -68,26 +70,30 @@ static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_repo
 {
     ms_gauge_pace *pace = &sentry->orders.pace;
     ms_gauge *gauge = &sentry->gauges[index];
-    trail *trail = &sentry->trails[index];
+    trail *seen = &sentry->trails[index];
+    int64_t notice_ns = sentry->orders.notice_ns;
+    if (seen->looked_ns)
+        notice_ns += LATE_LOOKS * (at_ns - seen->looked_ns);
+    seen->looked_ns = at_ns;
     gauge->seen_bytes = INT64_MAX;
     ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, pace);
     if (sight.short_of >= 0) {
         *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
         return true;
     }
-    trail->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
+    seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
-    int64_t rate = note(trail, at_ns, gauge->seen_bytes);
+    int64_t rate = note(seen, at_ns, gauge->seen_bytes);
     *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)sentry->orders.notice_ns / NS_PER_S;
+    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
 }
 
-/* Returns when there will have been time for another look that takes as much as the last, for all that was spent. */
-static int64_t affordable_ns(const ms_sentry *sentry, int64_t last_ns)
+/* Returns when there will have been time enough for all that was spent, where a look takes look_ns. */
+static int64_t affordable_ns(const ms_sentry *sentry, int64_t look_ns)
 {
-    int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns + last_ns;
-    return sentry->began_ns + (spent_ns - BURST_NS) * DUTY;
+    int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
+    return sentry->began_ns + (spent_ns - LOOKS_AHEAD * look_ns) * DUTY;
 }
 
 /* pre: the lock is held. Returns when to look again; 0: the child must end. */
