@@ -118,7 +118,7 @@ def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_
         assert (meter.runs_short(os.getpid()) is not None) == short
 
 
-def test_the_less_is_left_the_sooner_is_the_next_look(machine, now):
+def test_the_less_is_left_the_sooner_is_the_next_look(machine, now, newborn):
     meter = Meter(machine.root, None)
     assert not meter.is_tight
     assert meter.next_look_s == pytest.approx(now.s + 0.03, abs=0.001)
