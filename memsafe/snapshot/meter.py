@@ -40,9 +40,9 @@ _TIGHT_S = 0.01
 _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
 # And earlier, where at the present rate they would be gone before the child has given its memory back, on a machine
-# that is busy: but not before a quarter of what there was at the start is gone.
+# that is busy: but not before an eighth of what there was at the start is gone.
 NOTICE_S = 0.05
-HASTE_SHARE_OF_START = 0.75
+HASTE_SHARE_OF_START = 7 / 8
 # What has kept a look waiting will keep the child's end waiting too.
 _LATE_LOOKS = 2
 

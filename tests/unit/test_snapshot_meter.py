@@ -108,9 +108,9 @@ def test_readings_by_the_clock_take_their_share_of_all_the_time(machine, now):
     assert dues_s == [0.2, 0.4, 0.6]
 
 
-def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_is(machine, now):
+def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_an_eighth_of_it_is(machine, now):
     meter = Meter(machine.root, None)
-    for usage_mib, short in ((600, False), (700, True)):  # of 512 MiB that were left at the start
+    for usage_mib, short in ((560, False), (600, True)):  # of 512 MiB that were left at the start
         machine.cgroup("/app").usage = usage_mib * MIB
         now.s += 0.1
         touch(16 * MIB)
