@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 # is mostly looks that count page faults. Where these say that a bound may have been passed, a reading may come before
 # its time, by so many readings in all. It can prove right no oftener before the bound is passed, as faults are twice
 # the copies at the most, and so each time half of what was left is gone at least.
-_SHARE = 1 / 400
+_SHARE = 1 / 500
 _READINGS_AHEAD = 8
 _READING_SPACE = 10  # between two readings, in what one costs
-_LOOKS_AHEAD = 100
+_LOOKS_AHEAD = 50
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
 _LOOK_EVERY_S_MIN = 0.002
-_LOOK_EVERY_S_MAX = 0.05
+_LOOK_EVERY_S_MAX = 0.1
 # The nearer a bound at the fastest plausible rate, the sooner the next look.
 _FILL_BYTES_PER_S = 4 << 30
 _LOOKS_UNTIL_FULL = 4

@@ -92,8 +92,8 @@ def test_doubts_have_so_many_readings_before_their_time_and_no_more(machine, now
         touch(MIB)  # and given back
         meter.measure(os.getpid())
         waits_s.append(round(meter._bound.due_s - now.s, 6))
-    # A reading costs 0.5 ms: ten times as long from one to the next, then 0.25 % of all the time.
-    assert waits_s == [0.005] * 8 + [0.2, 0.4]
+    # A reading costs 0.5 ms: ten times as long from one to the next, then 0.2 % of all the time.
+    assert waits_s == [0.005] * 8 + [0.25, 0.5]
     now.s += 3600
     meter.measure(os.getpid())
     assert meter._bound.due_s == pytest.approx(now.s + 0.005)
@@ -105,7 +105,7 @@ def test_readings_by_the_clock_take_their_share_of_all_the_time(machine, now):
     for _ in range(3):
         meter.measure(os.getpid())
         dues_s.append(round(meter._due_s - now.s, 6))
-    assert dues_s == [0.2, 0.4, 0.6]
+    assert dues_s == [0.25, 0.5, 0.75]
 
 
 def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_an_eighth_of_it_is(machine, now):
@@ -122,11 +122,11 @@ def test_the_less_is_left_the_sooner_is_the_next_look(machine, now, newborn):
     meter = Meter(machine.root, None)
     assert not meter.is_tight
     assert meter.next_look_s == pytest.approx(now.s + 0.03, abs=0.001)
-    for _ in range(110):
+    for _ in range(60):
         meter._counted_s = -1e9  # so that the rate is nothing
         meter.runs_short(os.getpid())
-    assert meter.next_look_s == pytest.approx(now.s + 2), (
-        "the clock says that a look costs 0.5 ms, and a hundred may be ahead"
+    assert meter.next_look_s == pytest.approx(now.s + 2.5), (
+        "the clock says that a look costs 0.5 ms, and fifty may be ahead"
     )
     machine.cgroup("/app").usage = 976 * MIB
     meter = Meter(machine.root, None)
