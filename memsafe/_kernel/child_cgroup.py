@@ -92,7 +92,10 @@ def _parent(root: Root) -> tuple[int, str]:
     if not located.cgroups:
         raise UnsupportedError(located.problem or "this process is in no memory cgroup")
     if located.version == 1:
-        return 1, located.cgroups[0].directory
+        folder = located.cgroups[0].directory
+        if _forgets_its_children(MemoryCgroup(1, "", folder)):
+            raise UnsupportedError(f"{folder}/memory.use_hierarchy is 0: a cgroup in it would be free of its limits")
+        return 1, folder
     own = placement.unified_directory() or located.cgroups[0].directory
     folder = own.rpartition("/")[0]
     below = _refusal(own)
@@ -102,6 +105,14 @@ def _parent(root: Root) -> tuple[int, str]:
     if beside is None:
         return 2, folder
     raise UnsupportedError(f"{below}; {beside}")
+
+
+def _forgets_its_children(own: MemoryCgroup) -> bool:
+    """Whether the v1 cgroup *own* is limited and does not count what is below it, as may be before Linux 5.11."""
+    counts = files.read_optional(own.file("memory.use_hierarchy"))
+    if counts is None or counts.strip() != b"0":
+        return False
+    return any(limit not in (None, files.UNLIMITED) for limit in (own.limit_bytes(), own.memsw_limit_bytes()))
 
 
 def _refusal(folder: str) -> str | None:

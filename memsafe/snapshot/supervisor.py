@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 METHOD = "fork"
 
+_CALLER, _THREAD = "the caller's", "the job's"
+
 _HANDOVER = struct.Struct("=qqq")  # pid, pidfd, pause_ns: struct handover of fork_py.c
 
 # The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
@@ -109,7 +111,9 @@ class Supervisor:
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
         self._refusal: BaseException | None = None
-        self._forking = threading.Lock()  # either there is a fork, or the thread has failed before it
+        # Who came first: the caller's thread to its fork, or the other to a failure that prevents it. No lock, which an
+        # interrupt could leave held: setdefault decides.
+        self._first: dict[str, str] = {}
         self._given_up = False  # by the caller's thread, without a child
         self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
@@ -159,28 +163,28 @@ class Supervisor:
             self._deadline_s = self._began_s + self._bounds.timeout_s
         if self._meter.is_tight:
             shorter_turns.ask(self)
-        with self._forking:
-            if self._refusal is not None:  # the thread has failed since
-                raise self._refusal
-            try:
-                _native.fork(
-                    child,
-                    self._handover,
-                    self._wake_fd,
-                    self._own_pidfd,
-                    self._report_write_fd,
-                    self._report_fd,
-                    oom_score_adj,
-                    child_options.nice,
-                    child_options.idle_io,
-                    child_options.keep_fds,
-                    self._sentry.address,
-                )
-            except OSError as error:
-                code = error.errno or errno.EAGAIN
-                raise KernelError(code, "fork", "no child was made, nothing was changed") from None
-            finally:
-                self._fork_returned.set()
+        if self._first.setdefault("", _CALLER) is not _CALLER:
+            assert self._refusal is not None  # the thread has failed since
+            raise self._refusal
+        try:
+            _native.fork(
+                child,
+                self._handover,
+                self._wake_fd,
+                self._own_pidfd,
+                self._report_write_fd,
+                self._report_fd,
+                oom_score_adj,
+                child_options.nice,
+                child_options.idle_io,
+                child_options.keep_fds,
+                self._sentry.address,
+            )
+        except OSError as error:
+            code = error.errno or errno.EAGAIN
+            raise KernelError(code, "fork", "no child was made, nothing was changed") from None
+        finally:
+            self._fork_returned.set()
 
     def give_up(self) -> None:
         """After an exception: end the child if there is one, as nobody will hold the job, and release everything."""
@@ -341,9 +345,9 @@ class Supervisor:
 
     def _after(self, failure: BaseException, resources: ExitStack) -> SnapshotFailedError:
         """Leave no child behind, and return what the owner of the job gets to see."""
-        if not self._was_forked():
-            with self._forking:
-                self._refusal = self._refusal or failure  # the caller's thread may be just about to fork
+        self._refusal = self._refusal or failure
+        if self._first.setdefault("", _THREAD) is _CALLER:
+            self._fork_returned.wait()  # it may be in the midst of it
         if self._was_forked() and not self._pid:
             self._adopt(resources)
         self._kill()

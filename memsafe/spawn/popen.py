@@ -50,7 +50,8 @@ _PARAMETERS = _parameters_of(subprocess.Popen._execute_child)  # type: ignore[at
 class Popen(subprocess.Popen[Any]):
     """subprocess.Popen, with its arguments, attributes and exceptions, that never forks, and with limits for the child.
 
-    The environment of a child without ``env`` is that of this process when the call is made, as with subprocess.
+    The environment of a child without ``env`` is that of this process when the call is made, as with subprocess. What
+    a signal's handler raises while the child starts (KeyboardInterrupt) ends the child: there is nobody to give it to.
 
     Args:
         *args: Those of subprocess.Popen.
@@ -94,7 +95,13 @@ class Popen(subprocess.Popen[Any]):
         **kwargs: Any,
     ) -> None:
         self._limits = Limits(oom_score_adj, memory_limit, memory_limit_by, cgroup, rlimits, nice)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:  # a signal's handler has raised
+            if self._child_created:
+                self.kill()
+                self.wait()
+            raise
 
     @property
     def memory_cgroup(self) -> str | None:

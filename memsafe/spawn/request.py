@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 from memsafe._native import environment, ffi, lib
@@ -110,10 +111,16 @@ def start(program: Program, given: Mapping[str, Any], limits: Limits) -> int:
         point("rlimits", ffi.new("struct ms_spawn_rlimit[]", rlimits))
         plan.rlimits_count = len(rlimits)
     result = ffi.new("struct ms_spawn_result *")
-    failed = lib.ms_spawn(plan, result)
-    if failed:
-        raise _error(-failed, result.failed_step, result.failed_index, program, given, limits)
-    return int(result.pid)
+    try:
+        failed = lib.ms_spawn(plan, result)
+        if failed:
+            raise _error(-failed, result.failed_step, result.failed_index, program, given, limits)
+        return int(result.pid)
+    except BaseException:  # with a child, it comes from a signal's handler
+        if result.pid:
+            os.kill(result.pid, signal.SIGKILL)
+            os.waitpid(result.pid, 0)
+        raise
 
 
 def _error(code: int, step: int, at: int, program: Program, given: Mapping[str, Any], limits: Limits) -> OSError:

@@ -12,6 +12,8 @@
  *   how    the n-th alone; it, and everywhere all later ones of the same name; it and all later ones that are counted,
  *          but those without which nothing can be taken away (see NEEDED)
  *
+ * Where it is a child of the program's that asks, the program itself is left alone.
+ *
  * It ends when the last process has, with the program's exit status. x86-64 only. */
 #include <errno.h>
 #include <linux/filter.h>
@@ -82,6 +84,7 @@ static struct {
     long failed; /* the number of the first call that failed, or -1 */
 } plan;
 
+static pid_t program;        /* the first process: it may wait for the one that asks */
 static pid_t asker;          /* the process that asks */
 static pid_t caller;         /* its thread that does */
 static int pending[1 << 22]; /* by thread: the errno to put in place of the result of the call that is under way */
@@ -140,7 +143,7 @@ static int is_needed(long number)
 
 static int is_due(pid_t thread, long number)
 {
-    if (!plan.n)
+    if (!plan.n || (program != asker && process_of(thread) == program))
         return 0;
     if (plan.how == SAME && plan.failed >= 0)
         return number == plan.failed;
@@ -261,7 +264,7 @@ static pid_t start(char **arguments)
 int main(int count, char **arguments)
 {
     int status, result = 125;
-    pid_t thread, program;
+    pid_t thread;
     if (count < 2)
         return 125;
     plan.failed = -1;

@@ -158,6 +158,26 @@ def test_what_vanishes_while_it_is_made_is_tried_again_and_then_given_up(tree, v
     assert MADE in refusal(tree)
 
 
+@pytest.mark.parametrize("file", ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"])
+def test_v1_makes_none_below_the_own_that_does_not_count_it(tree, file):
+    """So it may be before Linux 5.11: the limits of the own one then bind its own processes alone."""
+    tree.v1("/app")
+    tree.v1_group("/app", 2**63 - 4096)
+    tree.write(f"/sys/fs/cgroup/memory/app/{file}", f"{512 * MIB}\n")
+    hierarchy = "/sys/fs/cgroup/memory/app/memory.use_hierarchy"
+    tree.write(hierarchy, "1\n")
+    assert MADE in refusal(tree)
+    tree.write(hierarchy, "0\n")
+    assert f"{tree.root}{hierarchy} is 0: a cgroup in it would be free of its limits" in refusal(tree)
+
+
+def test_v1_makes_it_below_an_own_one_that_has_no_limit_though_it_does_not_count_it(tree):
+    tree.v1("/app")
+    tree.v1_group("/app", 2**63 - 4096)
+    tree.write("/sys/fs/cgroup/memory/app/memory.use_hierarchy", "0\n")
+    assert MADE in refusal(tree)
+
+
 def test_a_folder_in_which_nothing_can_be_made_is_named(tree):
     tree.v1("/app")
     tree.write("/sys/fs/cgroup/memory/app", "no folder\n")

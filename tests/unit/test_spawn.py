@@ -104,7 +104,6 @@ SAME = {
     "a user's name that nobody has": (["id"], {"user": "nobody has this name"}),
     "an executable in bytes": (["other-name", "-c", "echo $0"], {"executable": b"/bin/sh"}),
     "no name": ([""], {}),
-    "nothing, and an executable": ([], {"executable": "/bin/true"}),
     "an argument beyond all": (["true", "x" * 200_000], {}),
     "an unknown user's name": (["id"], {"user": 65533, "group": 65533, "extra_groups": []}),
 }
@@ -271,6 +270,46 @@ def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_
         print(status == -signal.SIGUSR1, runs)
     """
     assert run_in_a_child(code, cwd=Path(__file__).parents[2]).strip() == "True []"
+
+
+def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path):
+    """It hangs in a FIFO meanwhile, as above; nobody would have its pid."""
+    os.mkfifo(tmp_path / "cgroup.procs")
+    code = f"""
+        import psutil, threading
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGUSR1, interrupt)
+        def interfere():
+            while not psutil.Process().children():
+                pass
+            os.kill(os.getpid(), signal.SIGUSR1)
+            with open({str(tmp_path / "cgroup.procs")!r}) as fifo:
+                fifo.read()
+        other = threading.Thread(target=interfere)
+        other.start()
+        never_ending, keep_open = os.pipe()
+        try:
+            memsafe.Popen(["cat"], cgroup={str(tmp_path)!r}, stdin=never_ending)
+        except KeyboardInterrupt:
+            print("interrupted", psutil.Process().children())
+        other.join()
+    """
+    assert run_in_a_child(code).strip() == "interrupted []"
+
+
+def test_what_is_raised_after_a_child_has_started_ends_it_too(monkeypatch):
+    def interrupt(self, *fds):
+        raise KeyboardInterrupt
+
+    never_ending, keep_open = os.pipe()
+    monkeypatch.setattr(popen.Popen, "_close_pipe_fds", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        memsafe.Popen(["cat"], stdin=never_ending)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    os.close(never_ending)
+    os.close(keep_open)
 
 
 def test_signals_that_interrupt_us_all_the_time_harm_no_child():
