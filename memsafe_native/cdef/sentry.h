@@ -20,9 +20,9 @@ typedef struct ms_sentry_report {
  * gave. Thread-safe. Needs no GIL. */
 int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
 
-/* Watch over this child, once. The pidfd must stay open until ms_sentry_rest or ms_sentry_close.
+/* Watch over this child, whose fork took pause_ns. The pidfd must stay open until ms_sentry_rest or ms_sentry_close.
  * Thread-safe. Needs no GIL. */
-void ms_sentry_watch(ms_sentry *sentry, int pidfd);
+void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns);
 
 /* End no child any longer; when it returns, none is being ended. Thread-safe. Needs no GIL. */
 void ms_sentry_rest(ms_sentry *sentry);

@@ -85,7 +85,7 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
     if (!error) {
         const uint64_t one = 1;
         if (sentry && pidfd >= 0) /* now: the job's thread may have to wait for the GIL */
-            ms_sentry_watch((ms_sentry *)(uintptr_t)sentry, pidfd);
+            ms_sentry_watch((ms_sentry *)(uintptr_t)sentry, pidfd, out.pause_ns);
         out.pidfd = pidfd;
         memcpy(handover.buf, &out, sizeof out);
         ssize_t ignored = write(wake_fd, &one, sizeof one); /* an eventfd refuses only when it is set already */

@@ -16,6 +16,7 @@
 enum {
     DUTY = 400,         /* one part in so many of a core, */
     LOOKS_AHEAD = 1000, /* and before their time so many looks, which are 10 ms, or a second where all is slow */
+    TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
     LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too */
     WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
     NS_PER_S = 1000000000
@@ -30,10 +31,11 @@ typedef struct trail {
 } trail;
 
 struct ms_sentry {
-    pthread_mutex_t lock; /* guards pidfd and is_closing; held while a child is being ended */
+    pthread_mutex_t lock; /* guards pidfd, notice_ns and is_closing; held while a child is being ended */
     pthread_cond_t changed;
     pthread_t thread;
     int pidfd; /* -1: nothing to watch over */
+    int64_t notice_ns;
     bool is_closing;
     atomic_bool has_told; /* release: the report is complete */
     ms_sentry_report report;
@@ -71,7 +73,7 @@ static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_repo
     ms_gauge_pace *pace = &sentry->orders.pace;
     ms_gauge *gauge = &sentry->gauges[index];
     trail *seen = &sentry->trails[index];
-    int64_t notice_ns = sentry->orders.notice_ns;
+    int64_t notice_ns = sentry->notice_ns;
     if (seen->looked_ns)
         notice_ns += LATE_LOOKS * (at_ns - seen->looked_ns);
     seen->looked_ns = at_ns;
@@ -197,17 +199,18 @@ int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry)
     return 0;
 }
 
-void ms_sentry_watch(ms_sentry *sentry, int pidfd)
+void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns)
 {
     pthread_mutex_lock(&sentry->lock);
     sentry->pidfd = pidfd;
+    sentry->notice_ns = sentry->orders.notice_ns + TEARDOWN_FORKS * pause_ns;
     pthread_cond_signal(&sentry->changed);
     pthread_mutex_unlock(&sentry->lock);
 }
 
 void ms_sentry_rest(ms_sentry *sentry)
 {
-    ms_sentry_watch(sentry, -1);
+    ms_sentry_watch(sentry, -1, 0);
 }
 
 int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report)

@@ -54,7 +54,7 @@ def watch(usage):
         made = ffi.new("ms_sentry **")
         check(lib.ms_sentry_open(ffi.new("ms_sentry_orders *", orders), made), "open")
         opened.append(made[0])
-        lib.ms_sentry_watch(made[0], pidfd)
+        lib.ms_sentry_watch(made[0], pidfd, 0)
         return made[0]
 
     yield start, wake_fd
@@ -117,7 +117,7 @@ def test_one_at_rest_ends_nobody(sleeper, usage, watch):
     usage.write_text(f"{95 * MIB}")
     assert not has_ended(sleeper.pidfd, 0.1)
     assert told(native) is None
-    lib.ms_sentry_watch(native, sleeper.pidfd)
+    lib.ms_sentry_watch(native, sleeper.pidfd, 0)
     assert has_ended(sleeper.pidfd, PATIENCE_S)
 
 
