@@ -20,6 +20,7 @@ _HEADINGS = (
     "else",
     *(count.replace("oom_kills", "OOM kills") for count in _COUNTS),
 )
+_RIGHT = {"parent survived", *_HEADINGS[-len(_COUNTS) :]}
 
 
 def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -33,7 +34,7 @@ def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield f"### Linux {kernel}, cgroup v{version}, a load of {min(loads):.0f} to {max(loads):.0f}"
         yield ""
         yield f"| {' | '.join(_HEADINGS)} |"
-        yield f"|{'|'.join('---:' if heading in _HEADINGS[-len(_COUNTS) :] else '---' for heading in _HEADINGS)}|"
+        yield f"|{'|'.join('---:' if heading in _RIGHT else '---' for heading in _HEADINGS)}|"
         for cell, runs in cells.items():
             yield f"| {' | '.join(_row(cell, runs))} |"
         yield ""
