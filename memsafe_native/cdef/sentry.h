@@ -16,7 +16,7 @@ typedef struct ms_sentry_report {
 } ms_sentry_report;
 
 /* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at
- * the most a thousand looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create
+ * the most five hundred looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create
  * gave. Thread-safe. Needs no GIL. */
 int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
 

@@ -15,7 +15,7 @@
 
 enum {
     DUTY = 400,         /* one part in so many of a core, */
-    LOOKS_AHEAD = 1000, /* and before their time so many looks, which are 10 ms, or a second where all is slow */
+    LOOKS_AHEAD = 500,  /* and so many looks before their time: half a second, however slow the machine is */
     TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
     LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too */
     WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
@@ -41,7 +41,7 @@ struct ms_sentry {
     ms_sentry_report report;
     /* The thread's own from here on. */
     ms_sentry_orders orders;
-    int64_t began_ns, cpu_began_ns;
+    int64_t began_ns, cpu_began_ns, looks;
     trail trails[MS_GAUGES];
     ms_gauge gauges[];
 };
@@ -91,17 +91,18 @@ static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_repo
     return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
 }
 
-/* Returns when there will have been time enough for all that was spent, where a look takes look_ns. */
-static int64_t affordable_ns(const ms_sentry *sentry, int64_t look_ns)
+/* Returns when there will have been time enough for what was spent, waking up included. */
+static int64_t affordable_ns(ms_sentry *sentry)
 {
     int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
-    return sentry->began_ns + (spent_ns - LOOKS_AHEAD * look_ns) * DUTY;
+    int64_t looks = ++sentry->looks;
+    return looks <= LOOKS_AHEAD ? 0 : sentry->began_ns + spent_ns / looks * (looks - LOOKS_AHEAD) * DUTY;
 }
 
 /* pre: the lock is held. Returns when to look again; 0: the child must end. */
 static int64_t look(ms_sentry *sentry)
 {
-    int64_t cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID), at_ns = clock_ns(CLOCK_MONOTONIC);
+    int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         ms_sentry_report report;
@@ -113,7 +114,7 @@ static int64_t look(ms_sentry *sentry)
         if (sentry->trails[i].next_ns < next_ns)
             next_ns = sentry->trails[i].next_ns;
     }
-    int64_t affordable_at_ns = affordable_ns(sentry, clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu_ns);
+    int64_t affordable_at_ns = affordable_ns(sentry);
     return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
 }
 
