@@ -43,8 +43,6 @@ _RESERVE_SHARE_OF_START = 4
 # that is busy: but not before an eighth of what there was at the start is gone.
 NOTICE_S = 0.05
 HASTE_SHARE_OF_START = 7 / 8
-# What has kept a look waiting will keep the child's end waiting too.
-_LATE_LOOKS = 2
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -125,7 +123,7 @@ class Meter:
         self._looked_at_s = time.thread_time()
         self._headroom = _Doubt(margin_bytes, self._looks, now_s)
         self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
-        self._rate_bytes_per_s = self._late_s = 0.0
+        self._rate_bytes_per_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
         self._due_s = now_s + _FIRST_AFTER_S
@@ -155,9 +153,8 @@ class Meter:
         Plans the next look. Cheap: unless the faults say that there is reason, nothing but them is read.
         """
         now_s, faulted_bytes = time.monotonic(), self._faulted_bytes(pid)
-        since_s = max(now_s - self._counted_s, 1e-4)
-        self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / since_s
-        self._counted_bytes, self._counted_s, self._late_s = faulted_bytes, now_s, _LATE_LOOKS * since_s
+        self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
+        self._counted_bytes, self._counted_s = faulted_bytes, now_s
         short = None
         soon_bytes = self._soon_bytes()
         if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
@@ -198,7 +195,7 @@ class Meter:
 
     def _soon_bytes(self) -> float:
         """Return what will be gone, at this rate, before anything that is done now helps."""
-        return self._rate_bytes_per_s * (NOTICE_S + self._late_s)
+        return self._rate_bytes_per_s * NOTICE_S
 
     def _plan_look(self, now_s: float) -> None:
         """Count all that this thread has done since the last look and that was no reading."""
