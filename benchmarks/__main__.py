@@ -6,6 +6,7 @@ import sys
 
 from benchmarks import budget, fork, heap, importing, memkv, numpy, snapshot_write, spawn, status
 from benchmarks.report import main
+from benchmarks.snapshot_survival import measure as snapshot_survival
 from benchmarks.survival import measure as survival
 
 MEASURES = {
@@ -19,6 +20,7 @@ MEASURES = {
     "memkv": memkv.measure,
     "numpy": numpy.measure,
     "survival": survival.measure,
+    "snapshot_survival": snapshot_survival.measure,
 }
 
 sys.exit(main(MEASURES, choose=True))

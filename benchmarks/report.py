@@ -30,7 +30,8 @@ class Result:
     """One figure beside its peer's, each the median over the rounds.
 
     Attributes:
-        ours, peer: In seconds, or per second where ``unit`` is "/s", bytes where it is "B".
+        ours, peer: In seconds, or per second where ``unit`` is "/s", else a number of what it
+            says: "B".
         target: What the project wants, in words; "" where nothing is set. Nothing is judged by it.
     """
 
@@ -67,8 +68,8 @@ def compare(
 def figure(value: float, unit: str) -> str:
     if unit == "/s":
         return f"{value:,.0f}/s"
-    if unit == "B":
-        return f"{value:,.0f} B"
+    if unit != "s":
+        return f"{value:,.0f} {unit}"
     name, size = next(((name, size) for name, size in UNITS.items() if abs(value) >= size), ("ns", 1e-9))
     scaled = value / size
     return f"{scaled:.0f} {name}" if scaled >= 100 else f"{scaled:.3g} {name}"

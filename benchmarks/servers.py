@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +31,14 @@ def program(name: str) -> str:
 
 
 @contextmanager
-def redis_server(*options: str) -> Iterator[int]:
-    """Run a redis-server that saves nothing by itself; yield its port."""
+def redis_server(*options: str, enter: Callable[[], None] | None = None) -> Iterator[int]:
+    """Run a redis-server that saves nothing by itself; yield its port.
+
+    *enter* is called in its process before it begins, to put it into a cgroup.
+    """
     port = _free_port()
     command = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with _running("redis-server", [*command, *options], port):
+    with _running("redis-server", [*command, *options], port, enter=enter):
         yield port
 
 
@@ -56,12 +59,24 @@ def memkv_server(*, limit: str) -> Iterator[int]:
 
 
 @contextmanager
-def _running(name: str, command: list[str], port: int, env: dict[str, str] | None = None) -> Iterator[None]:
+def _running(
+    name: str,
+    command: list[str],
+    port: int,
+    env: dict[str, str] | None = None,
+    enter: Callable[[], None] | None = None,
+) -> Iterator[None]:
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="memsafe-bench-"))
         log = cleanup.enter_context(open(Path(folder, "server.log"), "w+b"))
         process = subprocess.Popen(
-            command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}
+            command,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})},
+            preexec_fn=enter,
         )
         cleanup.callback(_stop, process)
         if not _answers(process, port):

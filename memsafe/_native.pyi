@@ -137,6 +137,7 @@ def fork(
     nice: int,
     idle_io: bool,
     keep_fds: array[int],
+    sentry: int,
     /,
 ) -> None: ...
 def fork_end(pidfd: int, patience_ms: int, /) -> None: ...

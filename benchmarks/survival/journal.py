@@ -50,10 +50,10 @@ class Journal:
         self._map[:] = bytes(mmap.PAGESIZE)  # the parent's page, not the cgroup's
         self._marks = memoryview(self._map).cast("q")
 
-    def __getitem__(self, mark: Mark) -> int:
+    def __getitem__(self, mark: int) -> int:
         return self._marks[mark]
 
-    def __setitem__(self, mark: Mark, value: int) -> None:
+    def __setitem__(self, mark: int, value: int) -> None:
         self._marks[mark] = value
 
     def once(self, mark: Mark) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import select
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +13,7 @@ from benchmarks.survival.cells import Cell
 from benchmarks.survival.journal import Ending, Journal, Mark
 from benchmarks.survival.place import Place
 from benchmarks.survival.program import live
+from benchmarks.survival.trial import Inmate
 
 # Of the machine's memory, so much may be taken by runs side by side.
 _SIDE_BY_SIDE_RATIO = 0.8
@@ -57,27 +55,15 @@ class Trial:
     """One run, from its fork on."""
 
     def __init__(self, cell: Cell) -> None:
-        self._place = Place(cell)
+        place = Place(cell.limit_bytes, cell.tight_bytes if cell.has_high else None)
         self._journal = Journal()
         self.until_s = time.monotonic() + cell.patience_s
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # What the child inherits is not charged to its cgroup; a collection there would copy and charge all of it.
-        gc.collect()
-        gc.freeze()
-        self._pid = os.fork()
-        if self._pid == 0:
-            live(cell, self._place, self._journal)
-        self.fd = os.pidfd_open(self._pid)
+        self._inmate = Inmate(place, lambda: live(cell, place, self._journal))
+        self.fd = self._inmate.fd
 
     def end(self, *, overdue: bool = False) -> Run:
         """Take what is left of it; where it has not ended, end it."""
-        if overdue:
-            signal.pidfd_send_signal(self.fd, signal.SIGKILL)
-        _, status = os.waitpid(self._pid, 0)
-        os.close(self.fd)
-        kills = self._place.oom_kills()
-        self._place.remove()
+        status, kills = self._inmate.end(by_force=overdue)
         run = _told(self._journal, _outcome(self._journal, status, kills, overdue))
         self._journal.close()
         return run

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.survival.cells import Cell
 from memsafe._kernel.cgroup import MemoryCgroup, memory_cgroups, unified_directory
 
 _REMOVE_WITHIN_S = 10.0
@@ -23,14 +23,18 @@ class UnavailableError(Exception):
 class Place:
     """A new memory cgroup below that of this process.
 
+    Args:
+        limit_bytes: Its memory.max, or v1's memory.limit_in_bytes.
+        high_bytes: Its memory.high (v2 only); None: it has none.
+
     Raises:
         UnavailableError: It cannot be made.
     """
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, limit_bytes: int, high_bytes: int | None = None) -> None:
         version, parent = _parent()
         name = f"memsafe-survival-{os.getpid()}-{next(_numbers)}"
-        self._cell = cell
+        self._tight_bytes = limit_bytes if high_bytes is None else high_bytes
         self._group = MemoryCgroup(version, f"/{name}", str(parent / name))
         try:
             Path(self._group.directory).mkdir()
@@ -38,15 +42,15 @@ class Place:
             raise UnavailableError(f"{self._group.directory}: {error.strerror}") from None
         try:
             if version == 2:
-                self._set("memory.max", cell.limit_bytes)
-                if cell.has_high:
-                    self._set("memory.high", cell.tight_bytes)
+                self._set("memory.max", limit_bytes)
+                if high_bytes is not None:
+                    self._set("memory.high", high_bytes)
                 with suppress(OSError):  # without swap accounting there is nothing to keep out
                     self._set("memory.swap.max", 0)
             else:
-                if cell.has_high:
+                if high_bytes is not None:
                     raise UnavailableError("cgroup v1 has no memory.high")
-                self._set("memory.limit_in_bytes", cell.limit_bytes)
+                self._set("memory.limit_in_bytes", limit_bytes)
                 self._set("memory.swappiness", 0)
         except BaseException:
             self.remove()
@@ -59,15 +63,16 @@ class Place:
     def left_bytes(self) -> int:
         """Return what is left under the tightest limit, file cache counted as free."""
         usage_bytes, cache_bytes = self._group.usage_bytes(), self._group.file_cache_bytes()
-        return self._cell.tight_bytes - (usage_bytes or 0) + sum(cache_bytes or (0, 0))
+        return self._tight_bytes - (usage_bytes or 0) + sum(cache_bytes or (0, 0))
 
     def oom_kills(self) -> int:
         return self._group.oom_kills() or 0
 
     def remove(self) -> None:
-        """Remove it; the kernel may need a moment to let go of the dead."""
+        """End whatever is left in it and remove it; the kernel may need a moment to let go of the dead."""
         give_up = time.monotonic() + _REMOVE_WITHIN_S
         while True:
+            self._end_all()
             try:
                 Path(self._group.directory).rmdir()
             except OSError:
@@ -76,6 +81,11 @@ class Place:
                 time.sleep(0.01)
             else:
                 return
+
+    def _end_all(self) -> None:
+        with suppress(OSError):
+            for pid in Path(self._group.file("cgroup.procs")).read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
 
     def _set(self, name: str, value: int) -> None:
         Path(self._group.file(name)).write_text(str(value))

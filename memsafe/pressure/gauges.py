@@ -82,15 +82,29 @@ class Gauge(Source):
         tell_bytes = levels.next_level_bytes(left_bytes, thresholds, constraint.limit_bytes)
         if tell_bytes is None:
             return
+        give_bytes = thresholds.begins_at(PressureLevel.CRITICAL, constraint.limit_bytes)
+        yield from self.readings_until(tell_bytes, give_bytes, constraint, swap, token=self.token, rests=rests)
+
+    def readings_until(
+        self,
+        tell_bytes: int,
+        give_bytes: int,
+        constraint: Constraint,
+        swap: SwapStatus,
+        *,
+        token: int,
+        rests: bool = False,
+    ) -> Iterator[Reading]:
+        """Yield what is to be read to see when no more is left than *tell_bytes*, and than *give_bytes*."""
         # Where more is swapped out than may be by now, nothing is left of that, not less than nothing.
         spent = {limit.path for limit in swap.limits if limit.headroom_bytes == 0}
         for each in self._sums:
             is_spent = each.swap_path in spent
             yield Reading(
-                token=self.token,
+                token=token,
                 base_bytes=0 if is_spent else each.base_bytes,
                 tell_bytes=tell_bytes,
-                give_bytes=thresholds.begins_at(PressureLevel.CRITICAL, constraint.limit_bytes),
+                give_bytes=give_bytes,
                 added_bytes=(constraint.reclaimable_bytes or 0) + constraint.active_file_bytes,
                 terms=tuple(
                     (self._fds[path].fd, key, scale) for path, key, scale in each.terms[: 1 if is_spent else None]
@@ -98,15 +112,28 @@ class Gauge(Source):
                 rests=rests,
             )
 
-    def _arm(self) -> int:
+    def open_files(self) -> None:
+        """Open what it reads: for who reads it by himself. For a waiter, open() does it.
+
+        Raises:
+            KernelError: A file cannot be read.
+        """
         try:
             for path in (path for each in self._sums for path, _, _ in each.terms):
                 if path not in self._fds:
                     self._fds[path] = Owned(notify.open_read(path))
                     _read_once(self._fds[path].fd, path)
         except BaseException:
-            self._close_fd()
+            self.close_files()
             raise
+
+    def close_files(self) -> None:
+        """Close what open_files() opened. Twice is a no-op."""
+        while self._fds:
+            self._fds.popitem()[1].close()
+
+    def _arm(self) -> int:
+        self.open_files()
         return self._fds[self._sums[0].terms[0][0]].fd
 
     def _attach(self, native: Waiter, token: int) -> None:
@@ -117,8 +144,7 @@ class Gauge(Source):
 
     def _close_fd(self) -> None:
         self._fd = -1
-        while self._fds:
-            self._fds.popitem()[1].close()
+        self.close_files()
 
 
 class CpuTime(Source):

@@ -70,6 +70,26 @@ class Reading:
     rests: bool = False
 
 
+def new_gauges() -> Any:
+    """Return room for as many gauges as native code reads."""
+    return ffi.new("ms_gauge[]", lib.MS_GAUGES)
+
+
+def fill_gauges(gauges: Any, readings: Iterable[Reading]) -> int:
+    """Put *readings*, as far as there is room for them, into *gauges* of new_gauges(); return how many."""
+    count = 0
+    for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
+        gauge = gauges[count - 1]
+        gauge.token, gauge.rests, gauge.seen_bytes = reading.token, reading.rests, 0
+        gauge.base_bytes, gauge.added_bytes = reading.base_bytes, reading.added_bytes
+        gauge.tell_bytes, gauge.give_bytes = reading.tell_bytes, reading.give_bytes
+        for index in range(lib.MS_GAUGE_TERMS):
+            gauge.terms[index].fd = -1
+        for index, (fd, key, scale) in enumerate(reading.terms):
+            gauge.terms[index] = (fd, key, scale)
+    return count
+
+
 class Look:
     """What Waiter.wait() does besides: all that lies between two looks at the machine, in one native call.
 
@@ -84,7 +104,7 @@ class Look:
         self._kept = kept
         self._reserve = reserve
         # Made now, as all that is needed under memory pressure.
-        self._gauges: Any = ffi.new("ms_gauge[]", lib.MS_GAUGES)
+        self._gauges = new_gauges()
         self.native: Any = ffi.new(
             "ms_waiter_look *",
             {
@@ -111,17 +131,7 @@ class Look:
 
     def read(self, readings: Iterable[Reading]) -> None:
         """Let these gauges, as far as there is room for them, be read from when the timer is set the next time."""
-        count = 0
-        for count, reading in enumerate(itertools.islice(readings, lib.MS_GAUGES), 1):
-            gauge = self._gauges[count - 1]
-            gauge.token, gauge.rests, gauge.seen_bytes = reading.token, reading.rests, 0
-            gauge.base_bytes, gauge.added_bytes = reading.base_bytes, reading.added_bytes
-            gauge.tell_bytes, gauge.give_bytes = reading.tell_bytes, reading.give_bytes
-            for index in range(lib.MS_GAUGE_TERMS):
-                gauge.terms[index].fd = -1
-            for index, (fd, key, scale) in enumerate(reading.terms):
-                gauge.terms[index] = (fd, key, scale)
-        self.native.gauge_count = count
+        self.native.gauge_count = fill_gauges(self._gauges, readings)
 
     @property
     def gave(self) -> tuple[int, int] | None:

@@ -18,29 +18,31 @@ if TYPE_CHECKING:
     from memsafe._kernel.files import Root
     from memsafe.status import Constraint
 
-# Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. Where the
-# page faults say that a bound may have been passed since, it is read sooner; but each time that this proves wrong, half
-# as soon, until there is no difference. It can prove right only some twenty times before the bound is passed, as what
-# is left is halved then. So readings stay at 0.4 % of a core for as long as a snapshot takes, and so do the
-# looks, which count page faults, unless memory may be gone within a few of them.
-_MEASURE_DUTY = 250
-_MEASURE_DUTY_IN_DOUBT = 10
+# Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. So there is a
+# share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does, which
+# is mostly looks that count page faults. Where these say that a bound may have been passed, a reading may come before
+# its time, by so many readings in all. It can prove right no oftener before the bound is passed, as faults are twice
+# the copies at the most, and so each time half of what was left is gone at least.
+_SHARE = 1 / 500
+_READINGS_AHEAD = 8
+_READING_SPACE = 10  # between two readings, in what one costs
+_LOOKS_AHEAD = 50
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
-_LOOK_DUTY = 250
-_LOOK_EVERY_S = 0.01
 _LOOK_EVERY_S_MIN = 0.002
-# The nearer the end of memory at the fastest plausible rate, the sooner the next look.
+_LOOK_EVERY_S_MAX = 0.1
+# The nearer a bound at the fastest plausible rate, the sooner the next look.
 _FILL_BYTES_PER_S = 4 << 30
 _LOOKS_UNTIL_FULL = 4
+_TIGHT_S = 0.01
 
 # The child is ended before the last bytes are gone, as a share of the limit, or of what there was when it began.
 _RESERVE_SHARE_OF_LIMIT = 64
 _RESERVE_SHARE_OF_START = 4
 # And earlier, where at the present rate they would be gone before the child has given its memory back, on a machine
-# that is busy: but not before a quarter of what there was at the start is gone.
-_NOTICE_S = 0.05
-_HASTE_SHARE_OF_START = 0.75
+# that is busy: but not before an eighth of what there was at the start is gone.
+NOTICE_S = 0.05
+HASTE_SHARE_OF_START = 7 / 8
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -59,27 +61,43 @@ class Measurement:
     short: str | None
 
 
+class _Share:
+    """A share of one core over all time since the beginning, and what was spent of it."""
+
+    def __init__(self, now_s: float) -> None:
+        self._began_s = now_s
+        self._spent_s = 0.0
+
+    def spend(self, cost_s: float) -> None:
+        self._spent_s += cost_s
+
+    def due_s(self, ahead_s: float = 0) -> float:
+        """Return from when on more may be spent, where *ahead_s* may be before its time."""
+        return self._began_s + (self._spent_s - ahead_s) / _SHARE
+
+
 class _Doubt:
     """How near a bound was when last read, and how soon to read again when page faults say that it may be passed."""
 
-    def __init__(self, slack_bytes: float, now_s: float, cost_s: float = 0) -> None:
+    def __init__(self, slack_bytes: float, share: _Share, now_s: float) -> None:
         self.slack_bytes = slack_bytes
         self.due_s = now_s
-        self.wait_s = _MEASURE_DUTY_IN_DOUBT * cost_s  # from one reading to the next
+        self._share = share
         self._faulted_bytes = 0
-        self._duty = _MEASURE_DUTY_IN_DOUBT
+
+    def left_bytes(self, faulted_bytes: float) -> float:
+        """Return how near it may be by now, after so many bytes of faults, counted from the start."""
+        return self.slack_bytes - (faulted_bytes - self._faulted_bytes)
 
     def is_due(self, now_s: float, faulted_bytes: float) -> bool:
-        """Whether so many bytes of faults, counted from the start, could have passed the bound, and it is time."""
-        return now_s >= self.due_s and faulted_bytes - self._faulted_bytes >= self.slack_bytes
+        """Whether so many bytes of faults could have passed the bound, and it is time."""
+        return now_s >= self.due_s and self.left_bytes(faulted_bytes) <= 0
 
     def settle(self, slack_bytes: float, faulted_bytes: int, cost_s: float) -> None:
-        """Note what was read; the faults are believed as far as they foretold that the bound came nearer."""
-        foretold = self.slack_bytes - slack_bytes >= (faulted_bytes - self._faulted_bytes) / 2
-        self._duty = _MEASURE_DUTY_IN_DOUBT if foretold else min(2 * self._duty, _MEASURE_DUTY)
+        """Note what was read, and what that has cost the share."""
         self.slack_bytes, self._faulted_bytes = slack_bytes, faulted_bytes
-        self.wait_s = self._duty * cost_s
-        self.due_s = time.monotonic() + self.wait_s
+        spaced_s = time.monotonic() + _READING_SPACE * cost_s
+        self.due_s = max(spaced_s, self._share.due_s(_READINGS_AHEAD * cost_s))
 
 
 class Meter:
@@ -97,14 +115,15 @@ class Meter:
         # Of their own: what is measured seldom takes long to read, what is counted often does not.
         self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
         with self._measured.reading():
-            self._starts = {(c.kind, c.path): headroom for c, headroom in self._headrooms()}
-        began_s = time.thread_time()
+            self._starts = {(c.kind, c.path): headroom_of(c) for c in self._constraints()}
         with self._looked.reading():
             _, margin_bytes = self._look_around(0)
         now_s = time.monotonic()
-        self._headroom = _Doubt(margin_bytes, now_s, time.thread_time() - began_s)
-        self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, now_s)
-        self._rate_bytes_per_s = self._look_cost_s = 0.0
+        self._readings, self._looks = _Share(now_s), _Share(now_s)
+        self._looked_at_s = time.thread_time()
+        self._headroom = _Doubt(margin_bytes, self._looks, now_s)
+        self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
+        self._rate_bytes_per_s = 0.0
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
         self._due_s = now_s + _FIRST_AFTER_S
@@ -113,7 +132,7 @@ class Meter:
     @property
     def is_tight(self) -> bool:
         """Whether memory may be gone within a few of the usual looks."""
-        return self._look_every_s() < _LOOK_EVERY_S
+        return self._headroom.left_bytes(self._counted_bytes) < _FILL_BYTES_PER_S * _TIGHT_S * _LOOKS_UNTIL_FULL
 
     def stop(self) -> None:
         """Measure no more."""
@@ -133,20 +152,17 @@ class Meter:
 
         Plans the next look. Cheap: unless the faults say that there is reason, nothing but them is read.
         """
-        began_s = time.thread_time()
         now_s, faulted_bytes = time.monotonic(), self._faulted_bytes(pid)
         self._rate_bytes_per_s = (faulted_bytes - self._counted_bytes) / max(now_s - self._counted_s, 1e-4)
         self._counted_bytes, self._counted_s = faulted_bytes, now_s
         short = None
         soon_bytes = self._soon_bytes()
         if self._headroom.is_due(now_s, faulted_bytes + soon_bytes):
+            began_s = time.thread_time()
             with self._looked.reading():
                 short, margin_bytes = self._look_around(soon_bytes)
             self._headroom.settle(margin_bytes, faulted_bytes, time.thread_time() - began_s)
-        else:
-            self._look_cost_s = time.thread_time() - began_s
-        every_s = self._look_every_s()
-        self.next_look_s = now_s + (every_s if self.is_tight else max(every_s, _LOOK_DUTY * self._look_cost_s))
+        self._plan_look(now_s)
         return short
 
     def is_due(self) -> bool:
@@ -166,21 +182,33 @@ class Meter:
                 faulted_bytes = self._faulted_bytes(pid)
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
-            if copy_bytes is not None:
-                slack_bytes = math.inf if self._max_copy_bytes is None else self._max_copy_bytes - copy_bytes
-                self._bound.settle(slack_bytes, faulted_bytes, time.thread_time() - began_s)
         finally:
             cost_s = time.thread_time() - began_s
-            self._due_s = time.monotonic() + max(_LOOK_EVERY_S, _MEASURE_DUTY * cost_s)
+            self._looked_at_s += cost_s  # it was no look
+            self._readings.spend(cost_s)
+            self._due_s = max(time.monotonic() + _LOOK_EVERY_S_MIN, self._readings.due_s())
+        slack_bytes = math.inf
+        if copy_bytes is not None and self._max_copy_bytes is not None:
+            slack_bytes = self._max_copy_bytes - copy_bytes
+        self._bound.settle(slack_bytes, faulted_bytes, cost_s)
         return Measurement(copy_bytes, short)
 
     def _soon_bytes(self) -> float:
-        """Return what will be gone, at this rate, before the next reading could help."""
-        return self._rate_bytes_per_s * (_NOTICE_S + self._headroom.wait_s)
+        """Return what will be gone, at this rate, before anything that is done now helps."""
+        return self._rate_bytes_per_s * NOTICE_S
+
+    def _plan_look(self, now_s: float) -> None:
+        """Count all that this thread has done since the last look and that was no reading."""
+        cpu_s = time.thread_time()
+        cost_s = cpu_s - self._looked_at_s
+        self._looks.spend(cost_s)
+        self._looked_at_s = cpu_s
+        self.next_look_s = max(now_s + self._look_every_s(), self._looks.due_s(_LOOKS_AHEAD * cost_s))
 
     def _look_every_s(self) -> float:
-        full_within_s = max(self._headroom.slack_bytes, 0) / _FILL_BYTES_PER_S
-        return min(max(full_within_s / _LOOKS_UNTIL_FULL, _LOOK_EVERY_S_MIN), _LOOK_EVERY_S)
+        nearest_bytes = min(each.left_bytes(self._counted_bytes) for each in (self._headroom, self._bound))
+        passed_within_s = nearest_bytes / _FILL_BYTES_PER_S
+        return min(max(passed_within_s / _LOOKS_UNTIL_FULL, _LOOK_EVERY_S_MIN), _LOOK_EVERY_S_MAX)
 
     def _faulted_bytes(self, pid: int) -> int:
         """Return the most that both processes can have copied; the child's faults begin at 0."""
@@ -198,25 +226,38 @@ class Meter:
             soon_bytes: What will be gone before anything that is done now helps.
         """
         nearest_bytes = math.inf
-        for c, headroom in self._headrooms():
+        for c in self._constraints():
+            headroom = headroom_of(c)
             start = self._starts.get((c.kind, c.path), c.limit_bytes)
-            reserve = min(c.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start // _RESERVE_SHARE_OF_START)
-            if headroom < max(reserve, min(soon_bytes, start * _HASTE_SHARE_OF_START)):
-                where = f"{c.kind} of {c.path}" if c.path else c.kind
-                haste = (
-                    f", and {format_size(int(self._rate_bytes_per_s))} more are taken a second"
-                    if headroom >= reserve
-                    else ""
-                )
-                return f"only {format_size(headroom)} are left below {where} ({format_size(c.limit_bytes)}){haste}", 0
+            reserve = reserve_bytes(c, start)
+            if headroom < reserve:
+                return shortage(c, headroom), 0
+            if headroom < min(soon_bytes, start * HASTE_SHARE_OF_START):
+                return shortage(c, headroom, int(self._rate_bytes_per_s)), 0
             nearest_bytes = min(nearest_bytes, headroom - reserve)
         return None, nearest_bytes
 
-    def _headrooms(self) -> list[tuple[Constraint, int]]:
-        """Return what copies count against, with its headroom: no rlimit of the parent, and no commit."""
-        return [
-            # File cache in use is given back too before anybody is killed.
-            (c, c.headroom_bytes + c.active_file_bytes)
-            for c in status_once(self._root).constraints
-            if c.consequence != "refuse" and c.headroom_bytes is not None
-        ]
+    def _constraints(self) -> list[Constraint]:
+        return [each for each in status_once(self._root).constraints if is_eaten_by_copies(each)]
+
+
+def is_eaten_by_copies(constraint: Constraint) -> bool:
+    """Whether copies count against it: no rlimit of the parent's does, and no commit."""
+    return constraint.consequence != "refuse" and constraint.headroom_bytes is not None
+
+
+def headroom_of(constraint: Constraint) -> int:
+    """Return what copies may take: file cache in use is given back too before anybody is killed."""
+    return (constraint.headroom_bytes or 0) + constraint.active_file_bytes
+
+
+def reserve_bytes(constraint: Constraint, start_bytes: int) -> int:
+    """Return how much is to be left when the child is ended, where *start_bytes* were left when it began."""
+    return min(constraint.limit_bytes // _RESERVE_SHARE_OF_LIMIT, start_bytes // _RESERVE_SHARE_OF_START)
+
+
+def shortage(constraint: Constraint, left_bytes: int, rate_bytes_per_s: int = 0) -> str:
+    """Say what is short; the rate where that, and not yet what is left, is why."""
+    where = f"{constraint.kind} of {constraint.path}" if constraint.path else constraint.kind
+    haste = f", and {format_size(rate_bytes_per_s)} more are taken a second" if rate_bytes_per_s else ""
+    return f"only {format_size(left_bytes)} are left below {where} ({format_size(constraint.limit_bytes)}){haste}"

@@ -39,6 +39,7 @@ from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
+from memsafe.snapshot.sentry import Sentry
 from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
 
@@ -69,7 +70,7 @@ _OOM_SCORE_ADJ_MAX = 1000
 _LOOK_FOR_FORK_MS = 1000
 
 # How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
-_LAST_WORDS_MS = 2000
+_LAST_WORDS_S = 2.0
 _LAST_WORDS_BYTES_MAX = 64 * 1024
 # For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
 _STANDSTILL_MS = 1000
@@ -121,6 +122,8 @@ class Supervisor:
         self._pid = 0
         self._pidfd = -1
         self._stack_fd = -1
+        self._deadline_s = math.inf
+        self._is_late = False
         self._not_for_others: list[Owned] = []
         self._forked_by = 0
         self._done: Done | None = None
@@ -156,6 +159,8 @@ class Supervisor:
                 "thousandths of all memory would have been the OOM killer's first choice"
             )
         self._began_s = time.monotonic()
+        if self._bounds.timeout_s is not None:
+            self._deadline_s = self._began_s + self._bounds.timeout_s
         if self._meter.is_tight:
             shorter_turns.ask(self)
         if self._first.setdefault("", _CALLER) is not _CALLER:
@@ -173,6 +178,7 @@ class Supervisor:
                 child_options.nice,
                 child_options.idle_io,
                 child_options.keep_fds,
+                self._sentry.address,
             )
         except OSError as error:
             code = error.errno or errno.EAGAIN
@@ -264,6 +270,8 @@ class Supervisor:
             resources.callback(self._kill_watch.close)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             resources.callback(os.close, self._wake_fd)
+            self._sentry = Sentry(self._bounds.root, self._wake_fd)
+            resources.callback(self._sentry.close)
             self._not_for_others = [Owned(fd) for fd in (self._file.fd, self._report_fd, self._report_write_fd)]
             resources.callback(self._not_for_others.clear)  # before any is closed: its number may become a stranger's
         except BaseException as refusal:
@@ -296,6 +304,7 @@ class Supervisor:
                 self._on_critical(event)
             self._watch()
         status = self._reap()
+        self._find_reason(status)
         error = self.run.seal() or self._failure(status)
         if error is not None:
             raise error
@@ -318,6 +327,7 @@ class Supervisor:
         self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
         if self._pidfd >= 0:
             resources.callback(os.close, self._pidfd)
+            resources.callback(self._sentry.rest)  # before that
         return pause_ns
 
     def _commit(self) -> int:
@@ -374,9 +384,7 @@ class Supervisor:
     def _patience_ms(self) -> int | None:
         if self.run.state is SnapshotState.ENDING:
             return None
-        wake_at_s = self._meter.next_look_s
-        if self._bounds.timeout_s is not None:
-            wake_at_s = min(wake_at_s, self._began_s + self._bounds.timeout_s)
+        wake_at_s = min(self._meter.next_look_s, self._deadline_s)
         if wake_at_s == math.inf:
             return None
         return min(max(0, math.ceil((wake_at_s - time.monotonic()) * 1000)), 2**31 - 1)
@@ -391,24 +399,57 @@ class Supervisor:
                 case Done(copy_bytes, warnings):
                     self._done = report
                     self._meter.stop()
+                    self._sentry.rest()
                     self._warnings += warnings
                     if copy_bytes is not None:
                         self._count_copies(copy_bytes)
 
     def _enforce(self) -> None:
         """End a child that was cancelled, takes too long, or copies too much."""
+        self._heed_sentry()
         if self.run.state is SnapshotState.ENDING:
             self._kill()
             return
         now_s = time.monotonic()
-        timeout_s = self._bounds.timeout_s
-        if timeout_s is not None and now_s >= self._began_s + timeout_s:
-            stack = self._last_words()
-            where = _where(stack, witnesses(self._forked_by, self._bounds.root))
-            what = self._ended(f"it was still running after {timeout_s} s{where}")
-            self._end(SnapshotFailedError(what, child_traceback=stack or None))
+        if now_s >= self._deadline_s:
+            self._time_is_up(now_s)
         elif now_s >= self._meter.next_look_s:
             self._look()
+
+    def _heed_sentry(self) -> None:
+        if self._done is None and self.run.state is SnapshotState.RUNNING:
+            short = self._sentry.told()
+            if short is not None:
+                self._end_for_shortage(short)
+
+    def _time_is_up(self, now_s: float) -> None:
+        """Ask the child where it stands, of which it dies; where it does not, kill it. Bounds hold meanwhile."""
+        if not self._is_late and self._is_asked():
+            self._deadline_s = now_s + _LAST_WORDS_S
+        else:
+            self._deadline_s = math.inf
+            self._kill()
+        self._is_late = True
+
+    def _is_asked(self) -> bool:
+        """Have the child die of a signal to which it answers with its stacks."""
+        if self._stack_fd < 0 or self._pidfd < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, STACK_SIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def _find_reason(self, status: os.waitid_result | None) -> None:
+        """After the child's end: say why, where nobody could while it lived."""
+        if self._is_late:
+            stack = self._last_words()
+            where = _where(stack, witnesses(self._forked_by, self._bounds.root))
+            what = self._ended(f"it was still running after {self._bounds.timeout_s} s{where}")
+            self.run.end(SnapshotFailedError(what, child_traceback=stack or None))
+        elif not self._is_complete(status) and (short := self._sentry.told()) is not None:
+            self.run.end(self._shortage_error(short))
 
     def _look(self) -> None:
         """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
@@ -451,11 +492,14 @@ class Supervisor:
 
     def _end_for_shortage(self, what: str) -> None:
         """End the child, and let no Python thread go on until its memory is back."""
-        copy_bytes = self.run.copy_bytes
-        self.run.end(self._overrun_error(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes))
+        self.run.end(self._shortage_error(what))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
                 _native.fork_end(self._pidfd, _STANDSTILL_MS)
+
+    def _shortage_error(self, what: str) -> SnapshotOverrunError:
+        copy_bytes = self.run.copy_bytes
+        return self._overrun_error(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
@@ -493,14 +537,10 @@ class Supervisor:
                 self._reader.close()
 
     def _last_words(self) -> str:
-        """Have the child die of a signal to which it answers with its stacks; "" when it did not answer."""
-        if self._stack_fd < 0 or self._pidfd < 0:
+        """Return the stacks that the child left; "" where it left none."""
+        if self._stack_fd < 0:
             return ""
         with suppress(OSError):
-            signal.pidfd_send_signal(self._pidfd, STACK_SIGNAL)
-            poller = select.poll()
-            poller.register(self._pidfd, select.POLLIN)
-            poller.poll(_LAST_WORDS_MS)
             return os.pread(self._stack_fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
         return ""
 
@@ -522,6 +562,12 @@ class Supervisor:
                 os.waitpid(self._pid, 0)
             return None
 
+    def _is_complete(self, status: os.waitid_result | None) -> bool:
+        """Whether the child said that the image is, and nothing in how it ended speaks against it."""
+        if self._done is None:
+            return False
+        return status is None or (status.si_code == os.CLD_EXITED and status.si_status == 0)
+
     def _failure(self, status: os.waitid_result | None) -> SnapshotFailedError | None:
         """Return why there is no image; None when there is one: the child said so, and nothing speaks against it."""
         path = os.fsdecode(self.run.path)
@@ -534,10 +580,9 @@ class Supervisor:
                 child_message=raised.message,
                 child_traceback=raised.traceback,
             )
-        exited = status is None or status.si_code == os.CLD_EXITED
-        if self._done is not None and exited and (status is None or status.si_status == 0):
+        if self._is_complete(status):
             return None
-        if status is None or (not exited and status.si_status == signal.SIGKILL):
+        if status is None or (status.si_code != os.CLD_EXITED and status.si_status == signal.SIGKILL):
             evidence = self._kill_watch.evidence(self._pid)
             if evidence is not None:
                 return OOMKilledError(

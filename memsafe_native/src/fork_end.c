@@ -18,13 +18,22 @@ static int64_t now_ms(void)
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
+int ms_fork_kill(int pidfd)
+{
+    return syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0) && errno != ESRCH ? -errno : 0;
+}
+
+void ms_fork_reap_memory(int pidfd)
+{
+    (void)syscall(SYS_process_mrelease, pidfd, 0);
+}
+
 int ms_fork_end(int pidfd, int patience_ms)
 {
-    if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
-        return errno == ESRCH ? 0 : -errno;
-    /* Here and now, with this thread's share of the processors: the child may wait long for its own. It refuses where
-     * the child is giving its memory back already, or the kernel has no such call. */
-    (void)syscall(SYS_process_mrelease, pidfd, 0);
+    int result = ms_fork_kill(pidfd);
+    if (result < 0)
+        return result;
+    ms_fork_reap_memory(pidfd);
     const int64_t until_ms = now_ms() + patience_ms;
     struct pollfd child = {.fd = pidfd, .events = POLLIN};
     int ready;

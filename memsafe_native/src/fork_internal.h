@@ -39,6 +39,15 @@ void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps
  * Returns 0, or -errno: then the child was killed and reaped, and *pidfd is untouched. Any thread. */
 int ms_fork_adopt(pid_t pid, int *pidfd);
 
+/* Kill the child. Returns 0, or -errno where it may not be signalled; one that is gone already is no failure. Any
+ * thread. */
+int ms_fork_kill(int pidfd);
+
+/* Take the memory of a child that was killed back, here and now, with this thread's share of the processors: the child
+ * may wait long for its own. Refused where the child is giving it back already, or the kernel has no such call, which
+ * does no harm. Takes milliseconds. Any thread. */
+void ms_fork_reap_memory(int pidfd);
+
 /* Kill the child, take its memory back, and wait until it is gone, for patience_ms at most.
  * Returns 0, or -errno where it may not be signalled; a child that is gone already is no failure. Blocks. Any thread.
  */

@@ -10,7 +10,9 @@
 #include <unistd.h>
 
 #include "fork_internal.h"
+#include "gauge.h"
 #include "python_types_internal.h"
+#include "sentry.h"
 
 /* What the supervising thread needs to know, written before any Python can run again in the parent: a KeyboardInterrupt
  * raised as the call returns must not lose a child. Read in Python by struct.unpack("=qqq"). */
@@ -40,22 +42,24 @@ static _Noreturn void run_child(PyObject *main, const struct ms_fork_child *chil
 }
 
 static const char fork_doc[] =
-    "fork(main, handover, wake_fd, parent_pidfd, report_fd, report_read_fd, oom_score_adj, nice, idle_io, keep_fds)"
-    " -> None\n\n"
+    "fork(main, handover, wake_fd, parent_pidfd, report_fd, report_read_fd, oom_score_adj, nice, idle_io, keep_fds,"
+    " sentry) -> None\n\n"
     "Fork, keeping the GIL. In the child main(oom_score_adj, guard, descriptors, nice, idle_io) is called with the "
     "errno"
     " of each step, or 0, then _exit.\n"
     "In the parent (pid, pidfd, pause_ns) is put into *handover* and the eventfd *wake_fd* is set, then it returns.\n"
-    "keep_fds: bytes of C ints. Raises OSError when no child was made; *handover* is then as it was.";
+    "keep_fds: bytes of C ints. sentry: the address of an ms_sentry that is to watch over the child, or 0. Raises "
+    "OSError when no child was made; *handover* is then as it was.";
 
 static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *main;
     Py_buffer handover, keep;
     int wake_fd;
+    unsigned long long sentry;
     struct ms_fork_child child;
-    if (!PyArg_ParseTuple(args, "Ow*iiiiiipy*:fork", &main, &handover, &wake_fd, &child.parent_pidfd, &child.report_fd,
-                          &child.report_read_fd, &child.oom_score_adj, &child.nice, &child.idle_io, &keep))
+    if (!PyArg_ParseTuple(args, "Ow*iiiiiipy*K:fork", &main, &handover, &wake_fd, &child.parent_pidfd, &child.report_fd,
+                          &child.report_read_fd, &child.oom_score_adj, &child.nice, &child.idle_io, &keep, &sentry))
         return NULL;
     int error = 0;
     if (handover.len != (Py_ssize_t)sizeof(struct handover) || keep.len % (Py_ssize_t)sizeof(int)) {
@@ -80,6 +84,8 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
     error = pid < 0 ? errno : -ms_fork_adopt(pid, &pidfd);
     if (!error) {
         const uint64_t one = 1;
+        if (sentry && pidfd >= 0) /* now: the job's thread may have to wait for the GIL */
+            ms_sentry_watch((ms_sentry *)(uintptr_t)sentry, pidfd, out.pause_ns);
         out.pidfd = pidfd;
         memcpy(handover.buf, &out, sizeof out);
         ssize_t ignored = write(wake_fd, &one, sizeof one); /* an eventfd refuses only when it is set already */

@@ -60,12 +60,12 @@ METER = """
 meter = Meter("/", None)
 for _ in range(2):
     meter.measure(os.getpid())
-    meter._headroom = meter._headroom.__class__(0, 0)  # so that it is read
+    meter._headroom.slack_bytes = meter._headroom.due_s = 0  # so that it is read
     meter.runs_short(os.getpid())
 seal()
 for _ in range(3):
     assert meter.measure(os.getpid()).copy_bytes > 0
-    meter._headroom = meter._headroom.__class__(0, 0)
+    meter._headroom.slack_bytes = meter._headroom.due_s = 0
     meter.runs_short(os.getpid())
     assert meter._headroom.slack_bytes > 0
 meter.close()

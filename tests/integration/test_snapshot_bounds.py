@@ -13,6 +13,7 @@ import memsafe
 from memsafe._kernel import process
 from memsafe._kernel.oom import KillLog
 from memsafe.errors import KernelError
+from memsafe.snapshot import child, supervisor
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
 from tests.integration.copies import NO_ROOM_BYTES, copies_of, killed_beside_a_victim, write_everything
@@ -163,6 +164,39 @@ def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(pa
     assert "CRITICAL" in got["message"]
     assert "result" in got["allowed"]
     assert "result" in got["after"]
+
+
+# While a child that is out of time is asked where it stands.
+
+
+def out_of_time(path, folder, critical):
+    """The child is asked where it stands, goes on, and then memory runs short; it would have an hour to answer."""
+    supervisor._LAST_WORDS_S = 3600
+    app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
+
+    def write(out):
+        signal.signal(child.STACK_SIGNAL, lambda *_: out.progress(1, 1))
+        while True:
+            signal.pause()
+
+    monitor = memsafe.PressureMonitor(root=folder)  # one that is not started looks at nothing
+
+    def on_progress(done, total):
+        if critical:
+            monitor.simulate(memsafe.PressureLevel.CRITICAL)
+        else:
+            app.usage = 1020 * MIB
+
+    with monitor if critical else contextlib.nullcontext():
+        return outcome(memsafe.fork_snapshot(path, write, on_progress=on_progress, timeout_s=2, root=folder))
+
+
+@pytest.mark.parametrize("critical", [False, True])
+def test_bounds_hold_while_a_child_is_asked_where_it_stands(path, tmp_path, critical):
+    got = scenario.run(out_of_time, path, tmp_path / "machine", critical)
+    assert got["error"] == "SnapshotOverrunError"
+    assert ("CRITICAL" if critical else "4 MiB are left") in got["message"]
+    assert path.read_bytes() == b"old"
 
 
 # With everything against it.

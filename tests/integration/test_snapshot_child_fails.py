@@ -14,6 +14,7 @@ import pytest
 import memsafe
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
+from tests.integration.copies import keep_sentries_out
 from tests.integration.snapshots import MIB, PATIENCE_S, Gate, hello, outcome, temporaries
 
 
@@ -233,6 +234,7 @@ def oom_killed(path, folder, limit_file):
         pids.append(bool(select.select([child], [], [], PATIENCE_S)[0]))
         os.close(child)
 
+    keep_sentries_out()
     got = outcome(memsafe.fork_snapshot(path, write, on_progress=on_progress))
     ended.close()
     return {**got, "ended": pids, "alive": os.getpid()}

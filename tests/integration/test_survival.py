@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from benchmarks.survival import place
-from benchmarks.survival.cells import MIB, Cell
+from benchmarks.survival.cells import MIB
 from tests import survival
 
 
 @pytest.fixture(autouse=True)
 def needs_a_cgroup():
     try:
-        place.Place(Cell(64 * MIB, None, "none")).remove()
+        place.Place(64 * MIB).remove()
     except place.UnavailableError as error:
         pytest.skip(f"no memory cgroup can be made here: {error}")
 

@@ -41,7 +41,7 @@ def touch(size_bytes):
 def short_after(meter, size_bytes):
     """Whether memory runs short by what is read after so many bytes of faults, seen in no haste."""
     touch(size_bytes)
-    meter._counted_s = -math.inf  # so that the rate is nothing
+    meter._counted_s = -1e9  # so that the rate is nothing
     return meter.runs_short(os.getpid()) is not None
 
 
@@ -85,29 +85,32 @@ def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine
     assert short_after(meter, 32 * MIB)
 
 
-def test_faults_that_bring_no_bound_nearer_are_believed_less_each_time(machine, now):
+def test_doubts_have_so_many_readings_before_their_time_and_no_more(machine, now):
     meter = Meter(machine.root, 1024 * MIB)
-    meter.measure(os.getpid())
     waits_s = []
-    for _ in range(6):
+    for _ in range(10):
         touch(MIB)  # and given back
         meter.measure(os.getpid())
         waits_s.append(round(meter._bound.due_s - now.s, 6))
-    assert waits_s == [0.02, 0.04, 0.08, 0.125, 0.125, 0.125]  # a reading costs 0.5 ms: 0.4 % of the time in the end
+    # A reading costs 0.5 ms: ten times as long from one to the next, then 0.2 % of all the time.
+    assert waits_s == [0.005] * 8 + [0.25, 0.5]
+    now.s += 3600
+    meter.measure(os.getpid())
+    assert meter._bound.due_s == pytest.approx(now.s + 0.005)
 
 
-def test_faults_that_bring_a_bound_nearer_are_believed_again(machine, now):
+def test_readings_by_the_clock_take_their_share_of_all_the_time(machine, now):
     meter = Meter(machine.root, None)
-    meter._headroom.settle(64 * MIB, 8 * MIB, 0.001)
-    meter._headroom.settle(63 * MIB, 16 * MIB, 0.001)
-    assert meter._headroom.due_s == pytest.approx(now.s + 0.02)
-    meter._headroom.settle(50 * MIB, 32 * MIB, 0.001)
-    assert meter._headroom.due_s == pytest.approx(now.s + 0.01)
+    dues_s = []
+    for _ in range(3):
+        meter.measure(os.getpid())
+        dues_s.append(round(meter._due_s - now.s, 6))
+    assert dues_s == [0.25, 0.5, 0.75]
 
 
-def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_is(machine, now):
+def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_an_eighth_of_it_is(machine, now):
     meter = Meter(machine.root, None)
-    for usage_mib, short in ((600, False), (700, True)):  # of 512 MiB that were left at the start
+    for usage_mib, short in ((560, False), (600, True)):  # of 512 MiB that were left at the start
         machine.cgroup("/app").usage = usage_mib * MIB
         now.s += 0.1
         touch(16 * MIB)
@@ -115,13 +118,16 @@ def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_a_quarter_of_it_
         assert (meter.runs_short(os.getpid()) is not None) == short
 
 
-def test_the_less_is_left_the_sooner_is_the_next_look(machine, now):
+def test_the_less_is_left_the_sooner_is_the_next_look(machine, now, newborn):
     meter = Meter(machine.root, None)
     assert not meter.is_tight
-    assert meter.next_look_s == pytest.approx(now.s + 0.01)
-    for _ in range(2):
+    assert meter.next_look_s == pytest.approx(now.s + 0.03, abs=0.001)
+    for _ in range(60):
+        meter._counted_s = -1e9  # so that the rate is nothing
         meter.runs_short(os.getpid())
-    assert meter.next_look_s == pytest.approx(now.s + 0.125), "the clock says that a look costs 0.5 ms"
+    assert meter.next_look_s == pytest.approx(now.s + 2.5), (
+        "the clock says that a look costs 0.5 ms, and fifty may be ahead"
+    )
     machine.cgroup("/app").usage = 976 * MIB
     meter = Meter(machine.root, None)
     assert meter.is_tight

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from tests.integration.copies import NO_ROOM_BYTES, copies_of, killed_beside_a_victim, state_of, write_everything
+from tests.integration.copies import (
+    NO_ROOM_BYTES,
+    copies_of,
+    keep_sentries_out,
+    killed_beside_a_victim,
+    state_of,
+    write_everything,
+)
 from tests.integration.snapshots import MIB, Gate, outcome
 from tests.kernel.guest import child
 
@@ -79,6 +86,7 @@ def shot(path):
         os.close(pidfd)
         ended.append(True)
 
+    keep_sentries_out()
     return {**outcome(memsafe.fork_snapshot(path, write, on_progress=on_progress)), "ended": ended}
 
 

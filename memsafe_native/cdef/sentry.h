@@ -1,0 +1,36 @@
+/* Ends a snapshot's child where memory runs short: a native thread that needs no GIL, and so waits for no Python. */
+typedef struct ms_sentry ms_sentry;
+
+typedef struct ms_sentry_orders {
+    const ms_gauge *gauges; /* copied; their descriptors must stay open until close. The child is ended when no more */
+    int32_t gauge_count; /* than give_bytes is left, or no more than tell_bytes and the rest, at the rate of the last */
+    int64_t notice_ns;   /* moments, will be gone within notice_ns. At most MS_GAUGES, else -EINVAL */
+    ms_gauge_pace pace;  /* of two looks: least and most, and what could fill memory between them */
+    int wake_fd;         /* an eventfd, set when the child was ended; -1: none */
+} ms_sentry_orders;
+
+typedef struct ms_sentry_report {
+    uint64_t token;           /* of the gauge */
+    int64_t left_bytes;       /* what was left there */
+    int64_t rate_bytes_per_s; /* and how fast it went; 0 where give_bytes had been reached */
+} ms_sentry_report;
+
+/* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at
+ * the most five hundred looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create
+ * gave. Thread-safe. Needs no GIL. */
+int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
+
+/* Watch over this child, whose fork took pause_ns. The pidfd must stay open until ms_sentry_rest or ms_sentry_close.
+ * Thread-safe. Needs no GIL. */
+void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns);
+
+/* End no child any longer; when it returns, none is being ended. Thread-safe. Needs no GIL. */
+void ms_sentry_rest(ms_sentry *sentry);
+
+/* Why the child was ended: set before it was, so whoever finds it dead finds the reason.
+ * Returns 1 and sets *report, or 0: it was not. Thread-safe. Needs no GIL. */
+int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report);
+
+/* Stop the thread, join it, free everything. pre: no other call on this sentry is running or follows, and this is the
+ * process that opened it. Needs no GIL. */
+void ms_sentry_close(ms_sentry *sentry);

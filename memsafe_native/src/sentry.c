@@ -1,0 +1,233 @@
+/* The sentry: see cdef/sentry.h. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "fork_internal.h"
+#include "ms.h"
+#include "gauge.h"
+#include "native_thread.h"
+#include "sentry.h"
+#include "thread.h"
+
+enum {
+    DUTY = 400,         /* one part in so many of a core, */
+    LOOKS_AHEAD = 500,  /* and so many looks before their time: half a second, however slow the machine is */
+    TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
+    LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too */
+    WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
+    NS_PER_S = 1000000000
+};
+
+/* What was left twice before, 4 to 8 ms apart: the rate is since the older of the two. And when to look again. */
+typedef struct trail {
+    int64_t next_ns;
+    int64_t looked_ns; /* when it was looked at last */
+    int64_t at_ns[2];
+    int64_t left_bytes[2];
+} trail;
+
+struct ms_sentry {
+    pthread_mutex_t lock; /* guards pidfd, notice_ns and is_closing; held while a child is being ended */
+    pthread_cond_t changed;
+    pthread_t thread;
+    int pidfd; /* -1: nothing to watch over */
+    int64_t notice_ns;
+    bool is_closing;
+    atomic_bool has_told; /* release: the report is complete */
+    ms_sentry_report report;
+    /* The thread's own from here on. */
+    ms_sentry_orders orders;
+    int64_t began_ns, cpu_began_ns, looks;
+    trail trails[MS_GAUGES];
+    ms_gauge gauges[];
+};
+
+static int64_t clock_ns(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (int64_t)now.tv_sec * NS_PER_S + now.tv_nsec;
+}
+
+/* How fast it goes, in bytes a second; 0 at first. */
+static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
+{
+    int64_t span_ns = at_ns - past->at_ns[0];
+    double rate = past->at_ns[0] == 0 ? 0 : (double)(past->left_bytes[0] - left_bytes) * NS_PER_S / (double)span_ns;
+    if (past->at_ns[0] == 0 || at_ns - past->at_ns[1] >= WINDOW_NS) {
+        past->at_ns[0] = past->at_ns[1];
+        past->left_bytes[0] = past->left_bytes[1];
+        past->at_ns[1] = at_ns;
+        past->left_bytes[1] = left_bytes;
+    }
+    return rate > 0 ? (int64_t)rate : 0;
+}
+
+/* Whether a gauge says that the child must end. Else its next_ns is set. */
+static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_report *report)
+{
+    ms_gauge_pace *pace = &sentry->orders.pace;
+    ms_gauge *gauge = &sentry->gauges[index];
+    trail *seen = &sentry->trails[index];
+    int64_t notice_ns = sentry->notice_ns;
+    if (seen->looked_ns)
+        notice_ns += LATE_LOOKS * (at_ns - seen->looked_ns);
+    seen->looked_ns = at_ns;
+    gauge->seen_bytes = INT64_MAX;
+    ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, pace);
+    if (sight.short_of >= 0) {
+        *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
+        return true;
+    }
+    seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
+    if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
+        return false;
+    int64_t rate = note(seen, at_ns, gauge->seen_bytes);
+    *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
+    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+}
+
+/* Returns when there will have been time enough for what was spent, waking up included. */
+static int64_t affordable_ns(ms_sentry *sentry)
+{
+    int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
+    int64_t looks = ++sentry->looks;
+    return looks <= LOOKS_AHEAD ? 0 : sentry->began_ns + spent_ns / looks * (looks - LOOKS_AHEAD) * DUTY;
+}
+
+/* pre: the lock is held. Returns when to look again; 0: the child must end. */
+static int64_t look(ms_sentry *sentry)
+{
+    int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
+    int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
+    for (int i = 0; i < sentry->orders.gauge_count; i++) {
+        ms_sentry_report report;
+        if (sentry->trails[i].next_ns <= at_ns && is_short(sentry, i, at_ns, &report)) {
+            sentry->report = report;
+            atomic_store_explicit(&sentry->has_told, true, memory_order_release);
+            return 0;
+        }
+        if (sentry->trails[i].next_ns < next_ns)
+            next_ns = sentry->trails[i].next_ns;
+    }
+    int64_t affordable_at_ns = affordable_ns(sentry);
+    return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
+}
+
+/* pre: the lock is held. */
+static void wait_until(ms_sentry *sentry, int64_t until_ns)
+{
+    struct timespec until = {.tv_sec = until_ns / NS_PER_S, .tv_nsec = until_ns % NS_PER_S};
+    if (until_ns == 0)
+        pthread_cond_wait(&sentry->changed, &sentry->lock);
+    else
+        pthread_cond_timedwait(&sentry->changed, &sentry->lock, &until);
+}
+
+/* pre: the lock is held. */
+static void end_child(ms_sentry *sentry)
+{
+    int pidfd = sentry->pidfd;
+    sentry->pidfd = -1;
+    ms_fork_kill(pidfd);
+    if (sentry->orders.wake_fd >= 0) {
+        const uint64_t one = 1;
+        (void)!write(sentry->orders.wake_fd, &one, sizeof one); /* it refuses only when it is set already */
+    }
+    ms_fork_reap_memory(pidfd);
+}
+
+static void *run(void *argument)
+{
+    ms_sentry *sentry = argument;
+    pthread_setname_np(pthread_self(), "memsafe-sentry");
+    ms_thread_ready();
+    pthread_mutex_lock(&sentry->lock);
+    sentry->cpu_began_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    while (!sentry->is_closing) {
+        int64_t next_ns = 0;
+        if (sentry->pidfd >= 0 && (next_ns = look(sentry)) == 0)
+            end_child(sentry);
+        else
+            wait_until(sentry, next_ns);
+    }
+    pthread_mutex_unlock(&sentry->lock);
+    return NULL;
+}
+
+static void prepare(ms_sentry *sentry, const ms_sentry_orders *orders)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&sentry->lock, NULL);
+    pthread_cond_init(&sentry->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    sentry->pidfd = -1;
+    sentry->orders = *orders;
+    sentry->orders.gauges = NULL; /* the caller's */
+    sentry->began_ns = clock_ns(CLOCK_MONOTONIC);
+    for (int i = 0; i < orders->gauge_count; i++)
+        sentry->gauges[i] = orders->gauges[i];
+}
+
+/* pre: there is no thread. */
+static void dispose(ms_sentry *sentry)
+{
+    pthread_cond_destroy(&sentry->changed);
+    pthread_mutex_destroy(&sentry->lock);
+    free(sentry);
+}
+
+int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry)
+{
+    if (orders->gauge_count < 0 || orders->gauge_count > MS_GAUGES)
+        return -EINVAL;
+    ms_sentry *made = calloc(1, sizeof *made + (size_t)orders->gauge_count * sizeof made->gauges[0]);
+    if (!made)
+        return -ENOMEM;
+    prepare(made, orders);
+    int result = ms_native_thread(&made->thread, run, made);
+    if (result < 0) {
+        dispose(made);
+        return result;
+    }
+    *sentry = made;
+    return 0;
+}
+
+void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns)
+{
+    pthread_mutex_lock(&sentry->lock);
+    sentry->pidfd = pidfd;
+    sentry->notice_ns = sentry->orders.notice_ns + TEARDOWN_FORKS * pause_ns;
+    pthread_cond_signal(&sentry->changed);
+    pthread_mutex_unlock(&sentry->lock);
+}
+
+void ms_sentry_rest(ms_sentry *sentry)
+{
+    ms_sentry_watch(sentry, -1, 0);
+}
+
+int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report)
+{
+    if (!atomic_load_explicit(&sentry->has_told, memory_order_acquire))
+        return 0;
+    *report = sentry->report;
+    return 1;
+}
+
+void ms_sentry_close(ms_sentry *sentry)
+{
+    pthread_mutex_lock(&sentry->lock);
+    sentry->is_closing = true;
+    pthread_cond_signal(&sentry->changed);
+    pthread_mutex_unlock(&sentry->lock);
+    pthread_join(sentry->thread, NULL);
+    dispose(sentry);
+}

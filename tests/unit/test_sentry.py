@@ -1,0 +1,145 @@
+"""The native sentry, on any child and on files that say what is left."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from memsafe._native import check, ffi, lib
+from memsafe.pressure.waiter import Reading, fill_gauges, new_gauges
+from memsafe.snapshot.sentry import Sentry
+
+MIB = 1024 * 1024
+PATIENCE_S = 30
+
+
+@pytest.fixture
+def sleeper():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.pidfd = os.pidfd_open(process.pid)
+        yield process
+        os.close(process.pidfd)
+        process.kill()
+
+
+@pytest.fixture
+def usage(tmp_path):
+    path = tmp_path / "usage"
+    path.write_text("0")
+    return path
+
+
+@pytest.fixture
+def watch(usage):
+    """Start a sentry over 100 MiB, of which *usage* are gone; yields how, and its eventfd."""
+    opened = []
+    fd = os.open(usage, os.O_RDONLY)
+    wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1):
+        gauges = new_gauges()
+        reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, ((fd, b"", -1),))
+        orders = {
+            "gauges": gauges,
+            "gauge_count": fill_gauges(gauges, [reading]) if count == 1 else count,
+            "notice_ns": int(notice_s * 1e9),
+            "pace": (16 << 30, 1_000_000, 10_000_000, 0),
+            "wake_fd": wake_fd,
+        }
+        made = ffi.new("ms_sentry **")
+        check(lib.ms_sentry_open(ffi.new("ms_sentry_orders *", orders), made), "open")
+        opened.append(made[0])
+        lib.ms_sentry_watch(made[0], pidfd, 0)
+        return made[0]
+
+    yield start, wake_fd
+    for native in opened:
+        lib.ms_sentry_close(native)
+    os.close(fd)
+    os.close(wake_fd)
+
+
+def told(native):
+    report = ffi.new("ms_sentry_report *")
+    if not lib.ms_sentry_told(native, report):
+        return None
+    return report.token, report.left_bytes, report.rate_bytes_per_s
+
+
+def has_ended(pidfd, patience_s):
+    return bool(select.select([pidfd], [], [], patience_s)[0])
+
+
+def test_a_child_is_ended_where_no_more_is_left_than_the_reserve_and_the_reason_is_told(sleeper, usage, watch):
+    start, wake_fd = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    assert told(native) is None
+    usage.write_text(f"{95 * MIB}")
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    assert told(native) == (7, 5 * MIB, 0)
+    assert sleeper.wait() == -signal.SIGKILL
+    assert select.select([wake_fd], [], [], PATIENCE_S)[0]
+
+
+def test_what_is_going_fast_ends_it_sooner_and_what_is_going_slowly_does_not(sleeper, usage, watch):
+    start, _ = watch
+    # All that is left in an hour's time: whatever moves by then is too fast.
+    native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600)
+    stop = threading.Event()
+
+    def fill():
+        used = 0
+        while not stop.is_set():
+            used += MIB // 64
+            usage.write_text(f"{used}".rjust(12, "0"))
+            stop.wait(0.001)
+
+    writer = threading.Thread(target=fill)
+    writer.start()
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    stop.set()
+    writer.join()
+    token, left_bytes, rate = told(native)
+    assert token == 7
+    assert 1 * MIB < left_bytes <= 80 * MIB
+    assert rate > 0
+
+
+def test_one_at_rest_ends_nobody(sleeper, usage, watch):
+    start, _ = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    lib.ms_sentry_rest(native)
+    usage.write_text(f"{95 * MIB}")
+    assert not has_ended(sleeper.pidfd, 0.1)
+    assert told(native) is None
+    lib.ms_sentry_watch(native, sleeper.pidfd, 0)
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+
+
+def test_a_file_that_makes_no_sense_ends_nobody(sleeper, usage, watch):
+    usage.write_text("much")
+    start, _ = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    assert not has_ended(sleeper.pidfd, 0.1)
+    assert told(native) is None
+
+
+def test_more_gauges_than_there_is_room_for_are_refused(sleeper, watch):
+    start, _ = watch
+    for count in (-1, lib.MS_GAUGES + 1):
+        with pytest.raises(OSError, match="Invalid argument"):
+            start(sleeper.pidfd, give_mib=10, tell_mib=50, count=count)
+
+
+def test_what_it_opens_is_closed():
+    before = set(os.listdir("/proc/self/fd"))
+    sentry = Sentry("/", -1)
+    assert sentry.told() is None
+    for _ in range(2):
+        sentry.close()
+    assert set(os.listdir("/proc/self/fd")) == before
