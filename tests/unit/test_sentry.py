@@ -17,6 +17,7 @@ from memsafe.snapshot.sentry import Sentry
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
+PACE = (16 << 30, 1_000_000, 10_000_000, 0)
 
 
 @pytest.fixture
@@ -42,14 +43,14 @@ def watch(usage):
     fd = os.open(usage, os.O_RDONLY)
     wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
 
-    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1):
+    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1, pace=PACE):
         gauges = new_gauges()
         reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, ((fd, b"", -1),))
         orders = {
             "gauges": gauges,
             "gauge_count": fill_gauges(gauges, [reading]) if count == 1 else count,
             "notice_ns": int(notice_s * 1e9),
-            "pace": (16 << 30, 1_000_000, 10_000_000, 0),
+            "pace": pace,
             "wake_fd": wake_fd,
         }
         made = ffi.new("ms_sentry **")
@@ -109,6 +110,17 @@ def test_what_is_going_fast_ends_it_sooner_and_what_is_going_slowly_does_not(sle
     assert token == 7
     assert 1 * MIB < left_bytes <= 80 * MIB
     assert rate > 0
+
+
+def test_a_burst_seen_by_looks_that_are_far_apart_on_purpose_ends_nothing(sleeper, usage, watch):
+    start, _ = watch
+    every_s = 0.5
+    pace = (MIB, int(every_s * 1e9), int(every_s * 1e9), 0)
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=90, notice_s=0.001, pace=pace)
+    assert not has_ended(sleeper.pidfd, 0.1)  # the first look was at once
+    usage.write_text(f"{70 * MIB}")
+    assert not has_ended(sleeper.pidfd, 2.5 * every_s)
+    assert told(native) is None
 
 
 def test_one_at_rest_ends_nobody(sleeper, usage, watch):
