@@ -69,6 +69,43 @@ def meminfo(root: Root = "/") -> MemInfo:
     return MemInfo(files.read(path), path)
 
 
+def unfaulted_bytes(root: Root = "/") -> int:
+    """Return how much all processes together got, since boot, in huge pages and from swap: not a page a fault.
+
+    Raises:
+        KernelError: A file cannot be read or makes no sense.
+    """
+    path = files.under(root, "/proc/vmstat")
+    happened = files.Flat(files.read(path), path)
+    huge_pages = sum(happened.get(key) or 0 for key in _HUGE_PAGES)
+    swapped_pages = sum(happened.get(key) or 0 for key in _SWAPPED_PAGES)
+    huge_bytes = files.read_count(files.under(root, f"{_HUGE_PAGE_FOLDER}/hpage_pmd_size")) if huge_pages else None
+    return huge_pages * (huge_bytes or 0) + swapped_pages * PAGE_BYTES
+
+
+_HUGE_PAGE_FOLDER = "/sys/kernel/mm/transparent_hugepage"
+_HUGE_PAGES = (b"thp_fault_alloc", b"thp_collapse_alloc")
+_SWAPPED_PAGES = (b"pswpin", b"zswpin", b"swpin_zero")
+
+
+def may_have_medium_pages(root: Root = "/") -> bool:
+    """Whether a fault may give anonymous memory of a size between a page and a huge page (since Linux 6.8).
+
+    Raises:
+        KernelError: A file cannot be read.
+    """
+    folder = files.under(root, _HUGE_PAGE_FOLDER)
+    if not files.is_directory(folder):
+        return False
+    huge_bytes = files.read_count(f"{folder}/hpage_pmd_size") or 0
+    for name in files.names(folder):
+        if name.startswith("hugepages-") and name != f"hugepages-{huge_bytes // 1024}kB":
+            chosen = files.read_optional(f"{folder}/{name}/enabled")  # some sizes are of files alone
+            if chosen is not None and b"[never]" not in chosen:
+                return True
+    return False
+
+
 def overcommit_mode(root: Root = "/") -> int | None:
     """Return vm.overcommit_memory: 0 guess, 1 always, 2 never; None where it is not told.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from memsafe._kernel import kept, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
+from memsafe.snapshot.fresh import FreshMemory
 from memsafe.status import status_once
 
 if TYPE_CHECKING:
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
 
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. So there is a
 # share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does, which
-# is mostly looks that count page faults. Where these say that a bound may have been passed, a reading may come before
-# its time, by so many readings in all. It can prove right no oftener before the bound is passed, as faults are twice
-# the copies at the most, and so each time half of what was left is gone at least.
-_SHARE = 1 / 500
+# is mostly looks that count page faults; with the sentry's it stays below 1 %. Half of the readings come by the clock,
+# the others are saved for when faults say that a bound may be passed. On top so many may come before their time: no
+# more can prove right before the bound is passed, as faults are twice the copies at the most, and so each time half of
+# what was left is gone at least.
+_READINGS_SHARE = 7 / 2000
+_READINGS_BY_CLOCK = 1 / 2
 _READINGS_AHEAD = 8
-_READING_SPACE = 10  # between two readings, in what one costs
+_READING_SPACE = 2  # between two readings, in what one costs
+# Looks come before their time while a bound is being neared, each when half of what is left would be gone at this rate.
+# These are made up for later by looking half as often, not by a pause in which nobody looks.
+_LOOKS_SHARE = 7 / 2000
 _LOOKS_AHEAD = 50
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
@@ -64,16 +70,24 @@ class Measurement:
 class _Share:
     """A share of one core over all time since the beginning, and what was spent of it."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, share: float, now_s: float) -> None:
+        self._share = share
         self._began_s = now_s
         self._spent_s = 0.0
+        self._times = 0
+
+    @property
+    def mean_s(self) -> float:
+        """What has been spent at a time."""
+        return self._spent_s / self._times if self._times else 0
 
     def spend(self, cost_s: float) -> None:
         self._spent_s += cost_s
+        self._times += 1
 
-    def due_s(self, ahead_s: float = 0) -> float:
-        """Return from when on more may be spent, where *ahead_s* may be before its time."""
-        return self._began_s + (self._spent_s - ahead_s) / _SHARE
+    def due_s(self, ahead_s: float = 0, part: float = 1) -> float:
+        """Return from when on more may be spent by who may spend a *part*, *ahead_s* of the whole before its time."""
+        return self._began_s + (self._spent_s / part - ahead_s) / self._share
 
 
 class _Doubt:
@@ -119,11 +133,14 @@ class Meter:
         with self._looked.reading():
             _, margin_bytes = self._look_around(0)
         now_s = time.monotonic()
-        self._readings, self._looks = _Share(now_s), _Share(now_s)
+        self._readings, self._looks = _Share(_READINGS_SHARE, now_s), _Share(_LOOKS_SHARE, now_s)
         self._looked_at_s = time.thread_time()
         self._headroom = _Doubt(margin_bytes, self._looks, now_s)
         self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
+        self._fresh = FreshMemory() if max_copy_bytes is not None else None
+        self._fresh_bytes = 0
         self._rate_bytes_per_s = 0.0
+        self._pace_bytes_per_s = 0.0  # it slows down by half from look to look at most: between two there may be a lull
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
         self._counted_bytes, self._counted_s = 0, now_s
         self._due_s = now_s + _FIRST_AFTER_S
@@ -146,6 +163,8 @@ class Meter:
         """Close what was kept open. Twice is a no-op."""
         for files in (self._measured, self._looked, self._counted):
             files.close()
+        if self._fresh is not None:
+            self._fresh.close()
 
     def runs_short(self, pid: int) -> str | None:
         """Return a sentence where memory is nearly gone, or will be at this rate; None too where nobody need look.
@@ -168,7 +187,12 @@ class Meter:
     def is_due(self) -> bool:
         """Whether measure() should be called now."""
         now_s = time.monotonic()
-        return now_s >= self._due_s or self._bound.is_due(now_s, self._counted_bytes)
+        if now_s >= self._due_s:
+            return True
+        if not self._bound.is_due(now_s, self._copied_bytes()):
+            return False
+        self._count_fresh()
+        return self._bound.is_due(now_s, self._copied_bytes())
 
     def measure(self, pid: int) -> Measurement:
         """Return what the child has copied and whether memory runs short, and plan the next reading.
@@ -179,18 +203,19 @@ class Meter:
         began_s = time.thread_time()
         try:
             with self._measured.reading():
-                faulted_bytes = self._faulted_bytes(pid)
+                self._count_fresh()
+                self._counted_bytes = self._faulted_bytes(pid)
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
         finally:
             cost_s = time.thread_time() - began_s
             self._looked_at_s += cost_s  # it was no look
             self._readings.spend(cost_s)
-            self._due_s = max(time.monotonic() + _LOOK_EVERY_S_MIN, self._readings.due_s())
+            self._due_s = max(time.monotonic() + _LOOK_EVERY_S_MIN, self._readings.due_s(part=_READINGS_BY_CLOCK))
         slack_bytes = math.inf
         if copy_bytes is not None and self._max_copy_bytes is not None:
             slack_bytes = self._max_copy_bytes - copy_bytes
-        self._bound.settle(slack_bytes, faulted_bytes, cost_s)
+        self._bound.settle(slack_bytes, self._copied_bytes(), cost_s)
         return Measurement(copy_bytes, short)
 
     def _soon_bytes(self) -> float:
@@ -200,18 +225,34 @@ class Meter:
     def _plan_look(self, now_s: float) -> None:
         """Count all that this thread has done since the last look and that was no reading."""
         cpu_s = time.thread_time()
-        cost_s = cpu_s - self._looked_at_s
-        self._looks.spend(cost_s)
+        self._looks.spend(cpu_s - self._looked_at_s)
         self._looked_at_s = cpu_s
-        self.next_look_s = max(now_s + self._look_every_s(), self._looks.due_s(_LOOKS_AHEAD * cost_s))
+        self._pace_bytes_per_s = max(self._rate_bytes_per_s, self._pace_bytes_per_s / 2, 1)
+        spaced_s = min(2 * self._looks.mean_s / _LOOKS_SHARE, self._nearest_bytes() / 2 / self._pace_bytes_per_s)
+        self.next_look_s = max(
+            now_s + self._look_every_s(),
+            min(now_s + spaced_s, self._looks.due_s()),
+            self._looks.due_s(_LOOKS_AHEAD * self._looks.mean_s),
+        )
 
     def _look_every_s(self) -> float:
-        nearest_bytes = min(each.left_bytes(self._counted_bytes) for each in (self._headroom, self._bound))
-        passed_within_s = nearest_bytes / _FILL_BYTES_PER_S
+        passed_within_s = self._nearest_bytes() / _FILL_BYTES_PER_S
         return min(max(passed_within_s / _LOOKS_UNTIL_FULL, _LOOK_EVERY_S_MIN), _LOOK_EVERY_S_MAX)
 
+    def _nearest_bytes(self) -> float:
+        """Return how near the nearest bound may be by now."""
+        return min(self._headroom.left_bytes(self._counted_bytes), self._bound.left_bytes(self._copied_bytes()))
+
+    def _copied_bytes(self) -> int:
+        """Return the most that can have been copied, as far as counted."""
+        return self._counted_bytes - self._fresh_bytes
+
+    def _count_fresh(self) -> None:
+        if self._fresh is not None:
+            self._fresh_bytes = self._fresh.count_bytes()
+
     def _faulted_bytes(self, pid: int) -> int:
-        """Return the most that both processes can have copied; the child's faults begin at 0."""
+        """Return what both processes can have taken, copies and fresh memory; the child's faults begin at 0."""
         own = getrusage(RUSAGE_SELF).ru_minflt - self._own_faults
         try:
             with self._counted.reading():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe._kernel import process
+from memsafe._kernel import machine as memory, process
 from memsafe.errors import KernelError
 from memsafe.snapshot.meter import Meter
 from memsafe.testing import FakeKernel
@@ -30,12 +30,32 @@ def newborn(monkeypatch):
     monkeypatch.setattr(process, "minor_faults", lambda pid, *args, **options: counted(pid, *args, **options) - before)
 
 
-def touch(size_bytes):
+def fresh(size_bytes):
     memory = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     for start in range(0, size_bytes, mmap.PAGESIZE):
         memory[start] = 1
-    memory.close()
+    return memory
+
+
+def touch(size_bytes):
+    fresh(size_bytes).close()
+
+
+def test_faults_that_were_fresh_memory_make_no_reading_due(machine, now, newborn, monkeypatch):
+    monkeypatch.setattr(memory, "unfaulted_bytes", lambda root: 0)  # other processes may be given huge pages
+    own_bytes = process.smaps_rollup().private_dirty_bytes
+    meter = Meter(machine.root, own_bytes + 64 * MIB)
+    meter.measure(os.getpid())
+    now.s += 0.009
+    taken = fresh(48 * MIB)  # counted as the child's too, which copies whatever it writes
+    meter.runs_short(os.getpid())
+    assert not meter.is_due()
+    taken.close()
+    touch(48 * MIB)
+    meter.runs_short(os.getpid())
+    assert meter.is_due()
+    meter.close()
 
 
 def short_after(meter, size_bytes):
@@ -92,11 +112,23 @@ def test_doubts_have_so_many_readings_before_their_time_and_no_more(machine, now
         touch(MIB)  # and given back
         meter.measure(os.getpid())
         waits_s.append(round(meter._bound.due_s - now.s, 6))
-    # A reading costs 0.5 ms: ten times as long from one to the next, then 0.2 % of all the time.
-    assert waits_s == [0.005] * 8 + [0.25, 0.5]
+    # A reading costs 0.5 ms: twice as long from one to the next, then 0.35 % of all the time.
+    assert waits_s == [0.001] * 8 + [0.142857, 0.285714]
     now.s += 3600
     meter.measure(os.getpid())
-    assert meter._bound.due_s == pytest.approx(now.s + 0.005)
+    assert meter._bound.due_s == pytest.approx(now.s + 0.001)
+
+
+def test_readings_by_the_clock_save_as_many_for_doubts(machine, now):
+    meter = Meter(machine.root, 1024 * MIB)
+    for _ in range(40):
+        meter.measure(os.getpid())
+        now.s = meter._due_s
+    saved = 0
+    while meter._bound.due_s <= now.s + 0.01:
+        meter.measure(os.getpid())
+        saved += 1
+    assert saved == pytest.approx(40 + 8, abs=2)
 
 
 def test_readings_by_the_clock_take_their_share_of_all_the_time(machine, now):
@@ -105,7 +137,7 @@ def test_readings_by_the_clock_take_their_share_of_all_the_time(machine, now):
     for _ in range(3):
         meter.measure(os.getpid())
         dues_s.append(round(meter._due_s - now.s, 6))
-    assert dues_s == [0.25, 0.5, 0.75]
+    assert dues_s == pytest.approx([0.285714, 0.571429, 0.857143])
 
 
 def test_what_will_be_gone_at_this_rate_is_as_good_as_gone_once_an_eighth_of_it_is(machine, now):
@@ -122,16 +154,36 @@ def test_the_less_is_left_the_sooner_is_the_next_look(machine, now, newborn):
     meter = Meter(machine.root, None)
     assert not meter.is_tight
     assert meter.next_look_s == pytest.approx(now.s + 0.03, abs=0.001)
-    for _ in range(60):
-        meter._counted_s = -1e9  # so that the rate is nothing
-        meter.runs_short(os.getpid())
-    assert meter.next_look_s == pytest.approx(now.s + 2.5), (
-        "the clock says that a look costs 0.5 ms, and fifty may be ahead"
-    )
     machine.cgroup("/app").usage = 976 * MIB
     meter = Meter(machine.root, None)
     assert meter.is_tight
     assert meter.next_look_s == pytest.approx(now.s + 0.0021, abs=0.0003)
+
+
+def looks(meter, now, count, moved_bytes):
+    """Have it look when it plans to; return after how long each was. The clock says that each costs 0.5 ms."""
+    waits_s = []
+    for _ in range(count):
+        touch(moved_bytes)
+        waits_s.append(meter.next_look_s - now.s)
+        now.s = meter.next_look_s
+        meter.runs_short(os.getpid())
+    return waits_s
+
+
+def test_looks_come_sooner_where_a_bound_would_be_passed_soon_at_this_rate(machine, now, newborn):
+    meter = Meter(machine.root, 32 * MIB)
+    calm_s = looks(meter, now, 20, mmap.PAGESIZE)[-1]
+    looks(meter, now, 1, 8 * MIB)
+    assert looks(meter, now, 1, mmap.PAGESIZE)[0] < calm_s / 2
+
+
+def test_looks_ahead_are_made_up_for_by_looking_half_as_often_and_not_by_a_pause(machine, now):
+    machine.cgroup("/app").usage = 976 * MIB
+    meter = Meter(machine.root, None)
+    affordable_s = 0.0005 / 0.0035
+    assert max(looks(meter, now, 80, 16 * MIB)) < 1.5 * affordable_s
+    assert looks(meter, now, 20, mmap.PAGESIZE)[-1] == pytest.approx(2 * affordable_s)
 
 
 def test_headroom_below_the_reserve_is_told(machine):
