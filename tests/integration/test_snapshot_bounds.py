@@ -5,6 +5,9 @@ import errno
 import mmap
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,59 @@ def test_the_child_is_ended_before_the_parents_last_headroom_is_gone(path, tmp_p
     assert got["error"] == "SnapshotOverrunError"
     assert got["max_copy_bytes"] is None
     assert "4 MiB are left below memory.max of /app (1 GiB)" in got["message"]
+    assert path.read_bytes() == b"old"
+
+
+# Headroom that goes without a page fault of 4 KiB in this process or its child.
+
+STEP_BYTES = 2 * MIB
+STEPS = 128
+
+
+def fill_huge_pages():
+    memory = mmap.mmap(-1, STEPS * STEP_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for _ in range(STEPS):
+        memory.write(b"x" * STEP_BYTES)
+        yield
+
+
+def fill_a_file_in_memory():
+    with os.fdopen(os.memfd_create("filled"), "wb", buffering=0) as file:
+        for _ in range(STEPS):
+            file.write(b"x" * STEP_BYTES)
+            yield
+
+
+def fill_another_process():
+    program = f"import sys\nheld = []\nwhile sys.stdin.buffer.read(1): held.append(b'x' * {STEP_BYTES})"
+    with subprocess.Popen([sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, bufsize=0) as other:
+        for _ in range(STEPS):
+            other.stdin.write(b"x")
+            yield
+
+
+def headroom_goes(path, folder, limit_file, filling):
+    join(folder, limit_file, STEPS * STEP_BYTES)
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    with contextlib.closing(globals()[filling]()) as steps:
+        for _ in steps:
+            if job.done():
+                break
+            time.sleep(0.01)  # 200 MiB/s: no sooner than anybody can look
+    gate.open()
+    got = outcome(job)
+    gate.close()
+    return got
+
+
+@pytest.mark.cgroup
+@pytest.mark.parametrize("filling", ["fill_huge_pages", "fill_a_file_in_memory", "fill_another_process"])
+def test_headroom_that_goes_by_other_ways_than_page_faults_is_seen_in_time(path, memory_group, filling):
+    got = scenario.run(headroom_goes, path, *memory_group, filling)
+    assert got.get("error") == "SnapshotOverrunError", got
+    assert " left below " in got["message"]
     assert path.read_bytes() == b"old"
 
 

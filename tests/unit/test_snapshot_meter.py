@@ -183,7 +183,7 @@ def test_looks_ahead_are_made_up_for_by_looking_half_as_often_and_not_by_a_pause
     meter = Meter(machine.root, None)
     affordable_s = 0.0005 / 0.0035
     assert max(looks(meter, now, 80, 16 * MIB)) < 1.5 * affordable_s
-    assert looks(meter, now, 20, mmap.PAGESIZE)[-1] == pytest.approx(2 * affordable_s)
+    assert affordable_s < looks(meter, now, 20, mmap.PAGESIZE)[-1] < 2.5 * affordable_s
 
 
 def test_headroom_below_the_reserve_is_told(machine):
