@@ -53,7 +53,6 @@ struct ms_sentry {
     ms_sentry_orders orders;
     ms_owned wake;
     int64_t began_ns, cpu_began_ns, looks;
-    int64_t due_ns; /* when the next look is to come; 0: whenever it comes, it is not late */
     lookout posts[];
 };
 
@@ -94,10 +93,11 @@ static bool is_misled(const lookout *post)
     return false;
 }
 
-/* How soon what is left must not be gone. Looks that are far apart on purpose are not late. */
-static int64_t notice(const ms_sentry *sentry, int64_t at_ns)
+/* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have to
+ * wait until they are affordable are. */
+static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
 {
-    int64_t late_ns = sentry->due_ns && at_ns > sentry->due_ns ? at_ns - sentry->due_ns : 0;
+    int64_t late_ns = past->next_ns ? at_ns - past->next_ns : 0;
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
@@ -107,7 +107,7 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
     ms_gauge_pace *pace = &sentry->orders.pace;
     ms_gauge *gauge = &post->gauge;
     trail *seen = &post->seen;
-    int64_t notice_ns = notice(sentry, at_ns);
+    int64_t notice_ns = notice(sentry, seen, at_ns);
     gauge->seen_bytes = INT64_MAX;
     ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, pace);
     seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
@@ -188,7 +188,7 @@ static void *run(void *argument)
         if (sentry->child.fd >= 0 && (next_ns = look(sentry, &report)) == 0)
             end_child(sentry, &report);
         else
-            wait_until(sentry, sentry->due_ns = next_ns);
+            wait_until(sentry, next_ns);
     }
     pthread_mutex_unlock(&sentry->lock);
     return NULL;
