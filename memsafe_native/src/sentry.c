@@ -93,8 +93,8 @@ static bool is_misled(const lookout *post)
     return false;
 }
 
-/* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have to
- * wait until they are affordable are. */
+/* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have
+ * to wait until they are affordable are. */
 static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
 {
     int64_t late_ns = past->next_ns ? at_ns - past->next_ns : 0;
