@@ -204,7 +204,7 @@ class Meter:
         try:
             with self._measured.reading():
                 self._count_fresh()
-                self._counted_bytes = self._faulted_bytes(pid)
+                copied_bytes = self._faulted_bytes(pid) - self._fresh_bytes
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
         finally:
@@ -215,7 +215,7 @@ class Meter:
         slack_bytes = math.inf
         if copy_bytes is not None and self._max_copy_bytes is not None:
             slack_bytes = self._max_copy_bytes - copy_bytes
-        self._bound.settle(slack_bytes, self._copied_bytes(), cost_s)
+        self._bound.settle(slack_bytes, copied_bytes, cost_s)
         return Measurement(copy_bytes, short)
 
     def _soon_bytes(self) -> float:
