@@ -13,6 +13,7 @@
 #include "emergency.h"
 #include "gauge.h"
 #include "kept.h"
+#include "timer.h"
 #include "waiter.h"
 
 enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
