@@ -36,6 +36,7 @@ from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
+from memsafe.snapshot.handle import ChildHandle, how_it_ended
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
@@ -119,8 +120,7 @@ class Supervisor:
         self._handover = bytearray(_HANDOVER.size)
         self._file: AtomicFile | None = None
         self._wake_fd = -1
-        self._pid = 0
-        self._pidfd = -1
+        self._child = ChildHandle()
         self._stack_fd = -1
         self._deadline_s = math.inf
         self._is_late = False
@@ -303,7 +303,7 @@ class Supervisor:
             if self._bounds.end_at_critical and (event := critical_event()) is not None:
                 self._on_critical(event)
             self._watch()
-        status = self._reap()
+        status = self._child.reap()
         self._find_reason(status)
         error = self.run.seal() or self._failure(status)
         if error is not None:
@@ -323,12 +323,12 @@ class Supervisor:
 
     def _adopt(self, resources: ExitStack) -> int:
         """Take the child over from the caller's thread, and return for how long that stood still, in nanoseconds."""
-        pause_ns: int
-        self._pid, self._pidfd, pause_ns = _HANDOVER.unpack(self._handover)
-        if self._pidfd >= 0:
-            resources.callback(os.close, self._pidfd)
+        pid, pidfd, pause_ns = _HANDOVER.unpack(self._handover)
+        self._child = ChildHandle(pid, pidfd)
+        if pidfd >= 0:
+            resources.callback(os.close, pidfd)
             resources.callback(self._sentry.rest)  # before that
-        return pause_ns
+        return int(pause_ns)
 
     def _commit(self) -> int:
         assert self._file is not None  # _prepare() has opened it
@@ -348,10 +348,10 @@ class Supervisor:
         self._refusal = self._refusal or failure
         if self._first.setdefault("", _THREAD) is _CALLER:
             self._fork_returned.wait()  # it may be in the midst of it
-        if self._was_forked() and not self._pid:
+        if self._was_forked() and not self._child.pid:
             self._adopt(resources)
         self._kill()
-        self._reap()
+        self._child.reap()
         verdict = self.run.seal()
         if verdict is not None:
             return verdict
@@ -366,13 +366,13 @@ class Supervisor:
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         poller.register(self._report_fd, select.POLLIN)
-        if self._pidfd >= 0:
-            poller.register(self._pidfd, select.POLLIN)
-        ended = self._pidfd < 0
+        if self._child.pidfd >= 0:
+            poller.register(self._child.pidfd, select.POLLIN)
+        ended = self._child.pidfd < 0
         while not ended:
             self._enforce()
             ready = {fd for fd, _ in poller.poll(self._patience_ms())}
-            ended = self._pidfd in ready
+            ended = self._child.pidfd in ready
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             if self._report_fd in ready:
@@ -424,22 +424,12 @@ class Supervisor:
 
     def _time_is_up(self, now_s: float) -> None:
         """Ask the child where it stands, of which it dies; where it does not, kill it. Bounds hold meanwhile."""
-        if not self._is_late and self._is_asked():
+        if not self._is_late and self._stack_fd >= 0 and self._child.signal(STACK_SIGNAL):
             self._deadline_s = now_s + _LAST_WORDS_S
         else:
             self._deadline_s = math.inf
             self._kill()
         self._is_late = True
-
-    def _is_asked(self) -> bool:
-        """Have the child die of a signal to which it answers with its stacks."""
-        if self._stack_fd < 0 or self._pidfd < 0:
-            return False
-        try:
-            signal.pidfd_send_signal(self._pidfd, STACK_SIGNAL)
-        except OSError:
-            return False
-        return True
 
     def _find_reason(self, status: os.waitid_result | None) -> None:
         """After the child's end: say why, where nobody could while it lived."""
@@ -453,7 +443,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
-        short = self._meter.runs_short(self._pid)
+        short = self._meter.runs_short(self._child.pid)
         if self._meter.is_tight:
             shorter_turns.ask(self)
         if short is not None:
@@ -463,9 +453,9 @@ class Supervisor:
 
     def _measure(self) -> None:
         try:
-            measured = self._meter.measure(self._pid)
+            measured = self._meter.measure(self._child.pid)
         except OSError as error:
-            if self._has_ended() or is_missing(error):
+            if self._child.has_ended() or is_missing(error):
                 return
             # A child whose process changed its user belongs to root (PR_SET_DUMPABLE, prctl(2)).
             if self._bounds.max_copy_bytes is not None:
@@ -477,7 +467,7 @@ class Supervisor:
                 self._meter.forgo_copies()
                 self._warnings.append(f"copies could not be measured, headroom alone was watched: {error}")
             return
-        if self._has_ended():
+        if self._child.has_ended():
             return  # where somebody else reaps, the number may be another process's by now
         if measured.copy_bytes is not None:
             self._count_copies(measured.copy_bytes)
@@ -495,7 +485,7 @@ class Supervisor:
         self.run.end(self._shortage_error(what))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
-                _native.fork_end(self._pidfd, _STANDSTILL_MS)
+                _native.fork_end(self._child.pidfd, _STANDSTILL_MS)
 
     def _shortage_error(self, what: str) -> SnapshotOverrunError:
         copy_bytes = self.run.copy_bytes
@@ -528,13 +518,8 @@ class Supervisor:
         self._kill()
 
     def _kill(self) -> None:
-        if self._pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:  # it ended by itself
-                pass
-            except OSError:  # it has become another user's: its guard ends it when nobody listens
-                self._reader.close()
+        if not self._child.signal(signal.SIGKILL):
+            self._reader.close()  # its guard ends it when nobody listens
 
     def _last_words(self) -> str:
         """Return the stacks that the child left; "" where it left none."""
@@ -543,24 +528,6 @@ class Supervisor:
         with suppress(OSError):
             return os.pread(self._stack_fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
         return ""
-
-    def _has_ended(self) -> bool:
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        return bool(poller.poll(0))
-
-    def _reap(self) -> os.waitid_result | None:
-        """Return how the child ended, or None where SIGCHLD is ignored or somebody else has waited for it."""
-        if self._pidfd < 0:
-            return None
-        try:
-            return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        except ChildProcessError:
-            return None
-        except OSError:  # a sandbox that knows pidfds, but not P_PIDFD
-            with suppress(OSError):
-                os.waitpid(self._pid, 0)
-            return None
 
     def _is_complete(self, status: os.waitid_result | None) -> bool:
         """Whether the child said that the image is, and nothing in how it ended speaks against it."""
@@ -583,13 +550,13 @@ class Supervisor:
         if self._is_complete(status):
             return None
         if status is None or (status.si_code != os.CLD_EXITED and status.si_status == signal.SIGKILL):
-            evidence = self._kill_watch.evidence(self._pid)
+            evidence = self._kill_watch.evidence(self._child.pid)
             if evidence is not None:
                 return OOMKilledError(
                     f"{failed} the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
                     f"{format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
                 )
-        return SnapshotFailedError(f"{failed} {_how_it_ended(status)}")
+        return SnapshotFailedError(f"{failed} {how_it_ended(status)}")
 
 
 def _own_oom_score_adj() -> int:
@@ -616,16 +583,6 @@ def _where(stack: str, witnesses: str) -> str:
             f"process there are {witnesses}"
         )
     return where
-
-
-def _how_it_ended(status: os.waitid_result | None) -> str:
-    if status is None:
-        return "the child ended without a word, and something else in this process took its exit status"
-    if status.si_code == os.CLD_EXITED:
-        return f"the child exited with status {status.si_status} before the image was complete (os._exit in write?)"
-    with suppress(ValueError):
-        return f"the child was ended by {signal.Signals(status.si_status).name}"
-    return f"the child was ended by signal {status.si_status}"
 
 
 def _start(thread: threading.Thread) -> None:

@@ -1,0 +1,62 @@
+"""A snapshot's child as its parent holds it: by a pidfd, so that nothing that is done to it can hit a stranger."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from contextlib import suppress
+
+
+class ChildHandle:
+    """A child that may be there.
+
+    Attributes:
+        pid: Its number; 0: there is none.
+        pidfd: Where it can be signalled, waited for and polled; -1: there is none, and then nothing is done.
+    """
+
+    def __init__(self, pid: int = 0, pidfd: int = -1) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+
+    def signal(self, number: int) -> bool:
+        """Send a signal. False where that is not allowed: the child has become another user's."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:  # it ended by itself
+                pass
+            except OSError:
+                return False
+        return True
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, reaped or not."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def reap(self) -> os.waitid_result | None:
+        """Return how it ended, or None where SIGCHLD is ignored or somebody else has waited for it."""
+        if self.pidfd < 0:
+            return None
+        try:
+            return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        except ChildProcessError:
+            return None
+        except OSError:  # a sandbox that knows pidfds, but not P_PIDFD
+            with suppress(OSError):
+                os.waitpid(self.pid, 0)
+            return None
+
+
+def how_it_ended(status: os.waitid_result | None) -> str:
+    """Say what ended a child that left no image."""
+    if status is None:
+        return "the child ended without a word, and something else in this process took its exit status"
+    if status.si_code == os.CLD_EXITED:
+        return f"the child exited with status {status.si_status} before the image was complete (os._exit in write?)"
+    with suppress(ValueError):
+        return f"the child was ended by {signal.Signals(status.si_status).name}"
+    return f"the child was ended by signal {status.si_status}"
