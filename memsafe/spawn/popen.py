@@ -81,8 +81,6 @@ class Popen(subprocess.Popen[Any]):
         UnsupportedError: ``memory_limit_by`` is "cgroup", and no cgroup can be made here; the error says why.
     """
 
-    oom_killed: bool | None = None
-
     def __init__(
         self,
         *args: Any,
@@ -114,12 +112,24 @@ class Popen(subprocess.Popen[Any]):
 
     @returncode.setter
     def returncode(self, value: Any) -> None:
-        self._returncode = value
+        self._returncode = value  # first of all: send_signal() takes the pid for the child's until then
         if value is not None:
             try:
-                self.oom_killed = self._limits.was_oom_killed(self.pid, value)
+                _ = self.oom_killed
             finally:
                 self._limits.release()
+
+    @property
+    def oom_killed(self) -> bool | None:
+        """Found out by whoever asks first after the end, in milliseconds; of several at once, the first answer stays.
+
+        Without a lock: a signal's handler would wait for the thread that it interrupts, a forked copy for one that it
+        does not have.
+        """
+        known = vars(self)
+        if self._returncode is not None and "_oom_killed" not in known:
+            known.setdefault("_oom_killed", self._limits.was_oom_killed(self.pid, self._returncode))
+        return known.get("_oom_killed")
 
     def _execute_child(self, *values: Any) -> None:
         """Start the child; subprocess.Popen.__init__ calls it with everything checked and the pipes made."""

@@ -567,3 +567,47 @@ def test_what_run_returns_is_a_completed_process_of_subprocess():
     assert done.oom_killed is None
     with pytest.raises(subprocess.CalledProcessError):
         done.check_returncode()
+
+
+class AskingLog(TellingLog):
+    """A kernel's log that names the child, but while it is read for the first time something else happens."""
+
+    def __init__(self, meanwhile):
+        super().__init__(True)
+        self.meanwhile = [meanwhile]
+
+    def names(self, pid):
+        if self.meanwhile:
+            self.meanwhile.pop()()
+            return False
+        return True
+
+
+def test_who_sees_in_another_thread_that_the_child_has_ended_is_told_what_ended_it(monkeypatch):
+    reading, read_on = threading.Event(), threading.Event()
+    log = AskingLog(lambda: reading.set() or read_on.wait(30))
+    monkeypatch.setattr(limits, "KillLog", lambda since_s: log)
+    with memsafe.Popen(["sleep", "60"]) as process:
+        waiter = threading.Thread(target=process.wait)
+        waiter.start()
+        process.kill()
+        assert reading.wait(30)
+        told = process.returncode, process.oom_killed
+        read_on.set()
+        waiter.join()
+    assert told == (-signal.SIGKILL, True)
+    assert process.oom_killed is True  # who was slower does not take it back
+
+
+def test_a_handler_that_interrupts_who_reaps_the_child_can_wait_for_it_and_is_told_what_ended_it(monkeypatch):
+    told = []
+    log = AskingLog(lambda: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr(limits, "KillLog", lambda since_s: log)
+    before = signal.signal(signal.SIGUSR1, lambda *_: told.append((process.wait(), process.oom_killed)))
+    try:
+        with memsafe.Popen(["sleep", "60"]) as process:
+            process.kill()
+            process.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == [(-signal.SIGKILL, True)]
