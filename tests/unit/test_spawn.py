@@ -1,6 +1,7 @@
 """memsafe.Popen beside subprocess.Popen: what one does, the other does."""
 
 import errno
+import inspect
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import pytest
 
 import memsafe
 from memsafe._kernel import child_cgroup
-from memsafe.spawn import limits, popen
+from memsafe.spawn import arguments, limits, popen
 
 PIPE = subprocess.PIPE
 
@@ -154,6 +155,23 @@ def test_popen_is_a_subprocess_popen():
         assert process.args == ["cat"]
         assert process.communicate("hello") == ("hello", None)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "own"), [("Popen", 0), ("run", 4), ("run_async", 4)])
+def test_inspect_shows_the_parameters_of_subprocess_in_order_then_ours(name, own):
+    theirs = inspect.signature(subprocess.Popen).parameters
+    shown = inspect.signature(getattr(memsafe, name)).parameters
+    assert [(key, shown[key].kind, shown[key].default) for key in list(shown)[: len(theirs)]] == [
+        (key, parameter.kind, parameter.default) for key, parameter in theirs.items()
+    ]
+    ours = arguments.ChildArguments.__annotations__.keys() - arguments.PopenArguments.__annotations__.keys()
+    of_run = [key for key in inspect.signature(subprocess.run).parameters if key not in ("popenargs", "kwargs")][:own]
+    rest = list(shown)[len(theirs) :]
+    assert (set(rest[: len(ours)]), rest[len(ours) :]) == (ours, of_run)
+
+
+def test_type_checkers_know_the_parameters_of_subprocess_too():
+    assert ["args", *arguments.PopenArguments.__annotations__] == list(inspect.signature(subprocess.Popen).parameters)
 
 
 def test_the_environment_is_that_of_the_c_library_too():
