@@ -15,22 +15,25 @@ typedef struct ms_sentry_report {
     int64_t rate_bytes_per_s; /* and how fast it went; 0 where give_bytes had been reached */
 } ms_sentry_report;
 
-/* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at
- * the most five hundred looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, or what pthread_create
- * gave. Thread-safe. Needs no GIL. */
+/* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at the most five
+ * hundred looks before their time. Returns 0 and sets *sentry, -EINVAL, -ENOMEM, -EBADF, or what pthread_create gave.
+ * Thread-safe. Needs no GIL. */
 int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
 
-/* Watch over this child, whose fork took pause_ns. The pidfd must stay open until ms_sentry_rest or ms_sentry_close.
- * Thread-safe. Needs no GIL. */
+/* Watch over this child of the process's, whose fork took pause_ns, unless one was ended already. The pidfd must stay
+ * open until ms_sentry_rest or ms_sentry_close. Where somebody else has closed it, or what a gauge reads, and the
+ * number is another file's by now, nobody is ended; a pidfd is told from another of the process's children's since
+ * Linux 6.9. Does nothing in a forked child. Thread-safe. Needs no GIL. */
 void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns);
 
-/* End no child any longer; when it returns, none is being ended. Thread-safe. Needs no GIL. */
+/* End no child any longer; when it returns, none is being ended. Does nothing in a forked child. Thread-safe. Needs no
+ * GIL. */
 void ms_sentry_rest(ms_sentry *sentry);
 
-/* Why the child was ended: set before it was, so whoever finds it dead finds the reason.
- * Returns 1 and sets *report, or 0: it was not. Thread-safe. Needs no GIL. */
+/* Why the child was ended: set before it was, so whoever finds it dead finds the reason. One that had ended by itself
+ * was not. Returns 1 and sets *report, or 0. Thread-safe. Needs no GIL. */
 int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report);
 
-/* Stop the thread, join it, free everything. pre: no other call on this sentry is running or follows, and this is the
- * process that opened it. Needs no GIL. */
+/* Stop the thread, join it, free everything; in a forked child only free it. pre: no other call on this sentry is
+ * running or follows. Needs no GIL. */
 void ms_sentry_close(ms_sentry *sentry);

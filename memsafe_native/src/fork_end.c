@@ -1,6 +1,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -16,6 +17,15 @@ static int64_t now_ms(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+bool ms_fork_lives(int pidfd)
+{
+    siginfo_t info = {.si_pid = 0};
+    /* P_PIDFD, which is 3, is newer than some libcs. */
+    if (waitid((idtype_t)3, (id_t)pidfd, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+        return errno != ECHILD && errno != EBADF;
+    return info.si_pid == 0;
 }
 
 int ms_fork_kill(int pidfd)

@@ -2,6 +2,8 @@
 #ifndef MS_FORK_INTERNAL_H
 #define MS_FORK_INTERNAL_H
 
+#include <stdbool.h>
+
 #include "ms.h"
 
 /* Exit status of a child that ended itself because its parent was gone. Nobody is left to read it. */
@@ -38,6 +40,10 @@ void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps
  * *pidfd is -1 when the child has ended and somebody else has reaped it: its number may be another process's by now.
  * Returns 0, or -errno: then the child was killed and reaped, and *pidfd is untouched. Any thread. */
 int ms_fork_adopt(pid_t pid, int *pidfd);
+
+/* Whether this is a child of this process's that has not ended; true as well where the kernel does not say (a sandbox
+ * that knows pidfds but does not wait for them). Any thread. */
+bool ms_fork_lives(int pidfd);
 
 /* Kill the child. Returns 0, or -errno where it may not be signalled; one that is gone already is no failure. Any
  * thread. */

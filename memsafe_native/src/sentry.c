@@ -9,7 +9,9 @@
 #include "fork_internal.h"
 #include "ms.h"
 #include "gauge.h"
+#include "generation.h"
 #include "native_thread.h"
+#include "owned.h"
 #include "sentry.h"
 #include "thread.h"
 
@@ -17,7 +19,8 @@ enum {
     DUTY = 400,         /* one part in so many of a core, */
     LOOKS_AHEAD = 500,  /* and so many looks before their time: half a second, however slow the machine is */
     TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
-    LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too */
+    LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too, */
+    LATE_MOST_NS = 1000 * 1000 * 1000, /* unless that was a debugger, or Ctrl-Z */
     WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
     NS_PER_S = 1000000000
 };
@@ -30,20 +33,28 @@ typedef struct trail {
     int64_t left_bytes[2];
 } trail;
 
+typedef struct lookout {
+    ms_gauge gauge;
+    ms_owned files[MS_GAUGE_TERMS]; /* what its terms read */
+    trail seen;
+} lookout;
+
 struct ms_sentry {
-    pthread_mutex_t lock; /* guards pidfd, notice_ns and is_closing; held while a child is being ended */
+    pthread_mutex_t lock; /* guards child, notice_ns and is_closing; held while a child is being ended; never taken in a
+                           * forked child */
     pthread_cond_t changed;
     pthread_t thread;
-    int pidfd; /* -1: nothing to watch over */
+    unsigned generation; /* of the process whose it is */
+    ms_owned child;      /* its pidfd; none: nothing to watch over */
     int64_t notice_ns;
     bool is_closing;
     atomic_bool has_told; /* release: the report is complete */
     ms_sentry_report report;
     /* The thread's own from here on. */
     ms_sentry_orders orders;
+    ms_owned wake;
     int64_t began_ns, cpu_began_ns, looks;
-    trail trails[MS_GAUGES];
-    ms_gauge gauges[];
+    lookout posts[];
 };
 
 static int64_t clock_ns(clockid_t clock)
@@ -53,42 +64,64 @@ static int64_t clock_ns(clockid_t clock)
     return (int64_t)now.tv_sec * NS_PER_S + now.tv_nsec;
 }
 
+static bool is_foreign(const ms_sentry *sentry)
+{
+    return sentry->generation != ms_generation();
+}
+
 /* How fast it goes, in bytes a second; 0 at first. */
 static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
 {
-    int64_t span_ns = at_ns - past->at_ns[0];
-    double rate = past->at_ns[0] == 0 ? 0 : (double)(past->left_bytes[0] - left_bytes) * NS_PER_S / (double)span_ns;
+    double lost_bytes = (double)past->left_bytes[0] - (double)left_bytes;
+    double rate = past->at_ns[0] == 0 ? 0 : lost_bytes * NS_PER_S / (double)(at_ns - past->at_ns[0]);
     if (past->at_ns[0] == 0 || at_ns - past->at_ns[1] >= WINDOW_NS) {
         past->at_ns[0] = past->at_ns[1];
         past->left_bytes[0] = past->left_bytes[1];
         past->at_ns[1] = at_ns;
         past->left_bytes[1] = left_bytes;
     }
+    if (rate >= (double)INT64_MAX)
+        return INT64_MAX;
     return rate > 0 ? (int64_t)rate : 0;
 }
 
+/* Whether a number was read from another file than was meant. */
+static bool is_misled(const lookout *post)
+{
+    for (int i = 0; i < MS_GAUGE_TERMS && post->files[i].fd >= 0; i++)
+        if (!ms_is_ours(&post->files[i]))
+            return true;
+    return false;
+}
+
+/* How soon what is left must not be gone. */
+static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
+{
+    int64_t late_ns = past->looked_ns ? at_ns - past->looked_ns : 0;
+    return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
+}
+
 /* Whether a gauge says that the child must end. Else its next_ns is set. */
-static bool is_short(ms_sentry *sentry, int index, int64_t at_ns, ms_sentry_report *report)
+static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_report *report)
 {
     ms_gauge_pace *pace = &sentry->orders.pace;
-    ms_gauge *gauge = &sentry->gauges[index];
-    trail *seen = &sentry->trails[index];
-    int64_t notice_ns = sentry->notice_ns;
-    if (seen->looked_ns)
-        notice_ns += LATE_LOOKS * (at_ns - seen->looked_ns);
+    ms_gauge *gauge = &post->gauge;
+    trail *seen = &post->seen;
+    int64_t notice_ns = notice(sentry, seen, at_ns);
     seen->looked_ns = at_ns;
     gauge->seen_bytes = INT64_MAX;
     ms_gauge_sight sight = ms_gauge_read(gauge, 1, 1, pace);
+    seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
     if (sight.short_of >= 0) {
         *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
-        return true;
+        return !is_misled(post);
     }
-    seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
     int64_t rate = note(seen, at_ns, gauge->seen_bytes);
     *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S &&
+           !is_misled(post);
 }
 
 /* Returns when there will have been time enough for what was spent, waking up included. */
@@ -99,20 +132,17 @@ static int64_t affordable_ns(ms_sentry *sentry)
     return looks <= LOOKS_AHEAD ? 0 : sentry->began_ns + spent_ns / looks * (looks - LOOKS_AHEAD) * DUTY;
 }
 
-/* pre: the lock is held. Returns when to look again; 0: the child must end. */
-static int64_t look(ms_sentry *sentry)
+/* pre: the lock is held. Returns when to look again; 0: the child must end, as *report says. */
+static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
 {
     int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
-        ms_sentry_report report;
-        if (sentry->trails[i].next_ns <= at_ns && is_short(sentry, i, at_ns, &report)) {
-            sentry->report = report;
-            atomic_store_explicit(&sentry->has_told, true, memory_order_release);
+        lookout *post = &sentry->posts[i];
+        if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report))
             return 0;
-        }
-        if (sentry->trails[i].next_ns < next_ns)
-            next_ns = sentry->trails[i].next_ns;
+        if (post->seen.next_ns < next_ns)
+            next_ns = post->seen.next_ns;
     }
     int64_t affordable_at_ns = affordable_ns(sentry);
     return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
@@ -128,17 +158,22 @@ static void wait_until(ms_sentry *sentry, int64_t until_ns)
         pthread_cond_timedwait(&sentry->changed, &sentry->lock, &until);
 }
 
-/* pre: the lock is held. */
-static void end_child(ms_sentry *sentry)
+/* End the child, if it is one that lives: another's end is not to be told as ours. Watch over nothing from then on.
+ * pre: the lock is held. */
+static void end_child(ms_sentry *sentry, const ms_sentry_report *report)
 {
-    int pidfd = sentry->pidfd;
-    sentry->pidfd = -1;
-    ms_fork_kill(pidfd);
-    if (sentry->orders.wake_fd >= 0) {
+    ms_owned child = sentry->child;
+    sentry->child.fd = -1;
+    if (!ms_is_ours(&child) || !ms_fork_lives(child.fd))
+        return;
+    sentry->report = *report;
+    atomic_store_explicit(&sentry->has_told, true, memory_order_release);
+    ms_fork_kill(child.fd);
+    if (ms_is_ours(&sentry->wake)) {
         const uint64_t one = 1;
-        (void)!write(sentry->orders.wake_fd, &one, sizeof one); /* it refuses only when it is set already */
+        (void)!write(sentry->wake.fd, &one, sizeof one); /* it refuses only when it is set already */
     }
-    ms_fork_reap_memory(pidfd);
+    ms_fork_reap_memory(child.fd);
 }
 
 static void *run(void *argument)
@@ -149,9 +184,10 @@ static void *run(void *argument)
     pthread_mutex_lock(&sentry->lock);
     sentry->cpu_began_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
     while (!sentry->is_closing) {
+        ms_sentry_report report;
         int64_t next_ns = 0;
-        if (sentry->pidfd >= 0 && (next_ns = look(sentry)) == 0)
-            end_child(sentry);
+        if (sentry->child.fd >= 0 && (next_ns = look(sentry, &report)) == 0)
+            end_child(sentry, &report);
         else
             wait_until(sentry, next_ns);
     }
@@ -159,7 +195,32 @@ static void *run(void *argument)
     return NULL;
 }
 
-static void prepare(ms_sentry *sentry, const ms_sentry_orders *orders)
+/* Returns 0, or -errno where a descriptor is none. */
+static int take_over(lookout *post, const ms_gauge *gauge)
+{
+    int result = 0;
+    post->gauge = *gauge;
+    for (int i = 0; i < MS_GAUGE_TERMS; i++)
+        post->files[i].fd = -1;
+    for (int i = 0; i < MS_GAUGE_TERMS && gauge->terms[i].fd >= 0 && result == 0; i++)
+        result = ms_own(gauge->terms[i].fd, &post->files[i]);
+    return result;
+}
+
+static int take_orders(ms_sentry *sentry, const ms_sentry_orders *orders)
+{
+    int result = 0;
+    sentry->orders = *orders;
+    sentry->orders.gauges = NULL; /* the caller's */
+    sentry->child.fd = sentry->wake.fd = -1;
+    if (orders->wake_fd >= 0)
+        result = ms_own(orders->wake_fd, &sentry->wake);
+    for (int i = 0; i < orders->gauge_count && result == 0; i++)
+        result = take_over(&sentry->posts[i], &orders->gauges[i]);
+    return result;
+}
+
+static void prepare(ms_sentry *sentry)
 {
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
@@ -167,12 +228,8 @@ static void prepare(ms_sentry *sentry, const ms_sentry_orders *orders)
     pthread_mutex_init(&sentry->lock, NULL);
     pthread_cond_init(&sentry->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    sentry->pidfd = -1;
-    sentry->orders = *orders;
-    sentry->orders.gauges = NULL; /* the caller's */
+    sentry->generation = ms_generation();
     sentry->began_ns = clock_ns(CLOCK_MONOTONIC);
-    for (int i = 0; i < orders->gauge_count; i++)
-        sentry->gauges[i] = orders->gauges[i];
 }
 
 /* pre: there is no thread. */
@@ -187,11 +244,13 @@ int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry)
 {
     if (orders->gauge_count < 0 || orders->gauge_count > MS_GAUGES)
         return -EINVAL;
-    ms_sentry *made = calloc(1, sizeof *made + (size_t)orders->gauge_count * sizeof made->gauges[0]);
+    ms_sentry *made = calloc(1, sizeof *made + (size_t)orders->gauge_count * sizeof made->posts[0]);
     if (!made)
         return -ENOMEM;
-    prepare(made, orders);
-    int result = ms_native_thread(&made->thread, run, made);
+    prepare(made);
+    int result = take_orders(made, orders);
+    if (result == 0)
+        result = ms_native_thread(&made->thread, run, made);
     if (result < 0) {
         dispose(made);
         return result;
@@ -200,10 +259,17 @@ int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry)
     return 0;
 }
 
+/* One child is ended at the most: the report that others may be reading stays as it is. */
 void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns)
 {
+    ms_owned child;
+    if (is_foreign(sentry))
+        return;
+    if (pidfd < 0 || ms_own(pidfd, &child) < 0)
+        child.fd = -1;
     pthread_mutex_lock(&sentry->lock);
-    sentry->pidfd = pidfd;
+    if (!atomic_load_explicit(&sentry->has_told, memory_order_relaxed))
+        sentry->child = child;
     sentry->notice_ns = sentry->orders.notice_ns + TEARDOWN_FORKS * pause_ns;
     pthread_cond_signal(&sentry->changed);
     pthread_mutex_unlock(&sentry->lock);
@@ -224,6 +290,11 @@ int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report)
 
 void ms_sentry_close(ms_sentry *sentry)
 {
+    /* A forked child has no such thread, and its copy of the lock may be held for ever. */
+    if (is_foreign(sentry)) {
+        free(sentry);
+        return;
+    }
     pthread_mutex_lock(&sentry->lock);
     sentry->is_closing = true;
     pthread_cond_signal(&sentry->changed);

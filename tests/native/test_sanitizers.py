@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
             "waiter_threads",
             ["waiter", "kept", "gauge", "cpuwatch", "emergency", "generation", "native_thread", "thread"],
         ),
+        ("sentry_threads", ["sentry", "gauge", "fork_end", "generation", "native_thread", "owned", "thread"]),
         ("region_faults", ["budget", "claim", "generation"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -126,6 +127,76 @@ def test_a_file_that_makes_no_sense_ends_nobody(sleeper, usage, watch):
     start, _ = watch
     native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
     assert not has_ended(sleeper.pidfd, 0.1)
+    assert told(native) is None
+
+
+# Where somebody else has closed a descriptor, and its number is another file's.
+
+
+@pytest.fixture
+def stranger():
+    """A process that is nobody's child here."""
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE) as parent:
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        yield pidfd
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+
+
+def test_a_stranger_whose_pidfd_got_the_number_lives(sleeper, stranger, usage, watch):
+    start, wake_fd = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    os.dup2(stranger, sleeper.pidfd)
+    usage.write_text(f"{95 * MIB}")
+    assert not has_ended(stranger, 0.1)
+    assert told(native) is None
+    assert not select.select([wake_fd], [], [], 0)[0]
+
+
+def test_what_another_file_says_ends_nobody(sleeper, usage, watch, tmp_path):
+    start, _ = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    other = tmp_path / "other"
+    other.write_text(f"{95 * MIB}")
+    usage_fd = next(int(fd) for fd in os.listdir("/proc/self/fd") if is_open_at(int(fd), usage))
+    with other.open() as file:
+        os.dup2(file.fileno(), usage_fd)
+    assert not has_ended(sleeper.pidfd, 0.1)
+    assert told(native) is None
+
+
+def is_open_at(fd, path):
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:  # what listed them
+        return False
+
+
+def test_nothing_is_written_to_another_file_than_the_eventfd(sleeper, usage, watch, tmp_path):
+    start, wake_fd = watch
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    with (tmp_path / "other").open("wb") as other:
+        os.dup2(other.fileno(), wake_fd)
+    usage.write_text(f"{95 * MIB}")
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    lib.ms_sentry_rest(native)  # returns when nothing is being ended
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+def test_a_descriptor_that_is_none_is_refused(sleeper, usage):
+    gauges = new_gauges()
+    orders = {"gauges": gauges, "gauge_count": fill_gauges(gauges, [Reading(7, 0, 0, 0, 0, ((2**30, b"", -1),))])}
+    for each in ({**orders, "wake_fd": -1}, {"wake_fd": 2**30}):
+        assert lib.ms_sentry_open(ffi.new("ms_sentry_orders *", each), ffi.new("ms_sentry **")) == -errno.EBADF
+
+
+def test_of_a_child_that_ended_by_itself_nothing_is_told(sleeper, usage, watch):
+    start, wake_fd = watch
+    sleeper.kill()
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    usage.write_text(f"{95 * MIB}")
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+    assert not select.select([wake_fd], [], [], 0.1)[0]
     assert told(native) is None
 
 
