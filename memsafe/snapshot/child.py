@@ -15,7 +15,7 @@ from memsafe._kernel import process
 from memsafe.errors import KernelError
 from memsafe.snapshot import threads
 from memsafe.snapshot.reports import Reporter
-from memsafe.snapshot.writer import ImageFile, SnapshotWriter, Written
+from memsafe.snapshot.writer import ImageFile, SnapshotWriter, Written, check_returned
 
 if TYPE_CHECKING:
     from array import array
@@ -94,7 +94,7 @@ class SnapshotChild:
 
     def _take_image(self, reporter: Reporter) -> Written:
         out = SnapshotWriter(self._image, reporter.progress)
-        self._write(out)
+        check_returned(self._write(out))
         return out.finish()  # here, where it can be cancelled; the parent's own sync then has little left to do
 
 

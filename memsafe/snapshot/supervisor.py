@@ -37,7 +37,7 @@ from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.handle import ChildHandle, how_it_ended
-from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
+from memsafe.snapshot.job import SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.sentry import Sentry
@@ -107,7 +107,6 @@ class Supervisor:
         known. It may be called again, with (None, False).
         """
         self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
-        self.job = SnapshotJob(self.run)
         self._bounds = bounds
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
@@ -589,7 +588,9 @@ def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" in str(error):  # CPython 3.12 and later, in exit functions at the latest
+        if "shutdown" in str(error):  # as some versions do in exit functions
             raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
+        if "start new thread" not in str(error):  # a subinterpreter, say, has no daemon threads
+            raise
         # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

@@ -6,6 +6,7 @@ Three layers: SnapshotWriter buffers, a compressor packs where that is asked for
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     from memsafe.sizes import Size
+    from memsafe.snapshot.atomic import StrPath
 
 ChecksumName: TypeAlias = Literal["crc32", "sha256"]
 
@@ -45,6 +47,27 @@ _PACKED_BYTES_MAX = 1024 * 1024
 
 # What sync_file_range says where there is no such thing: an old sandbox, a file system of its own. EPERM is seccomp's.
 _NO_WRITEBACK = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP, errno.EPERM})
+
+
+def check_request(path: StrPath, write: Callable[..., object]) -> None:
+    """Raise TypeError unless *path* is one, and calling *write* does what it says rather than only begin it."""
+    os.fsdecode(path)
+    if not callable(write):
+        raise TypeError(f"write must be callable, not {type(write).__name__}")
+    for code in (write, type(write).__call__):
+        if inspect.iscoroutinefunction(code) or inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+            raise TypeError(f"write must write when it is called: {write!r} is a coroutine or generator function")
+
+
+def check_returned(returned: object) -> None:
+    """Raise TypeError where what `write` returned is what should have written, not begun yet.
+
+    Of a partial, a lambda or an object with such a method no more can be seen before the call.
+    """
+    if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # it was never awaited, which is said here
+        raise TypeError(f"write must write before it returns, but returned {returned!r}, which nobody will run")
 
 
 @dataclass(frozen=True, slots=True)

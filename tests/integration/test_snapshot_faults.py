@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import memsafe
+from memsafe.snapshot import supervisor
 from tests import snapshot_faults
 from tests.integration import scenario
 from tests.integration.snapshots import (
@@ -80,6 +81,16 @@ def test_where_no_thread_can_be_started_nothing_is_done_and_the_next_one_works(p
     got = scenario.run(without_room_for_a_thread, path)
     assert "pthread_create" in got["refused"]
     assert got["result"]["size_bytes"] > 0
+
+
+class ThreadOfASubinterpreter:
+    def start(self):
+        raise RuntimeError("daemon thread are not supported in this interpreter")
+
+
+def test_where_the_interpreter_starts_no_such_thread_its_own_words_say_why():
+    with pytest.raises(RuntimeError, match="daemon thread"):
+        supervisor._start(ThreadOfASubinterpreter())
 
 
 # What its own thread meets.
