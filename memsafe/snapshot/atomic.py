@@ -10,7 +10,7 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
-from memsafe._kernel.descriptors import descriptor_path
+from memsafe._kernel.descriptors import Owned, descriptor_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ class AtomicFile:
 
     Attributes:
         path: The path as given.
-        fd: The descriptor to write to, open for reading and writing.
+        descriptor: What to write to, open for reading and writing.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -59,9 +59,9 @@ class AtomicFile:
             raise OSError(code, os.strerror(code), given)
         self._real_path = os.path.realpath(given)
         folder, self._name = os.path.split(self._real_path)
-        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._folder = Owned(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
         self._temporary: str | None = None
-        self.fd = -1
+        self.descriptor = Owned(-1)
         self.renamed = False
         try:
             mode = self._mode_of_old()
@@ -72,6 +72,11 @@ class AtomicFile:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number; -1 after close()."""
+        return self.descriptor.fd
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -88,17 +93,19 @@ class AtomicFile:
             OSError: Something on the way failed. The old file is still there, unless the last step, the folder's own
                 fsync, is what failed: then the new one is, but may not survive a power cut.
         """
+        if self._folder.is_lost() or self.descriptor.is_lost():  # what is open there by now is no image
+            raise OSError(errno.EBADF, "Another part of the program has closed the new file", self._real_path)
         temporary = self._temporary
         if temporary is None:
             os.fsync(self.fd)  # what takes long comes while nothing would be left of a process that dies
             temporary = self._make_temporary(self._link)
         os.fsync(self.fd)  # btrfs keeps an inode without a name out of its log, however often it is synced
         size_bytes = os.fstat(self.fd).st_size
-        os.rename(temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+        os.rename(temporary, self._name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._temporary = None
         self.renamed = True
         try:
-            os.fsync(self._folder_fd)
+            os.fsync(self._folder.fd)
         except OSError as error:
             if error.errno not in _NO_FOLDER_SYNC:
                 raise
@@ -107,21 +114,21 @@ class AtomicFile:
     def close(self) -> None:
         """Close the descriptors, and drop the file if it was not committed. A second call does nothing."""
         self._drop()
-        folder_fd, self._folder_fd = self._folder_fd, -1
-        _close(folder_fd)
+        folder, self._folder = self._folder, Owned(-1)
+        _close(folder)
 
     def _drop(self) -> None:
         """Close the file, and remove it if it has a name of ours."""
-        if self._temporary is not None:
+        if self._temporary is not None and self._folder.is_ours():
             with suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._folder_fd)
-            self._temporary = None
-        fd, self.fd = self.fd, -1
-        _close(fd)
+                os.unlink(self._temporary, dir_fd=self._folder.fd)
+        self._temporary = None
+        descriptor, self.descriptor = self.descriptor, Owned(-1)
+        _close(descriptor)
 
     def _mode_of_old(self) -> int | None:
         try:
-            status = os.stat(self._name, dir_fd=self._folder_fd, follow_symlinks=False)
+            status = os.stat(self._name, dir_fd=self._folder.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         if stat.S_ISDIR(status.st_mode):
@@ -132,12 +139,13 @@ class AtomicFile:
 
     def _open(self) -> None:
         try:
-            self.fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o666, dir_fd=self._folder_fd)
+            fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o666, dir_fd=self._folder.fd)
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise OSError(error.errno, error.strerror, self._real_path) from None
             self._create_locked()
         else:
+            self.descriptor = Owned(fd)
             self._lock()
 
     def _create_locked(self) -> None:
@@ -162,7 +170,7 @@ class AtomicFile:
     def _is_at(self, name: str) -> bool:
         """Whether the file has its name still. Not told by st_nlink, which some FUSE daemons leave at 0."""
         try:
-            os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+            os.stat(name, dir_fd=self._folder.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -184,10 +192,10 @@ class AtomicFile:
 
     def _create(self, name: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.fd = os.open(name, flags, 0o666, dir_fd=self._folder_fd)
+        self.descriptor = Owned(os.open(name, flags, 0o666, dir_fd=self._folder.fd))
 
     def _link(self, name: str) -> None:
-        os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder_fd, follow_symlinks=True)
+        os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder.fd, follow_symlinks=True)
 
     def _prefix(self) -> str:
         return f".{os.fsdecode(os.fsencode(self._name)[:_NAME_BYTES_MAX])}.memsafe-"
@@ -197,7 +205,7 @@ class AtomicFile:
 
     def _remove_leftovers(self) -> None:
         prefix = self._prefix()
-        for name in os.listdir(self._folder_fd):  # noqa: PTH208 - pathlib knows no descriptors
+        for name in os.listdir(self._folder.fd):  # noqa: PTH208 - pathlib knows no descriptors
             if name.startswith(prefix) and name.endswith(".tmp"):
                 # It has the permissions of the file that it was to replace; NFS locks only what may be written.
                 for access in (os.O_RDONLY, os.O_RDWR):
@@ -205,15 +213,14 @@ class AtomicFile:
                         self._remove_if_unused(name, access)
 
     def _remove_if_unused(self, name: str, access: int) -> None:
-        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder_fd)
+        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder.fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(name, dir_fd=self._folder_fd)
+            os.unlink(name, dir_fd=self._folder.fd)
         finally:
             os.close(fd)
 
 
-def _close(fd: int) -> None:
-    if fd >= 0:
-        with suppress(OSError):  # it is closed all the same, and what is committed was synced
-            os.close(fd)
+def _close(descriptor: Owned) -> None:
+    with suppress(OSError):  # it is closed all the same, and what is committed was synced
+        descriptor.close()
