@@ -8,6 +8,7 @@ newer data.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import select
@@ -41,6 +42,7 @@ from memsafe.snapshot.job import SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.sentry import Sentry
+from memsafe.snapshot.standstill import STANDSTILL_S, Standstill
 from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.child import ChildOptions
     from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
+
+_log = logging.getLogger("memsafe.snapshot")
 
 METHOD = "fork"
 
@@ -293,6 +297,7 @@ class Supervisor:
         if not self._was_forked():
             raise SnapshotFailedError(f"the snapshot of {os.fsdecode(self.run.path)} was not begun")
         pause_ns = self._adopt(resources)
+        self._standstill = Standstill(self._child.pid, time.monotonic())
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
         with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
@@ -380,7 +385,7 @@ class Supervisor:
     def _patience_ms(self) -> int:
         wake_at_s = time.monotonic() + _PATIENCE_S
         if self.run.state is not SnapshotState.ENDING:
-            wake_at_s = min(wake_at_s, self._meter.next_look_s, self._deadline_s)
+            wake_at_s = min(wake_at_s, self._meter.next_look_s, self._standstill.next_look_s, self._deadline_s)
         return max(0, math.ceil((wake_at_s - time.monotonic()) * 1000))
 
     def _check_descriptors(self) -> None:
@@ -415,6 +420,8 @@ class Supervisor:
             self._kill()
             return
         now_s = time.monotonic()
+        if now_s >= self._standstill.next_look_s:
+            self._look_for_life(now_s)
         if now_s >= self._deadline_s:
             self._time_is_up(now_s)
         elif now_s >= self._meter.next_look_s:
@@ -425,6 +432,22 @@ class Supervisor:
             short = self._sentry.told()
             if short is not None:
                 self._end_for_shortage(short)
+
+    def _look_for_life(self, now_s: float) -> None:
+        """Log, once, that the child stands still. It is not ended: its owner gave no time, or more."""
+        does = self._standstill.look(now_s, self.run.progress)
+        if does is not None:
+            timeout_s = self._bounds.timeout_s
+            then = "nothing ends it: pass timeout_s" if timeout_s is None else f"it is ended after {timeout_s} s"
+            _log.warning(
+                "the snapshot of %s stands still: for %g s its child has taken no processor time, and written and "
+                "reported nothing. It %s; %s%s",
+                os.fsdecode(self.run.path),
+                STANDSTILL_S,
+                does,
+                then,
+                _where("", witnesses(self._forked_by, self._bounds.root)),
+            )
 
     def _time_is_up(self, now_s: float) -> None:
         """Ask the child where it stands, of which it dies; where it does not, kill it. Bounds hold meanwhile."""
