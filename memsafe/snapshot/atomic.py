@@ -8,6 +8,7 @@ import itertools
 import os
 import stat
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from memsafe._kernel.descriptors import Owned, descriptor_path
@@ -36,8 +37,9 @@ class AtomicFile:
     elsewhere as ``.{name}.memsafe-{pid}-{n}.tmp`` in the same folder. Left-overs of processes that died are removed by
     the next AtomicFile for the same path: a lock on the file tells them from files in use, also in another container.
 
-    A symbolic link at the path stays, and what it points to is replaced. The old file's permissions are kept; a new
-    file gets 0666 less the umask. The folder is held open: renaming it, or os.chdir(), changes nothing.
+    A symbolic link at the path stays, and what it points to is replaced. The old file's permissions are kept, and its
+    owner and group where this process may give them; a new file gets 0666 less the umask. The folder is held open:
+    renaming it, or os.chdir(), changes nothing.
 
     Use it as a context manager: leaving it without commit() leaves the old file alone. One thread at a time.
 
@@ -64,11 +66,12 @@ class AtomicFile:
         self.descriptor = Owned(-1)
         self.renamed = False
         try:
-            mode = self._mode_of_old()
+            old = self._old()
             self._remove_leftovers()
-            self._open()
-            if mode is not None:
-                os.fchmod(self.fd, mode)
+            # Where it has a name, it is nobody's to open before it has the old one's owner and permissions.
+            self._open(0o666 if old is None else 0o600)
+            if old is not None:
+                self._take_after(old)
         except BaseException:
             self.close()
             raise
@@ -126,7 +129,7 @@ class AtomicFile:
         descriptor, self.descriptor = self.descriptor, Owned(-1)
         _close(descriptor)
 
-    def _mode_of_old(self) -> int | None:
+    def _old(self) -> os.stat_result | None:
         try:
             status = os.stat(self._name, dir_fd=self._folder.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -135,23 +138,39 @@ class AtomicFile:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self._real_path)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "Not a regular file, so it is not replaced", self._real_path)
-        return stat.S_IMODE(status.st_mode)
+        return status
 
-    def _open(self) -> None:
+    def _take_after(self, old: os.stat_result) -> None:
+        """Take over owner, group and permissions, as far as this process may; in that order, as chown takes bits away.
+
+        What is not taken over must not let anybody in: set-user-ID and set-group-ID would stand for somebody else, and
+        the permissions of one group are not those of another.
+        """
+        for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+            with suppress(OSError):  # it wants CAP_CHOWN, or for a group to be a member
+                os.fchown(self.fd, owner, group)
+        mode, new = stat.S_IMODE(old.st_mode), os.fstat(self.fd)
+        if new.st_uid != old.st_uid:
+            mode &= ~stat.S_ISUID
+        if new.st_gid != old.st_gid:
+            mode &= ~(stat.S_ISGID | stat.S_IRWXG) | (mode & stat.S_IRWXO) << 3
+        os.fchmod(self.fd, mode)
+
+    def _open(self, mode: int) -> None:
         try:
-            fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o666, dir_fd=self._folder.fd)
+            fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, mode, dir_fd=self._folder.fd)
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise OSError(error.errno, error.strerror, self._real_path) from None
-            self._create_locked()
+            self._create_locked(mode)
         else:
             self.descriptor = Owned(fd)
             self._lock()
 
-    def _create_locked(self) -> None:
+    def _create_locked(self, mode: int) -> None:
         """Make a named file that nobody has taken for a left-over in the instant before it was locked."""
         for _ in range(_NAMES_TRIED):
-            name = self._make_temporary(self._create)
+            name = self._make_temporary(partial(self._create, mode))
             if self._lock() and self._is_at(name):
                 return
             self._drop()
@@ -190,9 +209,9 @@ class AtomicFile:
                 self._temporary = name
                 return name
 
-    def _create(self, name: str) -> None:
+    def _create(self, mode: int, name: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.descriptor = Owned(os.open(name, flags, 0o666, dir_fd=self._folder.fd))
+        self.descriptor = Owned(os.open(name, flags, mode, dir_fd=self._folder.fd))
 
     def _link(self, name: str) -> None:
         os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder.fd, follow_symlinks=True)

@@ -281,6 +281,7 @@ class ImageFile(io.FileIO):
 
     Attributes:
         options: How it is written.
+        fd: The file's number; fileno() fails once `write` has closed its file.
         checksum: Of what was written so far, or None.
     """
 
@@ -292,7 +293,7 @@ class ImageFile(io.FileIO):
         rate = self.options.max_bytes_per_s
         self._pace = Pace(rate) if rate is not None else None
         self._disk = disk or Disk()
-        self._fd = fd  # fileno() fails once `write` has closed its file
+        self.fd = fd
         self._failure: Exception | None = None
         self._position = 0
         self._filling = _Range()
@@ -342,9 +343,9 @@ class ImageFile(io.FileIO):
             OSError: It could not be written, now or earlier.
         """
         with self.guarded():
-            self._disk.sync(self._fd)
+            self._disk.sync(self.fd)
             self._drop(_Range())
-            return os.fstat(self._fd).st_size
+            return os.fstat(self.fd).st_size
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -364,9 +365,9 @@ class ImageFile(io.FileIO):
         if not self._spreads:
             return
         try:
-            self._disk.write_back(self._fd, full, wait=False)
+            self._disk.write_back(self.fd, full, wait=False)
             if before is not None:
-                self._disk.write_back(self._fd, before, wait=True)
+                self._disk.write_back(self.fd, before, wait=True)
                 self._drop(before)
         except OSError as error:
             if error.errno not in _NO_WRITEBACK:
@@ -375,7 +376,7 @@ class ImageFile(io.FileIO):
 
     def _drop(self, pages: _Range) -> None:
         with suppress(OSError):  # it is advice
-            self._disk.drop(self._fd, pages)
+            self._disk.drop(self.fd, pages)
 
 
 class _Compressed(io.RawIOBase):
