@@ -72,13 +72,15 @@ def test_wait_that_takes_too_long_is_a_timeout_and_changes_nothing():
     assert engine.job.state is SnapshotState.PREPARING
 
 
-@pytest.mark.parametrize("timeout_s", [float("inf"), 1e300])
-def test_a_time_longer_than_a_lock_can_wait_is_for_ever(timeout_s):
+@pytest.mark.parametrize(
+    ("timeout_s", "waited_s"), [(float("inf"), None), (1e300, None), (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX)]
+)
+def test_a_time_longer_than_a_lock_can_wait_is_for_ever(monkeypatch, timeout_s, waited_s):
     engine = Engine()
-    thread = threading.Timer(0, engine.finish, [RESULT])
-    thread.start()
-    assert engine.job.wait(timeout_s) is RESULT
-    thread.join()
+    waits = []
+    monkeypatch.setattr(engine.run.future, "result", waits.append)
+    engine.job.wait(timeout_s)
+    assert waits == [waited_s]
 
 
 def test_a_job_can_be_referred_to_weakly():
