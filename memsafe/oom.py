@@ -8,6 +8,9 @@ somebody with CAP_SYS_RESOURCE set last, for it or for the process that it desce
 from __future__ import annotations
 
 import errno
+import os
+import threading
+from operator import index
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import cgroup, files, oom as kernel, process
@@ -33,6 +36,19 @@ _OWNER = (
 )
 
 
+# Held from the reading of a value to the writing of the next. Reentrant: a signal's handler may change it as well.
+# Renewed in a forked child, where it may be held by a thread that is not there.
+_changing = threading.RLock()
+
+
+def _renew_lock_after_fork() -> None:
+    global _changing
+    _changing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock_after_fork)
+
+
 class Adjusted(int):
     """The oom_score_adj that was there before a change. As a context manager it takes the change back at the end.
 
@@ -41,7 +57,7 @@ class Adjusted(int):
 
     Example:
         >>> from memsafe import oom
-        >>> with oom.set_score_adj(oom.score_adj() + 1) as before:
+        >>> with oom.adjust_by(1) as before:
         ...     oom.score_adj() - before
         1
     """
@@ -62,9 +78,10 @@ class Adjusted(int):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        wanted = score_adj(root=self._root) - self._offset
-        self._offset = 0
-        set_score_adj(min(max(wanted, kernel.SCORE_ADJ_MIN), kernel.SCORE_ADJ_MAX), root=self._root)
+        with _changing:
+            wanted = score_adj(root=self._root) - self._offset
+            self._offset = 0
+            set_score_adj(min(max(wanted, kernel.SCORE_ADJ_MIN), kernel.SCORE_ADJ_MAX), root=self._root)
 
 
 def score(*, root: Root = "/") -> int:
@@ -94,10 +111,13 @@ def score_adj(*, root: Root = "/") -> int:
 def set_score_adj(n: int, *, root: Root = "/") -> Adjusted:
     """Set what is added to the score of this process. Children that it starts later inherit it.
 
-    For good; or, as ``with set_score_adj(n):``, until the end of the block.
+    For good; or, as ``with set_score_adj(n):``, until the end of the block. What was inherited is written over: in a
+    process that was started at 700, ``set_score_adj(500)`` makes it less likely to be chosen, or is refused.
+    adjust_by() goes from what is there.
 
     Args:
-        n: -1000 (never chosen) to 1000 (chosen first), in thousandths of all memory that the process may use.
+        n: The value itself, as the kernel's file has it: -1000 (never chosen) to 1000 (chosen first), in thousandths of
+            all memory that the process may use.
         root: What stands for "/".
 
     Returns:
@@ -108,23 +128,51 @@ def set_score_adj(n: int, *, root: Root = "/") -> Adjusted:
         KernelError: EACCES: *n* is lower than the process may have, and CAP_SYS_RESOURCE is missing. Nothing changed.
     """
     kernel.check_score_adj(n)
-    before = score_adj(root=root)
-    try:
-        kernel.write_score_adj(n, root)
-    except KernelError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM):
-            raise
-        raise KernelError(
-            error.errno or errno.EACCES, error.call, f"it is {before}; {_LOWER if n < before else _OWNER}"
-        ) from None
+    with _changing:
+        before = score_adj(root=root)
+        try:
+            kernel.write_score_adj(n, root)
+        except KernelError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM):
+                raise
+            raise KernelError(
+                error.errno or errno.EACCES, error.call, f"it is {before}; {_LOWER if n < before else _OWNER}"
+            ) from None
     return Adjusted.of(before, n, root)
 
 
-def protect(*, root: Root = "/") -> Adjusted:
-    """Make the OOM killer less likely to choose this process: take 500 off its oom_score_adj, to -999 at the lowest.
+def adjust_by(offset: int, *, root: Root = "/") -> Adjusted:
+    """Add *offset* to what is added to the score of this process, inherited or set: to 1000 at most, or -999 at least.
 
-    Never -1000: where all that is large is exempt, the kernel kills what is small, or panics. Children that are started
-    meanwhile inherit it; a snapshot's child does not, and memsafe.Popen has ``oom_score_adj``.
+    Never to -1000: where all that is large is exempt, the kernel kills what is small, or panics. Children that it
+    starts later inherit the sum.
+
+    For good; or, as ``with adjust_by(offset):``, until the end of the block.
+
+    Args:
+        offset: Above 0 the process is likelier to be chosen, below 0 less likely; in thousandths of all memory that it
+            may use.
+        root: What stands for "/".
+
+    Returns:
+        The value that was there before.
+
+    Raises:
+        KernelError: EACCES: *offset* is below 0, the sum lower than the process may have, and CAP_SYS_RESOURCE is
+            missing. Nothing changed.
+    """
+    with _changing:
+        before = score_adj(root=root)
+        lowest = min(before, kernel.SCORE_ADJ_MIN + 1)
+        after = min(max(before + index(offset), lowest), kernel.SCORE_ADJ_MAX)
+        return Adjusted.of(before, before, root) if after == before else set_score_adj(after, root=root)
+
+
+def protect(*, root: Root = "/") -> Adjusted:
+    """Make the OOM killer less likely to choose this process: ``adjust_by(-500)``, so to -999 at the lowest.
+
+    Children that are started meanwhile inherit it; a snapshot's child does not, and memsafe.Popen has
+    ``oom_score_adj``.
 
     For good; or, as ``with protect():``, until the end of the block.
 
@@ -137,10 +185,7 @@ def protect(*, root: Root = "/") -> Adjusted:
     Raises:
         KernelError: EACCES: CAP_SYS_RESOURCE is missing. The error says who can do it instead.
     """
-    before = score_adj(root=root)
-    if before <= kernel.SCORE_ADJ_MIN + 1:
-        return Adjusted.of(before, before, root)
-    return set_score_adj(max(before - PROTECTED_BY, kernel.SCORE_ADJ_MIN + 1), root=root)
+    return adjust_by(-PROTECTED_BY, root=root)
 
 
 def kills(*, root: Root = "/") -> int:
@@ -173,4 +218,4 @@ def _told(value: int | None, path: str, root: Root) -> int:
     return value
 
 
-__all__ = ["Adjusted", "kills", "protect", "score", "score_adj", "set_score_adj"]
+__all__ = ["Adjusted", "adjust_by", "kills", "protect", "score", "score_adj", "set_score_adj"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -14,22 +15,31 @@ def descriptor_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
+_UNTOLD = ()  # by a network's file system that has lost its server, say
+
+
 class Owned:
     """A descriptor of ours that may have been closed behind our back, by os.closerange() say.
 
     Its number may by then be another file's, which is neither to be written to nor closed. Told by device and inode;
-    eventfds, timers and epoll sets share theirs, and are not told from each other.
+    eventfds, timers and epoll sets share theirs, and are not told from each other. -1 is none.
     """
 
     __slots__ = ("_identity", "fd")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, identity: tuple[int, int] | None = None) -> None:
+        """Own what *fd* stands for now; or what has the device and inode of *identity*, got when it was opened."""
         self.fd = fd
-        self._identity = self._look()
+        self._identity = identity or self._look()
 
     def is_ours(self) -> bool:
         """Whether the number still stands for the file that it stood for."""
-        return self._identity is not None and self._look() == self._identity
+        then, now = self._identity, self._look()
+        return then is not None and now is not None and (_UNTOLD in (then, now) or then == now)
+
+    def is_lost(self) -> bool:
+        """Whether somebody else has closed it."""
+        return self._identity is not None and not self.is_ours()
 
     def close(self) -> None:
         """Close it if it is ours, and once."""
@@ -37,9 +47,12 @@ class Owned:
             self._identity = None
             os.close(self.fd)
 
-    def _look(self) -> tuple[int, int] | None:
+    def _look(self) -> tuple[int, ...] | None:
+        """Return device and inode, _UNTOLD where something is open that tells neither; None where nothing is."""
+        if self.fd < 0:
+            return None
         try:
             found = os.fstat(self.fd)
-        except OSError:
-            return None
+        except OSError as error:
+            return None if error.errno == errno.EBADF else _UNTOLD
         return found.st_dev, found.st_ino

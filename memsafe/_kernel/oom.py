@@ -14,6 +14,7 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from memsafe._kernel import cgroup, files
+from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class KillLog:
         The log's clock is another, so that what came somewhat earlier is taken too: a second, and a thousandth of the
         time since boot. Who had the same pid and was killed then is taken for its next owner.
         """
-        self._fd = -1
+        self._log = Owned(-1)
         self._whole = since_s is None  # nothing of that time was overwritten
         self._since_us = 0.0
         if since_s is not None:
@@ -110,21 +111,21 @@ class KillLog:
         self.victims: set[int] = set()
         with suppress(OSError):
             if _pids_are_the_logs(root) and (since_s is None or _times_are_the_logs(root)):
-                self._fd = os.open(files.under(root, "/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                self._log = Owned(os.open(files.under(root, "/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
                 if since_s is None:
-                    os.lseek(self._fd, 0, os.SEEK_END)
+                    os.lseek(self._log.fd, 0, os.SEEK_END)
 
     def names(self, pid: int) -> bool | None:
         """Whether *pid* was killed for want of memory; None: it is not named, but may have been all the same."""
         try:
-            while self._fd >= 0 and (record := os.read(self._fd, _RECORD_BYTES_MAX)):
+            while self._log.is_ours() and (record := os.read(self._log.fd, _RECORD_BYTES_MAX)):
                 self._whole = self._whole or self._reaches_back(record)
                 self.victims.update(int(pid) for time_us, pid in _KILLED.findall(record) if self._in_time(time_us))
         except BlockingIOError:
             pass  # that is all
         except OSError:  # EPIPE: some were overwritten unread
             self.close()
-        return True if pid in self.victims else False if self._whole and self._fd >= 0 else None
+        return True if pid in self.victims else False if self._whole and self._log.is_ours() else None
 
     def _reaches_back(self, record: bytes) -> bool:
         """Whether *record* is the very first, or from before the time that matters."""
@@ -136,10 +137,8 @@ class KillLog:
 
     def close(self) -> None:
         """Read no more. Twice is a no-op."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with suppress(OSError):  # it is closed all the same
-                os.close(fd)
+        with suppress(OSError):  # it is closed all the same
+            self._log.close()
 
 
 def _pids_are_the_logs(root: Root) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from memsafe._kernel import files
@@ -219,12 +220,52 @@ def minor_faults(pid: int | str = "self", root: Root = "/") -> int:
     Raises:
         KernelError: /proc/<pid>/stat cannot be read or makes no sense (proc_pid_stat(5), minflt).
     """
+    path, (faults,) = _stat(pid, root, "minflt")
+    return files.count(faults, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What tells whether a process does anything.
+
+    Attributes:
+        state: As in ps: R runs, S waits, D waits for a device, T is stopped.
+        cpu_ticks: Processor time of all its threads, in ticks, of which a second has 100 (sysconf(3), _SC_CLK_TCK).
+        written_bytes: What it has handed to write(2) and its like; None where that is not told.
+    """
+
+    state: str
+    cpu_ticks: int
+    written_bytes: int | None
+
+
+def activity(pid: int | str = "self", root: Root = "/") -> Activity:
+    """Return what *pid* does, and has done.
+
+    Raises:
+        KernelError: /proc/<pid>/stat cannot be read or makes no sense (proc_pid_stat(5)).
+    """
+    path, (state, *ticks) = _stat(pid, root, "state", "utime", "stime")
+    cpu_ticks = sum(files.count(each, path) for each in ticks)
+    written_bytes = None
+    with suppress(KernelError):  # the child of a process that changed its user is root's
+        path = files.under(root, f"/proc/{pid}/io")
+        written_bytes = Labelled(files.read(path), path).count(b"wchar")
+    return Activity(state.decode(errors="replace"), cpu_ticks, written_bytes)
+
+
+_STAT_FIELDS = {"state": 0, "minflt": 7, "utime": 11, "stime": 12}  # behind the name
+
+
+def _stat(pid: int | str, root: Root, *names: str) -> tuple[str, list[bytes]]:
+    """Return the path of /proc/<pid>/stat, and these of its fields."""
     path = files.under(root, f"/proc/{pid}/stat")
     # The name in parentheses may hold anything, parentheses included.
     fields = files.read(path).rpartition(b")")[2].split()
-    if len(fields) < 8:
-        raise files.lacking(path, "minflt")
-    return files.count(fields[7], path)
+    for name in names:
+        if len(fields) <= _STAT_FIELDS[name]:
+            raise files.lacking(path, name)
+    return path, [fields[_STAT_FIELDS[name]] for name in names]
 
 
 def thread_names(root: Root = "/", pid: int | str = "self") -> dict[int, str]:

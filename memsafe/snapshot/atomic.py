@@ -8,9 +8,10 @@ import itertools
 import os
 import stat
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from memsafe._kernel.descriptors import descriptor_path
+from memsafe._kernel.descriptors import Owned, descriptor_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,14 +37,15 @@ class AtomicFile:
     elsewhere as ``.{name}.memsafe-{pid}-{n}.tmp`` in the same folder. Left-overs of processes that died are removed by
     the next AtomicFile for the same path: a lock on the file tells them from files in use, also in another container.
 
-    A symbolic link at the path stays, and what it points to is replaced. The old file's permissions are kept; a new
-    file gets 0666 less the umask. The folder is held open: renaming it, or os.chdir(), changes nothing.
+    A symbolic link at the path stays, and what it points to is replaced. The old file's permissions are kept, and its
+    owner and group where this process may give them; a new file gets 0666 less the umask. The folder is held open:
+    renaming it, or os.chdir(), changes nothing.
 
     Use it as a context manager: leaving it without commit() leaves the old file alone. One thread at a time.
 
     Attributes:
         path: The path as given.
-        fd: The descriptor to write to, open for reading and writing.
+        descriptor: What to write to, open for reading and writing.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -59,19 +61,25 @@ class AtomicFile:
             raise OSError(code, os.strerror(code), given)
         self._real_path = os.path.realpath(given)
         folder, self._name = os.path.split(self._real_path)
-        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._folder = Owned(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
         self._temporary: str | None = None
-        self.fd = -1
+        self.descriptor = Owned(-1)
         self.renamed = False
         try:
-            mode = self._mode_of_old()
+            old = self._old()
             self._remove_leftovers()
-            self._open()
-            if mode is not None:
-                os.fchmod(self.fd, mode)
+            # Where it has a name, it is nobody's to open before it has the old one's owner and permissions.
+            self._open(0o666 if old is None else 0o600)
+            if old is not None:
+                self._take_after(old)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number; -1 after close()."""
+        return self.descriptor.fd
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -88,17 +96,19 @@ class AtomicFile:
             OSError: Something on the way failed. The old file is still there, unless the last step, the folder's own
                 fsync, is what failed: then the new one is, but may not survive a power cut.
         """
+        if self._folder.is_lost() or self.descriptor.is_lost():  # what is open there by now is no image
+            raise OSError(errno.EBADF, "Another part of the program has closed the new file", self._real_path)
         temporary = self._temporary
         if temporary is None:
             os.fsync(self.fd)  # what takes long comes while nothing would be left of a process that dies
             temporary = self._make_temporary(self._link)
         os.fsync(self.fd)  # btrfs keeps an inode without a name out of its log, however often it is synced
         size_bytes = os.fstat(self.fd).st_size
-        os.rename(temporary, self._name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+        os.rename(temporary, self._name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._temporary = None
         self.renamed = True
         try:
-            os.fsync(self._folder_fd)
+            os.fsync(self._folder.fd)
         except OSError as error:
             if error.errno not in _NO_FOLDER_SYNC:
                 raise
@@ -107,43 +117,60 @@ class AtomicFile:
     def close(self) -> None:
         """Close the descriptors, and drop the file if it was not committed. A second call does nothing."""
         self._drop()
-        folder_fd, self._folder_fd = self._folder_fd, -1
-        _close(folder_fd)
+        folder, self._folder = self._folder, Owned(-1)
+        _close(folder)
 
     def _drop(self) -> None:
         """Close the file, and remove it if it has a name of ours."""
-        if self._temporary is not None:
+        if self._temporary is not None and self._folder.is_ours():
             with suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._folder_fd)
-            self._temporary = None
-        fd, self.fd = self.fd, -1
-        _close(fd)
+                os.unlink(self._temporary, dir_fd=self._folder.fd)
+        self._temporary = None
+        descriptor, self.descriptor = self.descriptor, Owned(-1)
+        _close(descriptor)
 
-    def _mode_of_old(self) -> int | None:
+    def _old(self) -> os.stat_result | None:
         try:
-            status = os.stat(self._name, dir_fd=self._folder_fd, follow_symlinks=False)
+            status = os.stat(self._name, dir_fd=self._folder.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self._real_path)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "Not a regular file, so it is not replaced", self._real_path)
-        return stat.S_IMODE(status.st_mode)
+        return status
 
-    def _open(self) -> None:
+    def _take_after(self, old: os.stat_result) -> None:
+        """Take over owner, group and permissions, as far as this process may; in that order, as chown takes bits away.
+
+        What is not taken over must not let anybody in: set-user-ID and set-group-ID would stand for somebody else, and
+        the permissions of one group are not those of another.
+        """
+        for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+            with suppress(OSError):  # it wants CAP_CHOWN, or for a group to be a member
+                os.fchown(self.fd, owner, group)
+        mode, new = stat.S_IMODE(old.st_mode), os.fstat(self.fd)
+        if new.st_uid != old.st_uid:
+            mode &= ~stat.S_ISUID
+        if new.st_gid != old.st_gid:
+            mode &= ~(stat.S_ISGID | stat.S_IRWXG) | (mode & stat.S_IRWXO) << 3
+        os.fchmod(self.fd, mode)
+
+    def _open(self, mode: int) -> None:
         try:
-            self.fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o666, dir_fd=self._folder_fd)
+            fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, mode, dir_fd=self._folder.fd)
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise OSError(error.errno, error.strerror, self._real_path) from None
-            self._create_locked()
+            self._create_locked(mode)
         else:
+            self.descriptor = Owned(fd)
             self._lock()
 
-    def _create_locked(self) -> None:
+    def _create_locked(self, mode: int) -> None:
         """Make a named file that nobody has taken for a left-over in the instant before it was locked."""
         for _ in range(_NAMES_TRIED):
-            name = self._make_temporary(self._create)
+            name = self._make_temporary(partial(self._create, mode))
             if self._lock() and self._is_at(name):
                 return
             self._drop()
@@ -162,7 +189,7 @@ class AtomicFile:
     def _is_at(self, name: str) -> bool:
         """Whether the file has its name still. Not told by st_nlink, which some FUSE daemons leave at 0."""
         try:
-            os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+            os.stat(name, dir_fd=self._folder.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -182,12 +209,12 @@ class AtomicFile:
                 self._temporary = name
                 return name
 
-    def _create(self, name: str) -> None:
+    def _create(self, mode: int, name: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.fd = os.open(name, flags, 0o666, dir_fd=self._folder_fd)
+        self.descriptor = Owned(os.open(name, flags, mode, dir_fd=self._folder.fd))
 
     def _link(self, name: str) -> None:
-        os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder_fd, follow_symlinks=True)
+        os.link(descriptor_path(self.fd), name, dst_dir_fd=self._folder.fd, follow_symlinks=True)
 
     def _prefix(self) -> str:
         return f".{os.fsdecode(os.fsencode(self._name)[:_NAME_BYTES_MAX])}.memsafe-"
@@ -197,7 +224,7 @@ class AtomicFile:
 
     def _remove_leftovers(self) -> None:
         prefix = self._prefix()
-        for name in os.listdir(self._folder_fd):  # noqa: PTH208 - pathlib knows no descriptors
+        for name in os.listdir(self._folder.fd):  # noqa: PTH208 - pathlib knows no descriptors
             if name.startswith(prefix) and name.endswith(".tmp"):
                 # It has the permissions of the file that it was to replace; NFS locks only what may be written.
                 for access in (os.O_RDONLY, os.O_RDWR):
@@ -205,15 +232,14 @@ class AtomicFile:
                         self._remove_if_unused(name, access)
 
     def _remove_if_unused(self, name: str, access: int) -> None:
-        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder_fd)
+        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder.fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(name, dir_fd=self._folder_fd)
+            os.unlink(name, dir_fd=self._folder.fd)
         finally:
             os.close(fd)
 
 
-def _close(fd: int) -> None:
-    if fd >= 0:
-        with suppress(OSError):  # it is closed all the same, and what is committed was synced
-            os.close(fd)
+def _close(descriptor: Owned) -> None:
+    with suppress(OSError):  # it is closed all the same, and what is committed was synced
+        descriptor.close()

@@ -15,7 +15,7 @@ from memsafe._kernel import process
 from memsafe.errors import KernelError
 from memsafe.snapshot import threads
 from memsafe.snapshot.reports import Reporter
-from memsafe.snapshot.writer import ImageFile, SnapshotWriter, Written
+from memsafe.snapshot.writer import ImageFile, SnapshotWriter, Written, check_returned
 
 if TYPE_CHECKING:
     from array import array
@@ -91,10 +91,21 @@ class SnapshotChild:
         if self._stack_fd >= 0:
             faulthandler.register(STACK_SIGNAL, file=self._stack_fd, all_threads=True, chain=True)
         threads.let_go()
+        os.register_at_fork(after_in_child=self._let_go)
+
+    def _let_go(self) -> None:
+        """In a process that `write` forks: the image is not its business, nor what is said of it.
+
+        The numbers are given to what refuses to be written to, and not freed: buffers still believe in them.
+        """
+        nothing = os.pidfd_open(os.getpid())
+        for fd in (self._image.fd, self._report_fd):
+            os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
 
     def _take_image(self, reporter: Reporter) -> Written:
         out = SnapshotWriter(self._image, reporter.progress)
-        self._write(out)
+        check_returned(self._write(out))
         return out.finish()  # here, where it can be cancelled; the parent's own sync then has little left to do
 
 

@@ -22,8 +22,9 @@ from memsafe.forecast import LastSnapshot, observations
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import parse_size
 from memsafe.snapshot.child import ChildOptions
+from memsafe.snapshot.job import SnapshotJob
 from memsafe.snapshot.supervisor import Bounds, Supervisor
-from memsafe.snapshot.writer import WriterOptions
+from memsafe.snapshot.writer import WriterOptions, check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from memsafe.pressure.levels import PressureEvent
     from memsafe.sizes import Size
     from memsafe.snapshot.atomic import StrPath
-    from memsafe.snapshot.job import SnapshotJob
     from memsafe.snapshot.writer import ChecksumName, SnapshotWriter, Zstd
 
     class HasFileno(Protocol):
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         def fileno(self) -> int:
             """Return the descriptor."""
 
+
+_FD_MAX = 2**31 - 1
 
 EXIT_WAIT_S = 10.0
 """For how long an interpreter that exits waits for what is being ended, at most."""
@@ -75,9 +77,10 @@ def fork_snapshot(
     the rest. With *timeout_s*, a *write* that waits for ever is reported with the stack on which it does.
 
     Inherited sockets and pipes are closed but for *keep_fds* and 0 to 2; files are shared with the parent, offsets
-    included. print() goes to a copy of the parent's buffer and is lost; flushing it would write the parent's pending
-    output twice. No atexit function runs and nothing is finalized. Reading Python objects writes their reference
-    counts, and so copies their pages; memory outside of the heap (mmap, arrays) is not copied by reading.
+    included. print() goes to a copy of the parent's buffer and is lost, unless stdout is a terminal or unbuffered;
+    flushing it would write the parent's pending output twice. No atexit function runs and nothing is finalized. Reading
+    Python objects writes their reference counts, and so copies their pages; memory outside of the heap (mmap, arrays)
+    is not copied by reading.
 
     SIGINT is ignored in the child, other handlers are reset, the OOM killer prefers it to this process, and it ends
     with this process. In ps it is called memsafe-snap. An interpreter that exits ends a running snapshot; wait for it
@@ -85,16 +88,17 @@ def fork_snapshot(
 
     Args:
         path: The file to replace. A symbolic link is followed.
-        write: Called in the child. It must return, not exit.
+        write: Called in the child. It must return when all is written, not exit. One that returns an awaitable or a
+            generator has written nothing yet, and so has failed.
         max_copy: Bound on the bytes of memory that both processes copy by writing; passing it ends the child. The
             child's interpreter needs 2 to 4 MiB of it. With or without a bound, the child is ended when the memory
-            left to this process is nearly gone. Copies are measured at a duty cycle of 1 %, up to 10 % while page
-            faults come fast, so a bound may be passed by what is written between two measurements (at least 10 ms
-            apart; the more memory is mapped, the further).
+            left to this process is nearly gone. A bound may be passed by what is written between two measurements, the
+            further the more memory is mapped: docs/snapshots.md says by how much, and what measuring takes.
         on_progress: Called as ``on_progress(done, total)`` in this process, on the job's thread, for what *write*
             reports by ``out.progress``. While it runs nothing is measured: be quick.
         timeout_s: Seconds after which the child is ended.
-        keep_fds: Sockets and pipes that *write* needs; descriptors, or objects with fileno().
+        keep_fds: Sockets and pipes that *write* needs; descriptors, or objects with fileno(). One that is not open
+            means nothing.
         nice: Added to this process's niceness in the child: 1 to 19 leave the processor to others, below 0 needs
             CAP_SYS_NICE. A refusal is in the result's warnings.
         idle_io: Whether the disk is to serve the child only when nobody else wants it (ioprio_set(2)); only some I/O
@@ -112,18 +116,20 @@ def fork_snapshot(
         SnapshotInProgressError: This process has one running already.
         KernelError: fork failed.
         OSError: No file can be made at *path*, or descriptors have run out.
-        RuntimeError: The interpreter is exiting, and the call is in a thread that ends with it. Or in any thread: from
-            CPython 3.12 on none can be started in exit functions, in 3.12 itself once the main thread has ended.
+        RuntimeError: The interpreter is exiting, and the call is in a thread that ends with it; or in any thread, where
+            the interpreter starts none any more. Or it is a subinterpreter, which has no daemon threads.
+        TypeError: *path* is no path; *write* cannot be called, or would only be begun by a call (a coroutine or
+            generator function); *on_progress* cannot be called.
         UnsupportedError: No library for *compress* is installed.
         ValueError: An argument makes no sense.
     """
-    if not callable(write):
-        raise TypeError(f"write must be callable, not {type(write).__name__}")
+    check_request(path, write)
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress must be callable, not {type(on_progress).__name__}")
     max_copy_bytes = None if max_copy is None else parse_size(max_copy, what="max_copy")
     if timeout_s is not None and not timeout_s > 0:
         raise ValueError(f"timeout_s must be positive, or None for no limit: {timeout_s!r}")
-    keep = array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in keep_fds])
-    child_options = ChildOptions(keep, index(nice), bool(idle_io))
+    child_options = ChildOptions(_descriptors(keep_fds), index(nice), bool(idle_io))
     options = WriterOptions.of(checksum, compress, max_bytes_per_s)
     claim = _Claim(path)
     supervisor: Supervisor | None = None
@@ -148,7 +154,7 @@ def fork_snapshot(
         claim.supervisor = supervisor
         _slot.check_may_begin()  # once more: end_at_exit() has either seen the supervisor, or is seen here
         supervisor.fork(write, child_options, options)
-        return supervisor.job
+        return SnapshotJob(supervisor.run)
     except BaseException:
         if supervisor is None:
             _slot.release(claim)
@@ -160,6 +166,13 @@ def fork_snapshot(
 def end_at_exit() -> None:
     """Have a snapshot that is running when the interpreter exits ended, after whatever is registered after this."""
     _slot.hook()
+
+
+def _descriptors(keep_fds: Iterable[int | HasFileno]) -> array[int]:
+    numbers = [index(fd) if isinstance(fd, int) else fd.fileno() for fd in keep_fds]
+    if not all(0 <= number <= _FD_MAX for number in numbers):
+        raise ValueError(f"keep_fds must be descriptors, 0 to {_FD_MAX}: {numbers}")
+    return array("i", numbers)
 
 
 def _deferred(assessment: ForkAssessment, event: PressureEvent) -> ForkAssessment:

@@ -103,6 +103,17 @@ _NEXT = {
 }
 
 
+def lock_timeout(timeout_s: float | None) -> float | None:
+    """Return *timeout_s* as waiting takes it: for what is longer than a lock can wait, None, which is for ever."""
+    return None if timeout_s is None or timeout_s > threading.TIMEOUT_MAX else timeout_s
+
+
+def _log_failure(future: Future[SnapshotResult]) -> None:
+    error = future.exception()
+    if error is not None and not isinstance(error, SnapshotCancelledError):
+        _log.warning("nobody asked how this ended: %s", error)
+
+
 def _final_state(error: BaseException) -> SnapshotState:
     match error:
         case SnapshotCancelledError():
@@ -207,14 +218,14 @@ class SnapshotRun:
         self.state = state
 
     def report_progress(self, done: int, total: int) -> None:
-        """Publish progress. A callback that fails is logged: a display must not cost the image."""
+        """Publish progress. A callback that fails, or exits, is logged: a display must not cost the image."""
         self.progress = SnapshotProgress(done, total)
         if self._on_progress is None:
             return
         self._reporting_thread = threading.get_ident()
         try:
             self._on_progress(done, total)
-        except Exception:
+        except BaseException:
             _log.exception("on_progress of the snapshot of %s failed", os.fsdecode(self.path))
         finally:
             self._reporting_thread = None
@@ -230,6 +241,11 @@ class SnapshotRun:
         if self._reporting_thread == threading.get_ident():
             raise RuntimeError("on_progress runs on the job's own thread: it cannot wait for the job")
 
+    def abandon(self) -> None:
+        """Nobody will ask for the outcome: a failure is logged, now or when it comes."""
+        if self.pid == os.getpid():  # in a forked child nobody may be left to release the future's lock
+            self.future.add_done_callback(_log_failure)
+
     def report_copies(self, copy_bytes: int) -> None:
         """Publish a measurement of private copies, in bytes."""
         self.copy_bytes = copy_bytes
@@ -240,13 +256,15 @@ class SnapshotJob:
     """A snapshot under way, whichever engine takes it. Thread-safe.
 
     ``job.wait()`` and ``await job`` give the SnapshotResult or raise what ended it, as often as they are asked; a job
-    that nobody waits for finishes all the same. Cancelling a task that awaits it leaves it running.
+    that nobody waits for finishes all the same, and its failure is logged. Cancelling a task that awaits it leaves it
+    running.
     """
 
-    __slots__ = ("_run",)
+    __slots__ = ("__weakref__", "_run", "_was_told")
 
     def __init__(self, run: SnapshotRun) -> None:
         self._run = run
+        self._was_told = False  # somebody got the outcome, or will
 
     @property
     def path(self) -> StrPath:
@@ -300,22 +318,32 @@ class SnapshotJob:
         """
         self._run.check_can_wait()
         try:
-            return self._run.future.result(timeout_s)
+            return self._run.future.result(lock_timeout(timeout_s))
         except TimeoutError:
             if self.done():
                 raise
             path = os.fsdecode(self.path)
             raise TimeoutError(f"the snapshot of {path} is still running after {timeout_s} s; it goes on") from None
+        finally:
+            self._was_told |= self.done()
 
     def add_done_callback(self, callback: Callable[[SnapshotJob], object]) -> None:
         """Call *callback* with this job when it has ended: on the job's thread, or here if it has ended already."""
+        self._was_told = True
         self._run.future.add_done_callback(lambda _: callback(self))
 
     def __await__(self) -> Generator[Any, None, SnapshotResult]:
         import asyncio
 
         self._run.check_can_wait()
-        return asyncio.wrap_future(self._run.future).__await__()
+        try:
+            return (yield from asyncio.wrap_future(self._run.future).__await__())
+        finally:
+            self._was_told |= self.done()
+
+    def __del__(self) -> None:
+        if not self._was_told:
+            self._run.abandon()
 
     def __repr__(self) -> str:
         return f"<SnapshotJob of {os.fsdecode(self.path)!r}, {self.state.value}>"

@@ -11,13 +11,17 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from memsafe.snapshot.writer import Written
+
+if TYPE_CHECKING:
+    from memsafe._kernel.descriptors import Owned
 
 _LENGTH = struct.Struct("=I")
 _FRAME_BYTES_MAX = 2 * 2**20
 _READ_BYTES = 64 * 1024
+_BUFFER_BYTES_MAX = _FRAME_BYTES_MAX + _LENGTH.size  # what is more is a frame, or nonsense
 
 # Progress goes at once for a while, then is thinned out: a report for each of a million items would cost the child a
 # system call and the parent's thread a turn at the GIL, each.
@@ -135,9 +139,9 @@ def _traceback(error: BaseException) -> str:
 class ReportReader:
     """The parent's side."""
 
-    def __init__(self, fd: int) -> None:
-        """Read from *fd*, the read end of a non-blocking pipe, which close() closes."""
-        self._fd = fd
+    def __init__(self, pipe: Owned) -> None:
+        """Read from *pipe*, the read end of one that does not block, which close() closes."""
+        self._pipe = pipe
         self._buffer = bytearray()
         self.at_end = False
 
@@ -147,9 +151,9 @@ class ReportReader:
         Raises:
             OSError: What came in makes no sense: something else wrote to the pipe.
         """
-        while not self.at_end:
+        while not self.at_end and len(self._buffer) < _BUFFER_BYTES_MAX:
             try:
-                data = os.read(self._fd, _READ_BYTES)
+                data = os.read(self._pipe.fd, _READ_BYTES)
             except BlockingIOError:
                 break
             self.at_end = not data
@@ -161,11 +165,9 @@ class ReportReader:
 
     def close(self) -> None:
         """Listen no more; the writer is told. Twice is a no-op."""
-        fd, self._fd = self._fd, -1
         self.at_end = True
-        if fd >= 0:
-            with suppress(OSError):  # it is closed all the same
-                os.close(fd)
+        with suppress(OSError):  # it is closed all the same
+            self._pipe.close()
 
     def _take(self) -> bytes | None:
         if len(self._buffer) < _LENGTH.size:

@@ -20,6 +20,8 @@ from memsafe.errors import (
     SnapshotRefusedError,
 )
 from memsafe.snapshot.fork import EXIT_WAIT_S, end_at_exit, fork_snapshot
+from memsafe.snapshot.job import lock_timeout
+from memsafe.snapshot.writer import check_request
 
 if TYPE_CHECKING:
     import asyncio
@@ -106,6 +108,7 @@ class SnapshotSchedule:
         path: Where the next image goes.
 
     Raises:
+        TypeError: *path* is no path; *write* cannot be called, or is a coroutine or generator function.
         ValueError: Neither *every_s*, *after_changes* nor *points* is given, or they make no sense.
 
     Example:
@@ -139,6 +142,7 @@ class SnapshotSchedule:
         clock: Callable[[], float] = time.monotonic,
         **arguments: Any,
     ) -> None:
+        check_request(path, write)
         if (points is None) == (every_s is None and after_changes is None):
             raise ValueError("either every_s, after_changes or both, or points: there must be something to go by")
         if not 0 < retry_s <= retry_max_s:
@@ -350,7 +354,7 @@ class SnapshotSchedule:
         self._stopped.set()
         atexit.unregister(self._end_at_exit)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+            self._thread.join(lock_timeout(timeout_s))
             if self._thread.is_alive():
                 path = os.fsdecode(self.path)
                 raise TimeoutError(f"the schedule of snapshots of {path} has not ended after {timeout_s} s")

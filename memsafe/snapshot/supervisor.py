@@ -8,6 +8,7 @@ newer data.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import select
@@ -37,10 +38,11 @@ from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
 from memsafe.snapshot.handle import ChildHandle, how_it_ended
-from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun, SnapshotState
+from memsafe.snapshot.job import SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.sentry import Sentry
+from memsafe.snapshot.standstill import STANDSTILL_S, Standstill
 from memsafe.snapshot.threads import witnesses
 from memsafe.snapshot.writer import ImageFile
 
@@ -53,11 +55,13 @@ if TYPE_CHECKING:
     from memsafe.snapshot.child import ChildOptions
     from memsafe.snapshot.writer import SnapshotWriter, WriterOptions
 
+_log = logging.getLogger("memsafe.snapshot")
+
 METHOD = "fork"
 
 _CALLER, _THREAD = "the caller's", "the job's"
 
-_HANDOVER = struct.Struct("=qqq")  # pid, pidfd, pause_ns: struct handover of fork_py.c
+_HANDOVER = struct.Struct("=qqqQQ")  # pid, pidfd, pause_ns, the pidfd's device and inode: struct handover of fork_py.c
 
 # The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
 # Right after the fork both count the same pages, then the parent may grow: by less than all there is. So a difference
@@ -69,6 +73,9 @@ _OOM_SCORE_ADJ_MAX = 1000
 
 # Only for the case that the native fork could not set the eventfd.
 _LOOK_FOR_FORK_MS = 1000
+
+# How long until it is noticed at the latest that descriptors which are polled have become strangers'.
+_PATIENCE_S = 5.0
 
 # How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
 _LAST_WORDS_S = 2.0
@@ -107,7 +114,6 @@ class Supervisor:
         known. It may be called again, with (None, False).
         """
         self.run = SnapshotRun(path, wake=self._wake, on_progress=on_progress)
-        self.job = SnapshotJob(self.run)
         self._bounds = bounds
         self._on_end = on_end
         self._prepared = threading.Event()  # or refused
@@ -119,9 +125,8 @@ class Supervisor:
         self._fork_returned = threading.Event()
         self._handover = bytearray(_HANDOVER.size)
         self._file: AtomicFile | None = None
-        self._wake_fd = -1
-        self._child = ChildHandle()
-        self._stack_fd = -1
+        self._wake_event = self._stack = Owned(-1)
+        self._child = ChildHandle(0, Owned(-1))
         self._deadline_s = math.inf
         self._is_late = False
         self._not_for_others: list[Owned] = []
@@ -149,7 +154,7 @@ class Supervisor:
             raise self._refusal
         assert self._file is not None
         self._forked_by = threading.get_ident()
-        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._report_write_fd, self._stack_fd)
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._write_end.fd, self._stack.fd)
         own_adj = _own_oom_score_adj()
         oom_score_adj = min(own_adj + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
         if oom_score_adj - own_adj < _OOM_SCORE_ADJ_ABOVE:
@@ -170,10 +175,10 @@ class Supervisor:
             _native.fork(
                 child,
                 self._handover,
-                self._wake_fd,
-                self._own_pidfd,
-                self._report_write_fd,
-                self._report_fd,
+                self._wake_event.fd,
+                self._own_pidfd.fd,
+                self._write_end.fd,
+                self._read_end.fd,
                 oom_score_adj,
                 child_options.nice,
                 child_options.idle_io,
@@ -210,9 +215,9 @@ class Supervisor:
         return any(self._handover)
 
     def _wake(self) -> None:
-        if self._wake_fd >= 0:
+        if self._wake_event.is_ours():
             with suppress(OSError):  # it refuses only when it is set already
-                os.eventfd_write(self._wake_fd, 1)
+                os.eventfd_write(self._wake_event.fd, 1)
 
     # The job's thread.
 
@@ -253,26 +258,20 @@ class Supervisor:
     def _prepare(self, resources: ExitStack) -> None:
         try:
             self._file = resources.enter_context(AtomicFile(self.run.path))
-            self._own_pidfd = _pidfd_of_self()
-            resources.callback(os.close, self._own_pidfd)
-            self._report_fd, self._report_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._reader = ReportReader(self._report_fd)
-            resources.callback(self._reader.close)
-            self._write_end = resources.enter_context(ExitStack())
-            self._write_end.callback(os.close, self._report_write_fd)
+            self._own_pidfd = _own(resources, _pidfd_of_self())
+            self._read_end, self._write_end = (_own(resources, fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+            self._reader = ReportReader(self._read_end)
             self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
             resources.callback(self._meter.close)
             if self._bounds.timeout_s is not None:
                 with suppress(OSError):  # then nothing is said of where a child hangs
-                    self._stack_fd = os.memfd_create("memsafe-stack")
-                    resources.callback(os.close, self._stack_fd)
+                    self._stack = _own(resources, os.memfd_create("memsafe-stack"))
             self._kill_watch = KillWatch(self._bounds.root)
             resources.callback(self._kill_watch.close)
-            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            resources.callback(os.close, self._wake_fd)
-            self._sentry = Sentry(self._bounds.root, self._wake_fd)
+            self._wake_event = _own(resources, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._sentry = Sentry(self._bounds.root, self._wake_event.fd)
             resources.callback(self._sentry.close)
-            self._not_for_others = [Owned(fd) for fd in (self._file.fd, self._report_fd, self._report_write_fd)]
+            self._not_for_others = [self._file.descriptor, self._read_end, self._write_end]
             resources.callback(self._not_for_others.clear)  # before any is closed: its number may become a stranger's
         except BaseException as refusal:
             self._refusal = refusal
@@ -283,11 +282,12 @@ class Supervisor:
     def _wait_for_fork(self) -> None:
         """Return when the child is there, or will never be."""
         poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
+        poller.register(self._wake_event.fd, select.POLLIN)
         try:
             while not (self._was_forked() or self._given_up):
                 if poller.poll(_LOOK_FOR_FORK_MS):
-                    os.eventfd_read(self._wake_fd)
+                    self._check_descriptors()
+                    os.eventfd_read(self._wake_event.fd)
         except OSError:
             # The native fork sets the eventfd before any Python can run; this is set by Python, so an interrupt in the
             # right place could prevent it. It takes both.
@@ -297,6 +297,7 @@ class Supervisor:
         if not self._was_forked():
             raise SnapshotFailedError(f"the snapshot of {os.fsdecode(self.run.path)} was not begun")
         pause_ns = self._adopt(resources)
+        self._standstill = Standstill(self._child.pid, time.monotonic())
         self.run.begin()
         self._write_end.close()  # so that the pipe ends with the child
         with alarm.heard_by(self._on_critical) if self._bounds.end_at_critical else nullcontext():
@@ -323,11 +324,10 @@ class Supervisor:
 
     def _adopt(self, resources: ExitStack) -> int:
         """Take the child over from the caller's thread, and return for how long that stood still, in nanoseconds."""
-        pid, pidfd, pause_ns = _HANDOVER.unpack(self._handover)
-        self._child = ChildHandle(pid, pidfd)
-        if pidfd >= 0:
-            resources.callback(os.close, pidfd)
-            resources.callback(self._sentry.rest)  # before that
+        pid, pidfd, pause_ns, device, inode = _HANDOVER.unpack(self._handover)
+        self._child = ChildHandle(pid, Owned(pidfd, (device, inode) if inode else None))
+        resources.callback(self._child.pidfd.close)
+        resources.callback(self._sentry.rest)  # before that
         return int(pause_ns)
 
     def _commit(self) -> int:
@@ -364,30 +364,39 @@ class Supervisor:
     def _watch(self) -> None:
         """Return when the child has ended and all that it said is heard."""
         poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
-        poller.register(self._report_fd, select.POLLIN)
-        if self._child.pidfd >= 0:
-            poller.register(self._child.pidfd, select.POLLIN)
-        ended = self._child.pidfd < 0
+        wake_fd, report_fd, pidfd = self._wake_event.fd, self._read_end.fd, self._child.pidfd.fd
+        for fd in (wake_fd, report_fd, pidfd):
+            if fd >= 0:
+                poller.register(fd, select.POLLIN)
+        ended = pidfd < 0
         while not ended:
             self._enforce()
             ready = {fd for fd, _ in poller.poll(self._patience_ms())}
-            ended = self._child.pidfd in ready
-            if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
-            if self._report_fd in ready:
+            self._check_descriptors()
+            ended = pidfd in ready
+            if wake_fd in ready:
+                os.eventfd_read(wake_fd)
+            if report_fd in ready:
                 self._hear()
                 if self._reader.at_end:
-                    poller.unregister(self._report_fd)
+                    poller.unregister(report_fd)
         self._hear()
 
-    def _patience_ms(self) -> int | None:
-        if self.run.state is SnapshotState.ENDING:
-            return None
-        wake_at_s = min(self._meter.next_look_s, self._deadline_s)
-        if wake_at_s == math.inf:
-            return None
-        return min(max(0, math.ceil((wake_at_s - time.monotonic()) * 1000)), 2**31 - 1)
+    def _patience_ms(self) -> int:
+        wake_at_s = time.monotonic() + _PATIENCE_S
+        if self.run.state is not SnapshotState.ENDING:
+            wake_at_s = min(wake_at_s, self._meter.next_look_s, self._standstill.next_look_s, self._deadline_s)
+        return max(0, math.ceil((wake_at_s - time.monotonic()) * 1000))
+
+    def _check_descriptors(self) -> None:
+        """Before any event is believed: it may be a stranger's, and our own may never come."""
+        if any(each.is_lost() for each in (self._wake_event, self._read_end, self._child.pidfd)):
+            raise SnapshotFailedError(
+                self._ended(
+                    "another part of the program has closed descriptors that it needs (os.closerange? Becoming a "
+                    "daemon? Do that first)"
+                )
+            )
 
     def _hear(self) -> None:
         for report in self._reader.read():
@@ -411,6 +420,8 @@ class Supervisor:
             self._kill()
             return
         now_s = time.monotonic()
+        if now_s >= self._standstill.next_look_s:
+            self._look_for_life(now_s)
         if now_s >= self._deadline_s:
             self._time_is_up(now_s)
         elif now_s >= self._meter.next_look_s:
@@ -422,9 +433,25 @@ class Supervisor:
             if short is not None:
                 self._end_for_shortage(short)
 
+    def _look_for_life(self, now_s: float) -> None:
+        """Log, once, that the child stands still. It is not ended: its owner gave no time, or more."""
+        does = self._standstill.look(now_s, self.run.progress)
+        if does is not None:
+            timeout_s = self._bounds.timeout_s
+            then = "nothing ends it: pass timeout_s" if timeout_s is None else f"it is ended after {timeout_s} s"
+            _log.warning(
+                "the snapshot of %s stands still: for %g s its child has taken no processor time, and written and "
+                "reported nothing. It %s; %s%s",
+                os.fsdecode(self.run.path),
+                STANDSTILL_S,
+                does,
+                then,
+                _where("", witnesses(self._forked_by, self._bounds.root)),
+            )
+
     def _time_is_up(self, now_s: float) -> None:
         """Ask the child where it stands, of which it dies; where it does not, kill it. Bounds hold meanwhile."""
-        if not self._is_late and self._stack_fd >= 0 and self._child.signal(STACK_SIGNAL):
+        if not self._is_late and self._stack.is_ours() and self._child.signal(STACK_SIGNAL):
             self._deadline_s = now_s + _LAST_WORDS_S
         else:
             self._deadline_s = math.inf
@@ -485,7 +512,7 @@ class Supervisor:
         self.run.end(self._shortage_error(what))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
-                _native.fork_end(self._child.pidfd, _STANDSTILL_MS)
+                _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _STANDSTILL_MS)
 
     def _shortage_error(self, what: str) -> SnapshotOverrunError:
         copy_bytes = self.run.copy_bytes
@@ -523,10 +550,10 @@ class Supervisor:
 
     def _last_words(self) -> str:
         """Return the stacks that the child left; "" where it left none."""
-        if self._stack_fd < 0:
+        if not self._stack.is_ours():
             return ""
         with suppress(OSError):
-            return os.pread(self._stack_fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
+            return os.pread(self._stack.fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
         return ""
 
     def _is_complete(self, status: os.waitid_result | None) -> bool:
@@ -559,6 +586,12 @@ class Supervisor:
         return SnapshotFailedError(f"{failed} {how_it_ended(status)}")
 
 
+def _own(resources: ExitStack, fd: int) -> Owned:
+    owned = Owned(fd)
+    resources.callback(owned.close)
+    return owned
+
+
 def _own_oom_score_adj() -> int:
     try:
         return process.oom_score_adj() or 0
@@ -589,7 +622,9 @@ def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" in str(error):  # CPython 3.12 and later, in exit functions at the latest
+        if "shutdown" in str(error):  # as some versions do in exit functions
             raise RuntimeError("the interpreter is exiting: it starts no thread, and so no snapshot") from None
+        if "start new thread" not in str(error):  # a subinterpreter, say, has no daemon threads
+            raise
         # CPython drops the errno; pthread_create(3) fails with this one alone.
         raise KernelError(errno.EAGAIN, "pthread_create", "no thread for the snapshot, nothing was done") from None

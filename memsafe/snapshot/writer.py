@@ -6,6 +6,7 @@ Three layers: SnapshotWriter buffers, a compressor packs where that is asked for
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     from memsafe.sizes import Size
+    from memsafe.snapshot.atomic import StrPath
 
 ChecksumName: TypeAlias = Literal["crc32", "sha256"]
 
@@ -45,6 +47,27 @@ _PACKED_BYTES_MAX = 1024 * 1024
 
 # What sync_file_range says where there is no such thing: an old sandbox, a file system of its own. EPERM is seccomp's.
 _NO_WRITEBACK = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP, errno.EPERM})
+
+
+def check_request(path: StrPath, write: Callable[..., object]) -> None:
+    """Raise TypeError unless *path* is one, and calling *write* does what it says rather than only begin it."""
+    os.fsdecode(path)
+    if not callable(write):
+        raise TypeError(f"write must be callable, not {type(write).__name__}")
+    for code in (write, type(write).__call__):
+        if inspect.iscoroutinefunction(code) or inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+            raise TypeError(f"write must write when it is called: {write!r} is a coroutine or generator function")
+
+
+def check_returned(returned: object) -> None:
+    """Raise TypeError where what `write` returned is what should have written, not begun yet.
+
+    Of a partial, a lambda or an object with such a method no more can be seen before the call.
+    """
+    if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # it was never awaited, which is said here
+        raise TypeError(f"write must write before it returns, but returned {returned!r}, which nobody will run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +281,7 @@ class ImageFile(io.FileIO):
 
     Attributes:
         options: How it is written.
+        fd: The file's number; fileno() fails once `write` has closed its file.
         checksum: Of what was written so far, or None.
     """
 
@@ -269,7 +293,7 @@ class ImageFile(io.FileIO):
         rate = self.options.max_bytes_per_s
         self._pace = Pace(rate) if rate is not None else None
         self._disk = disk or Disk()
-        self._fd = fd  # fileno() fails once `write` has closed its file
+        self.fd = fd
         self._failure: Exception | None = None
         self._position = 0
         self._filling = _Range()
@@ -319,9 +343,9 @@ class ImageFile(io.FileIO):
             OSError: It could not be written, now or earlier.
         """
         with self.guarded():
-            self._disk.sync(self._fd)
+            self._disk.sync(self.fd)
             self._drop(_Range())
-            return os.fstat(self._fd).st_size
+            return os.fstat(self.fd).st_size
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -341,9 +365,9 @@ class ImageFile(io.FileIO):
         if not self._spreads:
             return
         try:
-            self._disk.write_back(self._fd, full, wait=False)
+            self._disk.write_back(self.fd, full, wait=False)
             if before is not None:
-                self._disk.write_back(self._fd, before, wait=True)
+                self._disk.write_back(self.fd, before, wait=True)
                 self._drop(before)
         except OSError as error:
             if error.errno not in _NO_WRITEBACK:
@@ -352,7 +376,7 @@ class ImageFile(io.FileIO):
 
     def _drop(self, pages: _Range) -> None:
         with suppress(OSError):  # it is advice
-            self._disk.drop(self._fd, pages)
+            self._disk.drop(self.fd, pages)
 
 
 class _Compressed(io.RawIOBase):

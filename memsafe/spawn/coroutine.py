@@ -15,22 +15,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memsafe.errors import KernelError, UnsupportedError
+from memsafe.spawn.arguments import passed_on_to
 from memsafe.spawn.popen import CompletedProcess, Popen, completed, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import IO
+    from typing import IO, Unpack
+
+    from memsafe.spawn.arguments import ChildArguments, Command
 
 _READ_BYTES = 256 * 1024
 
 
+@passed_on_to(Popen)
 async def run_async(
-    *args: Any,
+    args: Command,
+    *more: Any,
     input: str | bytes | None = None,  # noqa: A002
     capture_output: bool = False,
     timeout: float | None = None,
     check: bool = False,
-    **kwargs: Any,
+    **kwargs: Unpack[ChildArguments],
 ) -> CompletedProcess:
     """memsafe.run() that an event loop can go on beside: with its arguments, what it returns and what it raises.
 
@@ -41,7 +46,7 @@ async def run_async(
         UnsupportedError: Also where pidfds are forbidden.
     """
     connect(kwargs, input, capture_output)
-    process = Popen(*args, **kwargs)
+    process = Popen(args, *more, **kwargs)
     try:
         conversation = _Conversation(process)
     except BaseException:

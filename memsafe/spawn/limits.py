@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.cgroup import MemoryCgroup
     from memsafe._kernel.child_cgroup import ChildCgroup
-
-    StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    from memsafe.spawn.arguments import StrOrBytesPath
 
 MemoryLimitBy: TypeAlias = Literal["auto", "cgroup", "rlimit"]
 

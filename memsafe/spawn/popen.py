@@ -7,18 +7,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from memsafe.errors import OOMKilledError
+from memsafe.spawn.arguments import passed_on_to
 from memsafe.spawn.limits import Limits
 from memsafe.spawn.request import Program, start
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Mapping
     from types import FunctionType
+    from typing import Unpack
 
     from memsafe.sizes import Size
+    from memsafe.spawn.arguments import ChildArguments, Command, PopenArguments, StrOrBytesPath
     from memsafe.spawn.limits import MemoryLimitBy
-
-    StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # What is passed to _execute_child, which is no public name: known for 3.11 to 3.13, asked of any other.
 _KNOWN_PARAMETERS = """
@@ -54,10 +54,13 @@ class Popen(subprocess.Popen[Any]):
     a signal's handler raises while the child starts (KeyboardInterrupt) ends the child: there is nobody to give it to.
 
     Args:
-        *args: Those of subprocess.Popen.
-        **kwargs: Those of subprocess.Popen; ``preexec_fn`` is refused, see Raises.
-        oom_score_adj: What the child's oom_score_adj becomes, -1000 to 1000; None leaves it as inherited. An ordinary
-            user may raise it; the child cannot lower it below where it was.
+        args: As of subprocess.Popen.
+        *more: As of subprocess.Popen.
+        **kwargs: As of subprocess.Popen; ``preexec_fn`` is refused, see Raises.
+        oom_score_adj: What the child's oom_score_adj becomes, -1000 to 1000; None leaves it as inherited. It is the
+            value itself, as the kernel's file has it, whatever this process has: below that the child is less likely
+            to be chosen than its parent, and an ordinary user is refused. ``min(memsafe.oom.score_adj() + 200, 1000)``
+            goes from there. An ordinary user may raise it; the child cannot lower it below where it was.
         memory_limit: How much memory the child may use, in bytes or as a string.
         memory_limit_by: By what. "cgroup": one that is made for the child and removed after it, with all that it
             starts: together they may use so much, page cache and swap included; past that the OOM killer ends one of
@@ -81,22 +84,22 @@ class Popen(subprocess.Popen[Any]):
         UnsupportedError: ``memory_limit_by`` is "cgroup", and no cgroup can be made here; the error says why.
     """
 
-    oom_killed: bool | None = None
-
+    @passed_on_to(subprocess.Popen.__init__)
     def __init__(
         self,
-        *args: Any,
+        args: Command,
+        *more: Any,
         oom_score_adj: int | None = None,
         memory_limit: Size | None = None,
         memory_limit_by: MemoryLimitBy = "auto",
         cgroup: StrOrBytesPath | Iterable[StrOrBytesPath] | None = None,
         rlimits: Mapping[int, int | tuple[int, int]] | None = None,
         nice: int = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[PopenArguments],
     ) -> None:
         self._limits = Limits(oom_score_adj, memory_limit, memory_limit_by, cgroup, rlimits, nice)
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(args, *more, **kwargs)
         except BaseException:  # a signal's handler has raised
             if self._child_created:
                 self.kill()
@@ -114,12 +117,22 @@ class Popen(subprocess.Popen[Any]):
 
     @returncode.setter
     def returncode(self, value: Any) -> None:
-        self._returncode = value
+        self._returncode = value  # first of all: send_signal() takes the pid for the child's until then
         if value is not None:
             try:
-                self.oom_killed = self._limits.was_oom_killed(self.pid, value)
+                _ = self.oom_killed
             finally:
                 self._limits.release()
+
+    @property
+    def oom_killed(self) -> bool | None:
+        # Found out by whoever asks first after the end, in milliseconds; of several at once, the first answer stays.
+        # Without a lock: a signal's handler would wait for the thread that it interrupts, a forked copy for one that
+        # it does not have.
+        known = vars(self)
+        if self._returncode is not None and "_oom_killed" not in known:
+            known.setdefault("_oom_killed", self._limits.was_oom_killed(self.pid, self._returncode))
+        return known.get("_oom_killed")
 
     def _execute_child(self, *values: Any) -> None:
         """Start the child; subprocess.Popen.__init__ calls it with everything checked and the pipes made."""
@@ -180,7 +193,7 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
             raise kind(self.returncode, self.args, self.stdout, self.stderr)
 
 
-def connect(kwargs: dict[str, Any], input: str | bytes | None, capture_output: bool) -> None:  # noqa: A002
+def connect(kwargs: ChildArguments, input: str | bytes | None, capture_output: bool) -> None:  # noqa: A002
     """Ask Popen, by its *kwargs*, for the pipes that run()'s arguments need."""
     if input is not None:
         if kwargs.get("stdin") is not None:
@@ -200,19 +213,22 @@ def completed(process: Popen, stdout: Any, stderr: Any, *, check: bool) -> Compl
     return done
 
 
+@passed_on_to(Popen)
 def run(
-    *args: Any,
+    args: Command,
+    *more: Any,
     input: str | bytes | None = None,  # noqa: A002
     capture_output: bool = False,
     timeout: float | None = None,
     check: bool = False,
-    **kwargs: Any,
+    **kwargs: Unpack[ChildArguments],
 ) -> CompletedProcess:
     """subprocess.run on memsafe.Popen: run a command, wait, return a CompletedProcess.
 
     Args:
-        *args: Those of memsafe.Popen.
-        **kwargs: Those of memsafe.Popen.
+        args: As of memsafe.Popen.
+        *more: As of memsafe.Popen.
+        **kwargs: As of memsafe.Popen.
         input: What the child reads from its stdin.
         capture_output: Return what it writes to stdout and stderr.
         timeout: Seconds; when they have passed the child is killed.
@@ -225,7 +241,7 @@ def run(
         ValueError, KernelError, UnsupportedError: As of memsafe.Popen.
     """
     connect(kwargs, input, capture_output)
-    with Popen(*args, **kwargs) as process:
+    with Popen(args, *more, **kwargs) as process:
         try:
             stdout, stderr = process.communicate(input, timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -82,10 +82,3 @@ int ms_waiter_drop_gauges(ms_waiter *waiter);
  * descriptors. Where one of its own was closed by somebody else, the thread is not waited for, and the waiter is not
  * freed: it may still run. pre: no other call on this waiter is running or follows. Needs no GIL. */
 void ms_waiter_close(ms_waiter *waiter);
-
-/* A timer for a waiter, as MS_WAITER_COUNTER. Returns a descriptor (CLOCK_MONOTONIC, non-blocking), or -errno. */
-int ms_timer_open(void);
-
-/* Let the timer fire once, delay_ns from now, instead of whatever it was set to; at least 1 ns.
- * Returns 0, or -errno. Thread-safe. Needs no GIL. */
-int ms_timer_set(int fd, int64_t delay_ns);

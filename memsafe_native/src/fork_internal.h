@@ -33,7 +33,8 @@ struct ms_fork_steps {
 
 /* The first acts of a forked child, before any Python.
  * pre:  just forked, every signal blocked, one thread. On return no signal is blocked and the guard's thread runs.
- * Async-signal-safe but for pthread_create, which glibc and musl allow after fork(). Touches no Python state. */
+ * Async-signal-safe but for what glibc and musl allow after fork() all the same: pthread_create, and snprintf and atoi
+ * of plain integers, which take no lock and no memory. Touches no Python state. */
 void ms_fork_child_begin(const struct ms_fork_child *child, struct ms_fork_steps *steps);
 
 /* Open a pidfd for the child that was just forked.

@@ -11,15 +11,17 @@
 
 #include "fork_internal.h"
 #include "gauge.h"
+#include "owned.h"
 #include "python_types_internal.h"
 #include "sentry.h"
 
 /* What the supervising thread needs to know, written before any Python can run again in the parent: a KeyboardInterrupt
- * raised as the call returns must not lose a child. Read in Python by struct.unpack("=qqq"). */
+ * raised as the call returns must not lose a child. Read in Python by struct.unpack("=qqqQQ"). */
 struct handover {
     int64_t pid;
     int64_t pidfd; /* -1: the child has ended and was reaped by somebody else */
     int64_t pause_ns;
+    uint64_t device, inode; /* the pidfd's: until Python looks, its number may be a stranger's. 0: they were not told */
 };
 
 static int64_t monotonic_ns(void)
@@ -47,7 +49,8 @@ static const char fork_doc[] =
     "Fork, keeping the GIL. In the child main(oom_score_adj, guard, descriptors, nice, idle_io) is called with the "
     "errno"
     " of each step, or 0, then _exit.\n"
-    "In the parent (pid, pidfd, pause_ns) is put into *handover* and the eventfd *wake_fd* is set, then it returns.\n"
+    "In the parent (pid, pidfd, pause_ns, device, inode) is put into *handover* and the eventfd *wake_fd* is set, then "
+    "it returns.\n"
     "keep_fds: bytes of C ints. sentry: the address of an ms_sentry that is to watch over the child, or 0. Raises "
     "OSError when no child was made; *handover* is then as it was.";
 
@@ -63,7 +66,7 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     int error = 0;
     if (handover.len != (Py_ssize_t)sizeof(struct handover) || keep.len % (Py_ssize_t)sizeof(int)) {
-        PyErr_SetString(PyExc_ValueError, "handover must be 24 bytes, keep_fds whole C ints");
+        PyErr_SetString(PyExc_ValueError, "handover must be 40 bytes, keep_fds whole C ints");
         goto release;
     }
     child.keep_fds = keep.buf;
@@ -87,6 +90,11 @@ static PyObject *supervised_fork(PyObject *Py_UNUSED(module), PyObject *args)
         if (sentry && pidfd >= 0) /* now: the job's thread may have to wait for the GIL */
             ms_sentry_watch((ms_sentry *)(uintptr_t)sentry, pidfd, out.pause_ns);
         out.pidfd = pidfd;
+        ms_owned owned;
+        if (ms_own(pidfd, &owned) == 0) {
+            out.device = owned.device;
+            out.inode = owned.inode;
+        }
         memcpy(handover.buf, &out, sizeof out);
         ssize_t ignored = write(wake_fd, &one, sizeof one); /* an eventfd refuses only when it is set already */
         (void)ignored;

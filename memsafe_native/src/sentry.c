@@ -84,15 +84,6 @@ static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
     return rate > 0 ? (int64_t)rate : 0;
 }
 
-/* Whether a number was read from another file than was meant. */
-static bool is_misled(const lookout *post)
-{
-    for (int i = 0; i < MS_GAUGE_TERMS && post->files[i].fd >= 0; i++)
-        if (!ms_is_ours(&post->files[i]))
-            return true;
-    return false;
-}
-
 /* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have
  * to wait until they are affordable are. */
 static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
@@ -101,7 +92,7 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
-/* Whether a gauge says that the child must end. Else its next_ns is set. */
+/* Whether a gauge says that the child must end, as *report has it. Sets its next_ns. */
 static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_report *report)
 {
     ms_gauge_pace *pace = &sentry->orders.pace;
@@ -113,14 +104,22 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
     seen->next_ns = at_ns + (sight.soonest_ns > pace->least_ns ? sight.soonest_ns : pace->least_ns);
     if (sight.short_of >= 0) {
         *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
-        return !is_misled(post);
+        return true;
     }
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
     int64_t rate = note(seen, at_ns, gauge->seen_bytes);
     *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S &&
-           !is_misled(post);
+    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+}
+
+/* Whether a number was read from another file than was meant. */
+static bool is_misled(const lookout *post)
+{
+    for (int i = 0; i < MS_GAUGE_TERMS && post->files[i].fd >= 0; i++)
+        if (!ms_is_ours(&post->files[i]))
+            return true;
+    return false;
 }
 
 /* Returns when there will have been time enough for what was spent, waking up included. */
@@ -138,7 +137,7 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         lookout *post = &sentry->posts[i];
-        if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report))
+        if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report) && !is_misled(post))
             return 0;
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;

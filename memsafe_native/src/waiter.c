@@ -1,5 +1,4 @@
 /* The native waiter: see cdef/waiter.h for the contract. */
-#include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
@@ -7,8 +6,6 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/stat.h>
-#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,70 +16,47 @@
 #include "generation.h"
 #include "kept.h"
 #include "native_thread.h"
+#include "owned.h"
+#include "source.h"
 #include "thread.h"
+#include "timer.h"
 #include "waiter.h"
+#include "watch.h"
 
 enum {
     CAPACITY_MAX = 4096,
     EVENTS_PER_WAIT = 32,
-    STREAM_READS_PER_WAIT = 16, /* a writer that never stops must not keep the thread from the other sources */
-    GRACE_MS = 1000             /* a timer that is so late was not heard */
+    GRACE_MS = 1000 /* a timer that is so late was not heard */
 };
 
 #define STOP   UINT64_MAX
 #define GAUGES (UINT64_MAX - 1)
 
-/* Which file a descriptor stood for. Of a number that was closed behind our back, os.closerange() say, and given to
- * another file since, nothing may be read, written or closed. Eventfds, timers and epoll sets share one inode and are
- * not told from each other. */
-typedef struct file_id {
-    dev_t device;
-    ino_t inode;
-} file_id;
-
 typedef struct slot {
     uint64_t token;
     uint64_t count;
     int64_t first_ns;
-    int fd; /* -1: free */
-    file_id id;
+    ms_owned file; /* none: free */
     int how;
     int lost_errno;
     uint32_t generation; /* tells an event that was on its way when the slot changed hands */
 } slot;
 
-/* What is read between two looks of Python, by this thread and by the one that follows the CPU time. */
-typedef struct gauging {
-    int timer_fd; /* of Python's next look */
-    int count;
-    int64_t until_ns; /* when that timer was to fire */
-    bool has_told;
-    uint64_t gave_for; /* a gauge's token; 0: nothing was given since it was asked for */
-    int64_t gave_at_bytes;
-    int64_t read_at_ns;
-    int64_t next_at_ns; /* when gauge_fd fires */
-    ms_gauge_pace pace;
-    ms_gauge gauges[MS_GAUGES];
-} gauging;
-
+/* Its own descriptors: what its thread waits on, two eventfds, and a timer for when to read the gauges. */
 enum { EPOLL, NOTIFY, STOPPER, TIMER, OWN_FDS };
 
 struct ms_waiter {
     pthread_mutex_t lock; /* guards slots, signalled, robbed, watch and reserve; never taken in a forked child */
     pthread_t thread;
     unsigned generation; /* of the process whose it is */
-    int epoll_fd;
-    int notify_fd;
-    int stop_fd;
-    int gauge_fd; /* a timer: when to read the gauges */
-    file_id ids[OWN_FDS];
-    int signalled; /* notify_fd was written and nothing was taken since */
+    ms_owned own[OWN_FDS];
+    int signalled; /* NOTIFY was written and nothing was taken since */
     int robbed;    /* a descriptor was closed by somebody else: the thread ends */
     int capacity;
     int follows_cpu; /* 0, or -errno */
     ms_cpuwatch cpuwatch;
     ms_emergency *reserve; /* a reference, or NULL */
-    gauging watch;
+    ms_watch watch;
     slot slots[];
 };
 
@@ -98,83 +72,21 @@ static int is_foreign(const ms_waiter *waiter)
     return waiter->generation != ms_generation();
 }
 
-/* --- descriptors that are still ours ------------------------------------------------------------------------------ */
-
-static int identify(int fd, file_id *id)
+static bool has(const ms_waiter *waiter, int which)
 {
-    struct stat found;
-    if (fstat(fd, &found) < 0)
-        return -errno;
-    *id = (file_id){found.st_dev, found.st_ino};
-    return 0;
+    return ms_is_ours(&waiter->own[which]);
 }
 
-static int is_ours(int fd, const file_id *id)
+static bool has_all(const ms_waiter *waiter)
 {
-    file_id now = {0};
-    return identify(fd, &now) == 0 && now.device == id->device && now.inode == id->inode;
+    return has(waiter, EPOLL) && has(waiter, NOTIFY) && has(waiter, STOPPER) && has(waiter, TIMER);
 }
 
-static int has_all(const ms_waiter *waiter)
+/* Returns 0, or -errno. */
+static int drain(const ms_waiter *waiter, int which)
 {
-    return is_ours(waiter->epoll_fd, &waiter->ids[EPOLL]) && is_ours(waiter->notify_fd, &waiter->ids[NOTIFY]) &&
-           is_ours(waiter->stop_fd, &waiter->ids[STOPPER]) && is_ours(waiter->gauge_fd, &waiter->ids[TIMER]);
-}
-
-/* --- reading a source, so that it can fire again ------------------------------------------------------------------ */
-
-/* kernfs marks an event as seen when the file is read from its start; it reports POLLERR with each event, so only the
- * read tells a removed cgroup (ENODEV) from one in which something happened. */
-static int drain_kernfs(int fd, uint64_t *events)
-{
-    char buffer[512];
-    if (pread(fd, buffer, sizeof buffer, 0) < 0)
-        return -errno;
-    *events = 1;
-    return 0;
-}
-
-static int drain_counter(int fd, uint64_t *events)
-{
-    uint64_t value = 0;
-    if (read(fd, &value, sizeof value) < 0) {
-        if (errno != EAGAIN && errno != EINTR)
-            return -errno;
-        value = 0;
-    }
-    *events = value;
-    return 0;
-}
-
-static int drain_stream(int fd, uint64_t *events)
-{
-    char buffer[512];
-    for (int i = 0; i < STREAM_READS_PER_WAIT; i++) {
-        ssize_t got = read(fd, buffer, sizeof buffer);
-        if (got == 0)
-            return -EPIPE;
-        if (got < 0 && errno != EINTR)
-            return errno == EAGAIN ? 0 : -errno;
-        *events = 1;
-    }
-    return 0;
-}
-
-static int drain(const slot *source, uint32_t ready, uint64_t *events)
-{
-    switch (source->how) {
-    case MS_WAITER_KERNFS:
-        return drain_kernfs(source->fd, events);
-    case MS_WAITER_COUNTER:
-        return drain_counter(source->fd, events);
-    case MS_WAITER_STREAM:
-        return drain_stream(source->fd, events);
-    default: /* a trigger whose cgroup is gone, or one without a trigger, is in error for good */
-        if (ready & (EPOLLERR | EPOLLHUP))
-            return -ENODEV;
-        *events = 1;
-        return 0;
-    }
+    uint64_t ignored;
+    return ms_source_drain(waiter->own[which].fd, MS_WAITER_COUNTER, 0, &ignored);
 }
 
 /* --- the thread --------------------------------------------------------------------------------------------------- */
@@ -192,11 +104,13 @@ static void record(slot *source, uint64_t events, int lost_errno, int64_t at_ns)
 static int handle(ms_waiter *waiter, const struct epoll_event *event, int64_t at_ns)
 {
     slot *source = &waiter->slots[event->data.u64 & UINT32_MAX];
-    if (source->fd < 0 || source->lost_errno || source->generation != event->data.u64 >> 32)
+    if (source->file.fd < 0 || source->lost_errno || source->generation != event->data.u64 >> 32)
         return 0;
     uint64_t events = 0;
-    int result = is_ours(source->fd, &source->id) ? drain(source, event->events, &events) : -EBADF;
-    if (result < 0 && epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL) < 0)
+    int result = -EBADF, fd = source->file.fd;
+    if (ms_is_ours(&source->file))
+        result = ms_source_drain(fd, source->how, event->events, &events);
+    if (result < 0 && epoll_ctl(waiter->own[EPOLL].fd, EPOLL_CTL_DEL, fd, NULL) < 0)
         waiter->robbed = 1; /* its file is open elsewhere, but no longer here: it would signal for ever */
     if (result == 0 && events == 0)
         return 0;
@@ -210,29 +124,28 @@ static void signal_reader(ms_waiter *waiter)
     const uint64_t one = 1;
     if (waiter->signalled)
         return;
-    if (!is_ours(waiter->notify_fd, &waiter->ids[NOTIFY])) {
+    if (!has(waiter, NOTIFY)) {
         waiter->robbed = 1;
         return;
     }
     /* The write can fail only when the counter is full, and then the descriptor is readable already. */
-    waiter->signalled = write(waiter->notify_fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
+    waiter->signalled = write(waiter->own[NOTIFY].fd, &one, sizeof one) == (ssize_t)sizeof one || errno == EAGAIN;
 }
 
 /* pre: the lock is held. */
 static void tell(ms_waiter *waiter, int64_t at_ns)
 {
     for (int i = 0; i < waiter->capacity; i++)
-        if (waiter->slots[i].fd >= 0 && waiter->slots[i].fd == waiter->watch.timer_fd)
+        if (waiter->slots[i].file.fd >= 0 && waiter->slots[i].file.fd == waiter->watch.timer_fd)
             record(&waiter->slots[i], 1, 0, at_ns);
     signal_reader(waiter);
 }
 
 /* pre: the lock is held. */
-static void read_after(ms_waiter *waiter, int64_t at_ns, int64_t delay_ns)
+static void read_after(ms_waiter *waiter, int64_t delay_ns)
 {
-    waiter->watch.next_at_ns = at_ns + delay_ns;
-    if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
-        (void)ms_timer_set(waiter->gauge_fd, delay_ns);
+    if (has(waiter, TIMER))
+        (void)ms_timer_set(waiter->own[TIMER].fd, delay_ns);
     else
         waiter->robbed = 1;
 }
@@ -246,36 +159,31 @@ static bool holds_reserve(const ms_waiter *waiter)
  * much CPU time they could have something more to tell. */
 static int64_t read_gauges(ms_waiter *waiter, bool all)
 {
-    gauging *watch = &waiter->watch;
+    ms_watch *watch = &waiter->watch;
     int64_t at_ns = now_ns();
     if (watch->count == 0 || waiter->robbed)
         return INT64_MAX;
-    watch->read_at_ns = at_ns;
-    ms_gauge_sight sight = ms_gauge_read(watch->gauges, watch->count, all, &watch->pace);
-    if (sight.told > 0 && !watch->has_told) {
-        watch->has_told = true;
+    ms_verdict verdict = ms_watch_read(watch, all, at_ns);
+    if (verdict.is_news)
         tell(waiter, at_ns); /* first: giving back may have to wait for a fork to end */
-    }
-    if (sight.short_of >= 0 && holds_reserve(waiter) && ms_emergency_give(waiter->reserve) > 0) {
-        watch->gave_for = watch->gauges[sight.short_of].token;
-        watch->gave_at_bytes = sight.left_bytes;
+    if (verdict.short_of >= 0 && holds_reserve(waiter) && ms_emergency_give(waiter->reserve) > 0) {
+        ms_watch_gave(watch, &verdict);
         tell(waiter, at_ns);
     }
     if (watch->has_told && !holds_reserve(waiter)) {
         watch->count = 0; /* until Python has looked */
         return INT64_MAX;
     }
-    /* A time that has come fires no more, whoever reads then: the timer itself or a source that came with it. */
-    if (!all || watch->next_at_ns <= at_ns || at_ns + sight.next_ns < watch->next_at_ns)
-        read_after(waiter, at_ns, sight.next_ns);
-    return sight.soonest_ns;
+    if (verdict.delay_ns > 0)
+        read_after(waiter, verdict.delay_ns);
+    return verdict.soonest_ns;
 }
 
 static int64_t look_as_cpu_time_passes(void *owner)
 {
     ms_waiter *waiter = owner;
     pthread_mutex_lock(&waiter->lock);
-    const gauging *watch = &waiter->watch;
+    const ms_watch *watch = &waiter->watch;
     bool is_early = now_ns() - watch->read_at_ns < watch->pace.least_ns;
     int64_t next_ns = is_early ? watch->pace.least_ns : read_gauges(waiter, true);
     pthread_mutex_unlock(&waiter->lock);
@@ -289,11 +197,10 @@ static void handle_all(ms_waiter *waiter, const struct epoll_event *events, int 
     bool is_time = false;
     int fresh = 0;
     for (int i = 0; i < count; i++) {
-        uint64_t ignored;
         if (events[i].data.u64 != GAUGES)
             fresh |= handle(waiter, &events[i], at_ns);
-        else if (is_ours(waiter->gauge_fd, &waiter->ids[TIMER]))
-            is_time = drain_counter(waiter->gauge_fd, &ignored) == 0;
+        else if (has(waiter, TIMER))
+            is_time = drain(waiter, TIMER) == 0;
         else
             waiter->robbed = 1;
     }
@@ -311,7 +218,7 @@ static void *run(void *argument)
     pthread_setname_np(pthread_self(), "memsafe-waiter");
     ms_thread_ready();
     for (;;) {
-        int ready = epoll_wait(waiter->epoll_fd, events, EVENTS_PER_WAIT, -1);
+        int ready = epoll_wait(waiter->own[EPOLL].fd, events, EVENTS_PER_WAIT, -1);
         if (ready < 0 && errno != EINTR)
             return NULL;
         for (int i = 0; i < ready; i++)
@@ -330,10 +237,9 @@ static void *run(void *argument)
 
 static void close_fds(const ms_waiter *waiter)
 {
-    const int fds[OWN_FDS] = {waiter->epoll_fd, waiter->notify_fd, waiter->stop_fd, waiter->gauge_fd};
     for (int i = 0; i < OWN_FDS; i++)
-        if (fds[i] >= 0 && is_ours(fds[i], &waiter->ids[i]))
-            close(fds[i]);
+        if (has(waiter, i))
+            close(waiter->own[i].fd);
 }
 
 /* pre: nobody else uses the waiter. */
@@ -346,32 +252,29 @@ static void free_waiter(ms_waiter *waiter)
 }
 
 /* Take a new descriptor as one of our own. */
-static int own(ms_waiter *waiter, int which, int fd, int *own_fd)
+static int own(ms_waiter *waiter, int which, int fd)
 {
-    if (fd < 0)
-        return -errno;
-    *own_fd = fd;
-    return identify(fd, &waiter->ids[which]);
+    return fd < 0 ? -errno : ms_own(fd, &waiter->own[which]);
 }
 
-static int wait_for(const ms_waiter *waiter, int fd, uint64_t token)
+static int wait_for(const ms_waiter *waiter, int which, uint64_t token)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = token};
-    return epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+    return epoll_ctl(waiter->own[EPOLL].fd, EPOLL_CTL_ADD, waiter->own[which].fd, &event) < 0 ? -errno : 0;
 }
 
 static int open_fds(ms_waiter *waiter)
 {
-    int result = own(waiter, EPOLL, epoll_create1(EPOLL_CLOEXEC), &waiter->epoll_fd);
+    int result = own(waiter, EPOLL, epoll_create1(EPOLL_CLOEXEC));
     if (result == 0)
-        result = own(waiter, NOTIFY, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->notify_fd);
+        result = own(waiter, NOTIFY, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (result == 0)
-        result = own(waiter, STOPPER, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), &waiter->stop_fd);
+        result = own(waiter, STOPPER, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (result == 0)
-        result = own(waiter, TIMER, ms_timer_open(), &waiter->gauge_fd);
+        result = own(waiter, TIMER, ms_timer_open());
     if (result == 0)
-        result = wait_for(waiter, waiter->stop_fd, STOP);
-    return result < 0 ? result : wait_for(waiter, waiter->gauge_fd, GAUGES);
+        result = wait_for(waiter, STOPPER, STOP);
+    return result < 0 ? result : wait_for(waiter, TIMER, GAUGES);
 }
 
 int ms_waiter_open(int capacity, ms_waiter **waiter)
@@ -383,10 +286,12 @@ int ms_waiter_open(int capacity, ms_waiter **waiter)
         return -ENOMEM;
     made->generation = ms_generation();
     made->capacity = capacity;
-    made->epoll_fd = made->notify_fd = made->stop_fd = made->gauge_fd = made->watch.timer_fd = -1;
+    made->watch.timer_fd = -1;
     made->cpuwatch = (ms_cpuwatch){.look = look_as_cpu_time_passes, .owner = made};
+    for (int i = 0; i < OWN_FDS; i++)
+        made->own[i].fd = -1;
     for (int i = 0; i < capacity; i++)
-        made->slots[i].fd = -1;
+        made->slots[i].file.fd = -1;
     pthread_mutex_init(&made->lock, NULL);
     int result = open_fds(made);
     if (result == 0)
@@ -408,13 +313,13 @@ static void leave(ms_waiter *waiter)
     pthread_mutex_lock(&waiter->lock);
     waiter->robbed = 1;
     for (int i = 0; i < waiter->capacity; i++)
-        waiter->slots[i].fd = -1;
+        waiter->slots[i].file.fd = -1;
     waiter->watch.count = 0;
     if (waiter->reserve)
         ms_emergency_unref(waiter->reserve);
     waiter->reserve = NULL;
-    if (is_ours(waiter->stop_fd, &waiter->ids[STOPPER]))
-        (void)!write(waiter->stop_fd, &one, sizeof one);
+    if (has(waiter, STOPPER))
+        (void)!write(waiter->own[STOPPER].fd, &one, sizeof one);
     pthread_mutex_unlock(&waiter->lock);
     pthread_detach(waiter->thread);
     close_fds(waiter);
@@ -431,7 +336,7 @@ void ms_waiter_close(ms_waiter *waiter)
             leave(waiter);
             return;
         }
-        while (write(waiter->stop_fd, &one, sizeof one) < 0 && errno == EINTR)
+        while (write(waiter->own[STOPPER].fd, &one, sizeof one) < 0 && errno == EINTR)
             ;
         pthread_join(waiter->thread, NULL);
         pthread_mutex_destroy(&waiter->lock);
@@ -445,7 +350,7 @@ void ms_waiter_close(ms_waiter *waiter)
 static int find(const ms_waiter *waiter, uint64_t token)
 {
     for (int i = 0; i < waiter->capacity; i++)
-        if (waiter->slots[i].fd >= 0 && waiter->slots[i].token == token)
+        if (waiter->slots[i].file.fd >= 0 && waiter->slots[i].token == token)
             return i;
     return -1;
 }
@@ -453,21 +358,9 @@ static int find(const ms_waiter *waiter, uint64_t token)
 static int find_free(const ms_waiter *waiter)
 {
     for (int i = 0; i < waiter->capacity; i++)
-        if (waiter->slots[i].fd < 0)
+        if (waiter->slots[i].file.fd < 0)
             return i;
     return -1;
-}
-
-static int check_source(int fd, int how)
-{
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0)
-        return -errno;
-    if (how < MS_WAITER_KERNFS || how > MS_WAITER_STREAM)
-        return -EINVAL;
-    if ((how == MS_WAITER_COUNTER || how == MS_WAITER_STREAM) && !(flags & O_NONBLOCK))
-        return -EINVAL;
-    return 0;
 }
 
 /* pre: the lock is held. */
@@ -480,18 +373,17 @@ static int add_locked(ms_waiter *waiter, int fd, int how, uint64_t token)
         return -ENOSPC;
     slot *source = &waiter->slots[index];
     uint32_t generation = source->generation + 1;
-    uint64_t ignored;
-    file_id id;
-    int result = identify(fd, &id);
-    if (result == 0 && how == MS_WAITER_KERNFS)
-        result = drain_kernfs(fd, &ignored);
+    ms_owned file;
+    int result = ms_own(fd, &file);
+    if (result == 0)
+        result = ms_source_begin(fd, how);
     if (result < 0)
         return result;
-    struct epoll_event event = {.events = how <= MS_WAITER_TRIGGER ? EPOLLPRI : EPOLLIN,
+    struct epoll_event event = {.events = ms_source_events(how),
                                 .data.u64 = (uint64_t)generation << 32 | (uint32_t)index};
-    if (epoll_ctl(waiter->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+    if (epoll_ctl(waiter->own[EPOLL].fd, EPOLL_CTL_ADD, fd, &event) < 0)
         return errno == EEXIST ? -EINVAL : -errno; /* -EEXIST means the token */
-    *source = (slot){.token = token, .fd = fd, .id = id, .how = how, .generation = generation};
+    *source = (slot){.token = token, .file = file, .how = how, .generation = generation};
     return 0;
 }
 
@@ -499,7 +391,7 @@ int ms_waiter_add(ms_waiter *waiter, int fd, int how, uint64_t token)
 {
     if (is_foreign(waiter))
         return -ECHILD;
-    int result = check_source(fd, how);
+    int result = ms_source_check(fd, how);
     if (result < 0)
         return result;
     pthread_mutex_lock(&waiter->lock);
@@ -517,8 +409,8 @@ int ms_waiter_remove(ms_waiter *waiter, uint64_t token)
     if (index >= 0) {
         slot *source = &waiter->slots[index];
         if (!source->lost_errno)
-            epoll_ctl(waiter->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
-        source->fd = -1;
+            epoll_ctl(waiter->own[EPOLL].fd, EPOLL_CTL_DEL, source->file.fd, NULL);
+        source->file.fd = -1;
     }
     pthread_mutex_unlock(&waiter->lock);
     return index < 0 ? -ENOENT : 0;
@@ -526,12 +418,12 @@ int ms_waiter_remove(ms_waiter *waiter, uint64_t token)
 
 int ms_waiter_fileno(const ms_waiter *waiter)
 {
-    return waiter->notify_fd;
+    return waiter->own[NOTIFY].fd;
 }
 
 static int has_news(const slot *source)
 {
-    return source->fd >= 0 && (source->count > 0 || source->lost_errno > 0);
+    return source->file.fd >= 0 && (source->count > 0 || source->lost_errno > 0);
 }
 
 /* pre: the lock is held. A loss is told once; the slot stays taken until it is removed. */
@@ -547,9 +439,8 @@ static ms_waiter_report take_slot(slot *source)
 /* pre: the lock is held. Returns how many were taken. */
 static int take_locked(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
 {
-    uint64_t ignored;
     int taken = 0, left = 0;
-    (void)drain_counter(waiter->notify_fd, &ignored);
+    (void)drain(waiter, NOTIFY);
     waiter->signalled = 0;
     for (int i = 0; i < waiter->capacity; i++) {
         if (!has_news(&waiter->slots[i]))
@@ -572,11 +463,8 @@ static int take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *repor
         return -EINVAL;
     pthread_mutex_lock(&waiter->lock);
     int taken = take_locked(waiter, reports, capacity);
-    if (look) {
-        look->gave_for = waiter->watch.gave_for;
-        look->gave_at_bytes = waiter->watch.gave_at_bytes;
-        waiter->watch.gave_for = 0;
-    }
+    if (look)
+        ms_watch_report(&waiter->watch, look);
     pthread_mutex_unlock(&waiter->lock);
     return taken;
 }
@@ -584,26 +472,6 @@ static int take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *repor
 int ms_waiter_take(ms_waiter *waiter, ms_waiter_report *reports, int capacity)
 {
     return take(waiter, NULL, reports, capacity);
-}
-
-/* --- timers ------------------------------------------------------------------------------------------------------- */
-
-int ms_timer_open(void)
-{
-    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    return fd < 0 ? -errno : fd;
-}
-
-/* 0 disarms it. */
-static int set_or_disarm(int fd, int64_t delay_ns)
-{
-    struct itimerspec timer = {.it_value = {.tv_sec = delay_ns / 1000000000, .tv_nsec = delay_ns % 1000000000}};
-    return timerfd_settime(fd, 0, &timer, NULL) < 0 ? -errno : 0;
-}
-
-int ms_timer_set(int fd, int64_t delay_ns)
-{
-    return set_or_disarm(fd, delay_ns < 1 ? 1 : delay_ns);
 }
 
 /* --- waiting ------------------------------------------------------------------------------------------------------ */
@@ -619,21 +487,13 @@ static int set_look(ms_waiter *waiter, const ms_waiter_look *wanted)
 {
     if (wanted->timer_fd < 0 || wanted->timer_ns < 0)
         return 0;
-    if (wanted->gauge_count < 0 || wanted->gauge_count > MS_GAUGES)
-        return -EINVAL;
     pthread_mutex_lock(&waiter->lock);
-    gauging *watch = &waiter->watch;
-    watch->timer_fd = wanted->timer_fd;
-    watch->until_ns = now_ns() + wanted->timer_ns;
-    watch->has_told = false;
-    watch->pace = wanted->pace;
-    watch->count = wanted->gauge_count;
-    for (int i = 0; i < watch->count; i++)
-        watch->gauges[i] = wanted->gauges[i];
-    watch->read_at_ns = now_ns();
-    if (watch->count > 0)
-        read_after(waiter, watch->read_at_ns, watch->pace.least_ns);
-    int result = ms_timer_set(wanted->timer_fd, wanted->timer_ns);
+    int result = ms_watch_begin(&waiter->watch, wanted, now_ns());
+    if (result == 0) {
+        if (waiter->watch.count > 0)
+            read_after(waiter, waiter->watch.pace.least_ns);
+        result = ms_timer_set(wanted->timer_fd, wanted->timer_ns);
+    }
     pthread_mutex_unlock(&waiter->lock);
     return result;
 }
@@ -688,7 +548,7 @@ static int patience_ms(const ms_waiter *waiter)
 
 static int wait_and_take(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *reports, int capacity)
 {
-    struct pollfd news = {.fd = waiter->notify_fd, .events = POLLIN};
+    struct pollfd news = {.fd = waiter->own[NOTIFY].fd, .events = POLLIN};
     if (look) {
         int result = set_look(waiter, look);
         if (result < 0)
@@ -715,9 +575,9 @@ int ms_waiter_wait(ms_waiter *waiter, ms_waiter_look *look, ms_waiter_report *re
         return -EBADF;
     /* Should setting it fail, only a warning of what is slow is lost. */
     if (watched)
-        set_or_disarm(look->alarm_fd, 0);
+        ms_timer_stop(look->alarm_fd);
     int taken = wait_and_take(waiter, look, reports, capacity);
     if (watched && taken != -EBADF)
-        set_or_disarm(look->alarm_fd, look->alarm_ns);
+        ms_timer_set(look->alarm_fd, look->alarm_ns);
     return taken;
 }

@@ -24,6 +24,8 @@ _GENERIC_NUMBERS = (277, (56, 437), (222, 226, 216), 214, 220, ())
 _SECCOMP, _OPENS, _GROWS, _BRK, _CLONE, _FORK = _NUMBERS.get(os.uname().machine, _GENERIC_NUMBERS)
 _CLOCK_NANOSLEEP = {"x86_64": 230}.get(os.uname().machine, 115)
 
+_SEALING_BYTES = 64 * 1024  # much more than what sealing itself takes
+
 
 def seal(*, memory=False):
     """From now on, in every thread of this process, opening a file by its path is death by SIGSYS.
@@ -35,6 +37,7 @@ def seal(*, memory=False):
     if memory:
         libc = ctypes.CDLL(None)
         libc.sbrk.restype = ctypes.c_void_p
+        bytes(_SEALING_BYTES)  # there is room for it now: the end of the heap moves no more before it is sealed
         high, low = divmod(libc.sbrk(0), 1 << 32)
         steps = [
             (_JUMP_IF_EQUAL, 0, 7, _BRK),

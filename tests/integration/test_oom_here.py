@@ -3,6 +3,9 @@
 import ctypes
 import errno
 import os
+import signal
+import sys
+import threading
 
 import pytest
 
@@ -59,3 +62,63 @@ def test_a_process_that_changed_its_user_is_told_why_it_may_not_even_raise():
     number, words = told["before exec"]
     assert number == errno.EACCES
     assert "changed its user" in words
+
+
+def overlap(way):
+    sys.setswitchinterval(1e-5)
+    base = memsafe.oom.score_adj()
+    change = {"set": lambda: memsafe.oom.set_score_adj(base + 1), "offset": lambda: memsafe.oom.adjust_by(1)}[way]
+    failures = []
+
+    def work():
+        try:
+            for _ in range(150):
+                with change():
+                    pass
+        except memsafe.KernelError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"sum": memsafe.oom.score_adj() - base, "failures": failures}
+
+
+@pytest.mark.parametrize("way", ["set", "offset"])
+def test_blocks_of_several_threads_add_up_to_nothing(way):
+    told = scenario.run(overlap, way)
+    assert (told["sum"], told["failures"]) == (0, [])
+
+
+def fork_in_the_midst_of_a_change():
+    write_score_adj = memsafe.oom.kernel.write_score_adj
+    changing, change = threading.Event(), threading.Event()
+
+    def wait_and_write(*args):
+        changing.set()
+        change.wait()
+        write_score_adj(*args)
+
+    base = memsafe.oom.score_adj()
+    memsafe.oom.kernel.write_score_adj = wait_and_write
+    thread = threading.Thread(target=memsafe.oom.adjust_by, args=(1,))
+    thread.start()
+    changing.wait()
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # instead of waiting for ever
+        memsafe.oom.kernel.write_score_adj = write_score_adj
+        with memsafe.oom.adjust_by(2):
+            os._exit(memsafe.oom.score_adj() - base)
+    _, status = os.waitpid(pid, 0)
+    change.set()
+    thread.join()
+    return {"status": status, "after": memsafe.oom.score_adj() - base}
+
+
+def test_a_process_forked_in_the_midst_of_a_change_can_change_its_own():
+    told = scenario.run(fork_in_the_midst_of_a_change)
+    assert (os.waitstatus_to_exitcode(told["status"]), told["after"]) == (2, 1)

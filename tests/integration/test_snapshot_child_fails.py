@@ -37,6 +37,24 @@ def write_raises_something_odd(path):
     return outcome(memsafe.fork_snapshot(path, write))
 
 
+def write_returns_a_coroutine(path):
+    async def later(out):
+        out.write(b"new")
+
+    return outcome(memsafe.fork_snapshot(path, lambda out: later(out)))
+
+
+def write_returns_a_generator(path):
+    return outcome(memsafe.fork_snapshot(path, lambda out: (out.write(part) for part in [b"new"])))
+
+
+def write_returns_an_async_generator(path):
+    async def later(out):
+        yield out.write(b"new")
+
+    return outcome(memsafe.fork_snapshot(path, lambda out: later(out)))
+
+
 def write_raises_at_length(path):
     def write(out):
         raise ValueError("x" * 10 * MIB)
@@ -93,6 +111,9 @@ def write_aborts(path):
     [
         (write_raises, ["ValueError", "no such key", "Traceback", "in write"]),
         (write_raises_something_odd, ["Odd"]),
+        (write_returns_a_coroutine, ["TypeError", "returned <coroutine"]),
+        (write_returns_a_generator, ["TypeError", "returned <generator"]),
+        (write_returns_an_async_generator, ["TypeError", "returned <async_generator"]),
         (write_raises_at_length, ["ValueError", "xxx"]),
         (write_recurses, ["RecursionError"]),
         (write_exits, ["SystemExit"]),
@@ -106,6 +127,7 @@ def test_a_failing_write_leaves_the_old_file_and_says_what_happened(path, body, 
     got = scenario.run(body, path)
     assert got["error"] == "SnapshotFailedError"
     assert all(word in got["message"] for word in words), got["message"]
+    assert "never awaited" not in got["stderr"]
     assert path.read_bytes() == b"old"
     assert temporaries(path) == []
 

@@ -1,11 +1,13 @@
 """What the parent's half of a snapshot cannot get, or loses: the old file or the new one, and nothing is left."""
 
+import contextlib
 import errno
 import os
 import pkgutil
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import memsafe
+from memsafe.snapshot import supervisor
 from tests import snapshot_faults
 from tests.integration import scenario
 from tests.integration.snapshots import (
@@ -80,6 +83,16 @@ def test_where_no_thread_can_be_started_nothing_is_done_and_the_next_one_works(p
     got = scenario.run(without_room_for_a_thread, path)
     assert "pthread_create" in got["refused"]
     assert got["result"]["size_bytes"] > 0
+
+
+class ThreadOfASubinterpreter:
+    def start(self):
+        raise RuntimeError("daemon thread are not supported in this interpreter")
+
+
+def test_where_the_interpreter_starts_no_such_thread_its_own_words_say_why():
+    with pytest.raises(RuntimeError, match="daemon thread"):
+        supervisor._start(ThreadOfASubinterpreter())
 
 
 # What its own thread meets.
@@ -223,6 +236,95 @@ def test_a_child_that_may_not_be_signalled_is_ended_by_its_guard(path):
     assert got["error"] == "SnapshotCancelledError"
     assert got["refused"] >= 1
     assert path.read_bytes() == b"old"
+
+
+# What strangers close.
+
+
+def all_closed_at_once(path, strangers):
+    """Close all descriptors as a program does that becomes a daemon, and put *strangers* in their place."""
+    job = memsafe.fork_snapshot(path, gated(Gate()))
+    return {**closed(strangers, range(3, 200), job), "content": content(path)}
+
+
+def closed_while_it_is_watched(path, what, strangers):
+    """Close the job's own descriptors that are called *what* in /proc, once the child is watched."""
+    heard, gate = threading.Event(), Gate()
+
+    def write(out):
+        out.progress(1, 2)
+        gate.wait()
+
+    before = set(os.listdir("/proc/self/fd"))
+    job = memsafe.fork_snapshot(path, write, on_progress=lambda done, total: heard.set())
+    heard.wait()
+    fresh = [fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")]
+    mine = [int(fd) for fd in fresh if what in os.readlink(f"/proc/self/fd/{fd}")]
+    assert mine
+    return {**closed(strangers, mine, job), "content": content(path)}
+
+
+def closed(strangers, fds, job):
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    quiet = socket.socketpair()  # nothing is ever ready on it
+    stranger = {"none": -1, "files": os.memfd_create("stranger"), "sockets": quiet[0].fileno()}[strangers]
+    taken = [] if stranger < 0 else [fd for fd in fds[:40] if fd not in (stranger, quiet[1].fileno())]
+    for fd in taken:
+        os.dup2(stranger, fd)
+    inodes = [os.fstat(fd).st_ino for fd in taken]
+    got = outcome(job)
+    let_the_thread_end()
+    intact = [os.fstat(fd).st_ino for fd in taken] == inodes
+    os.closerange(3, 250)
+    return {**got, "intact": intact}
+
+
+STRANGERS = ["none", "files", "sockets"]
+
+
+@pytest.mark.parametrize("strangers", STRANGERS)
+def test_where_all_descriptors_are_closed_the_job_fails_and_closes_nobody_elses(path, strangers):
+    got = scenario.run(all_closed_at_once, path, strangers)
+    assert got["error"] == "SnapshotFailedError"
+    assert "closed descriptors" in got["message"]
+    assert (got["intact"], got["content"]) == (True, "old")
+
+
+@pytest.mark.parametrize("strangers", STRANGERS)
+@pytest.mark.parametrize("what", ["[pidfd]", "[eventfd]", "pipe:"])
+def test_where_one_that_is_watched_is_closed_the_child_is_ended_and_the_job_fails(path, what, strangers):
+    got = scenario.run(closed_while_it_is_watched, path, what, strangers)
+    assert got["error"] == "SnapshotFailedError"
+    assert "closed descriptors" in got["message"]
+    assert (got["intact"], got["content"]) == (True, "old")
+
+
+def image_closed(path):
+    """Put another file in the place of the image while it is written."""
+    gate = Gate()
+    job = memsafe.fork_snapshot(path, gated(gate))
+    (image,) = (int(fd) for fd in os.listdir("/proc/self/fd") if is_image(fd, os.path.dirname(path)))
+    other = os.memfd_create("stranger")
+    os.dup2(other, image)
+    gate.open()
+    got = outcome(job)
+    let_the_thread_end()
+    intact = os.path.sameopenfile(other, image)
+    os.closerange(3, 250)
+    return {**got, "intact": intact, "content": content(path)}
+
+
+def is_image(fd, folder):
+    return os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith(f"{folder}/")
+
+
+def test_another_file_in_the_place_of_the_image_is_never_put_at_the_path(path):
+    got = scenario.run(image_closed, path)
+    assert got["error"] == "SnapshotFailedError"
+    assert "has closed the new file" in got["message"]
+    assert (got["intact"], got["content"]) == (True, "old")
 
 
 def without_waiting_by_pidfd(path):

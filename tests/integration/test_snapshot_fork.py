@@ -1,6 +1,7 @@
 """fork_snapshot on this machine's kernel. Each scenario runs in a process of its own, and must leave nothing there."""
 
 import asyncio
+import functools
 import hashlib
 import logging
 import mmap
@@ -331,6 +332,9 @@ def test_what_the_kernel_would_refuse_is_refused_with_the_reason_and_nothing_don
         ({"timeout_s": 0}, ValueError),
         ({"timeout_s": float("nan")}, ValueError),
         ({"keep_fds": ["x"]}, (AttributeError, TypeError)),
+        ({"keep_fds": [2**40]}, ValueError),
+        ({"keep_fds": [-1]}, ValueError),
+        ({"on_progress": "x"}, TypeError),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_before_anything_is_done(path, keywords, error):
@@ -338,3 +342,50 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_done(path, 
         memsafe.fork_snapshot(path, hello, **keywords)
     with pytest.raises(TypeError, match="callable"):
         memsafe.fork_snapshot(path, None)
+
+
+@pytest.mark.parametrize("no_path", [5, None])
+def test_what_is_no_path_is_refused_before_anything_is_done(no_path, capfd):
+    with pytest.raises(TypeError, match="PathLike"):
+        memsafe.fork_snapshot(no_path, hello)
+    with pytest.raises(TypeError, match="PathLike"):
+        memsafe.SnapshotSchedule(no_path, hello, every_s=1)
+    assert capfd.readouterr().err == ""
+
+
+async def coroutine_function(out):
+    out.write(b"new")
+
+
+def generator_function(out):
+    yield out.write(b"new")
+
+
+async def async_generator_function(out):
+    yield out.write(b"new")
+
+
+class Writer:
+    async def method(self, out):
+        out.write(b"new")
+
+    __call__ = method
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        coroutine_function,
+        generator_function,
+        async_generator_function,
+        functools.partial(coroutine_function),
+        functools.partial(Writer().method),
+        Writer().method,
+        Writer(),
+    ],
+)
+def test_a_write_that_a_call_would_only_begin_is_refused_at_once(path, write):
+    with pytest.raises(TypeError, match="coroutine or generator function"):
+        memsafe.fork_snapshot(path, write)
+    with pytest.raises(TypeError, match="coroutine or generator function"):
+        memsafe.SnapshotSchedule(path, write, every_s=1)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import mmap
 import os
 import signal
 import threading
@@ -156,3 +157,52 @@ def unkillable_beside_a_copy(path):
 
 def test_a_process_that_the_user_forked_does_not_keep_the_guard_from_ending_the_child(path):
     assert scenario.run(unkillable_beside_a_copy, path)["error"] == "SnapshotCancelledError"
+
+
+def forked_by_write(path):
+    """The process that `write` forks writes to the image, after its success."""
+    finished, told = Gate(), Gate()
+    said = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def write(out):
+        out.write(b"new")
+        out.flush()
+        if os.fork() == 0:
+            finished.wait()
+            try:
+                os.write(out.fileno(), b"more")
+            except OSError:
+                said[0] = 1
+            told.open()
+            os._exit(0)
+
+    got = outcome(memsafe.fork_snapshot(path, write))
+    finished.open()
+    told.wait()
+    finished.close()
+    told.close()
+    return {**got, "refused": said[0], "content": content(path)}
+
+
+def test_a_process_that_write_forks_has_no_part_in_the_image(path):
+    got = scenario.run(forked_by_write, path)
+    assert got["result"]["size_bytes"] == 3
+    assert (got["refused"], got["content"]) == (1, "new")
+
+
+def returned_in_both(path):
+    """`write` forks and both processes return from it."""
+
+    def write(out):
+        out.write(b"new")
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+
+    got = outcome(memsafe.fork_snapshot(path, write))
+    return {**got, "content": content(path)}
+
+
+def test_where_write_returns_in_a_process_that_it_forked_only_the_first_one_counts(path):
+    got = scenario.run(returned_in_both, path)
+    assert got["result"]["size_bytes"] == 3
+    assert got["content"] == "new"

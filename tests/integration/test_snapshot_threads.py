@@ -22,6 +22,7 @@ import numpy as np
 
 import memsafe
 from memsafe._kernel import kept
+from memsafe.snapshot import standstill
 from tests.integration import scenario
 from tests.integration.snapshots import MIB, PATIENCE_S, content, hello, outcome, unexpected
 
@@ -188,7 +189,8 @@ def test_a_log_s_queue_that_another_thread_holds_does_not_hold_the_child(path):
     assert got["records"] == 0
 
 
-def waits_for_ever(path):
+@contextmanager
+def asking_for_a_lock_that_is_held():
     lock = threading.Lock()
     held, release = threading.Event(), threading.Event()
 
@@ -205,10 +207,14 @@ def waits_for_ever(path):
         with lock:
             hello(out)
 
-    got = outcome(memsafe.fork_snapshot(path, asks_for_the_lock, timeout_s=1))
+    yield asks_for_the_lock
     release.set()
     thread.join()
-    return got
+
+
+def waits_for_ever(path):
+    with asking_for_a_lock_that_is_held() as write:
+        return outcome(memsafe.fork_snapshot(path, write, timeout_s=1))
 
 
 def test_a_write_that_waits_for_ever_is_reported_with_its_stack_and_who_else_there_was(path):
@@ -220,6 +226,40 @@ def test_a_write_that_waits_for_ever_is_reported_with_its_stack_and_who_else_the
     assert "Python's threads: who holds it" in got["message"]
     assert "MainThread" not in got["message"]
     assert path.read_text() == "old"
+
+
+class Log(logging.Handler):
+    """What is logged, and when there is something."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.filled = [], threading.Event()
+        logging.getLogger("memsafe.snapshot").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+        self.filled.set()
+
+
+def stands_still(path):
+    """A standstill of a few milliseconds is told here."""
+    standstill.STANDSTILL_S, standstill.LOOK_EVERY_S = 0.1, 0.01
+    log = Log()
+    with asking_for_a_lock_that_is_held() as write:
+        job = memsafe.fork_snapshot(path, write)
+        log.filled.wait(PATIENCE_S)
+        running = not job.done()
+        job.cancel()
+        return {**outcome(job), "running": running, "lines": log.lines}
+
+
+def test_a_write_that_waits_for_ever_without_a_timeout_is_logged_once_with_who_else_there_was(path):
+    got = scenario.run(stands_still, path)
+    (line,) = got["lines"]
+    assert f"the snapshot of {path} stands still" in line
+    assert "It waits; nothing ends it: pass timeout_s" in line
+    assert "Python's threads: who holds it" in line
+    assert (got["running"], got["error"]) == (True, "SnapshotCancelledError")
 
 
 def deaf(path):

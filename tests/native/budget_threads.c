@@ -332,7 +332,7 @@ static void start_with_empty_lines_after_a_fork(void)
     if (child == 0) {
         ms_budget_uncharge(leaf, 1, NULL);
         int taken = ms_budget_charge(leaf, 1, NULL, NULL);
-        _exit(taken == 0 && ms_claim_state(claim) == -ECANCELED && ms_claim_end(claim, NULL) == -ECANCELED ? 7 : 1);
+        leave(taken == 0 && ms_claim_state(claim) == -ECANCELED && ms_claim_end(claim, NULL) == -ECANCELED ? 7 : 1);
     }
     int status;
     CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 7);

@@ -68,7 +68,7 @@ static void fork_while_they_run(void)
         if (child == 0) {
             int told = 0, account = ms_heap_open(budgets[0], &told); /* hangs where the lock was left locked */
             ms_heap_close(account);
-            _exit(0);
+            leave(0);
         }
         int status;
         CHECK(waitpid(child, &status, 0) == child && status == 0);
@@ -148,7 +148,7 @@ static void count_ahead(void)
     pid_t child = fork();
     if (child == 0) {
         ms_heap_read(0, &stats);
-        _exit(stats.heap_bytes == 1000 && ms_heap_count_bytes - credit() == 1000 ? 0 : 1);
+        leave(stats.heap_bytes == 1000 && ms_heap_count_bytes - credit() == 1000 ? 0 : 1);
     }
     int status;
     CHECK(waitpid(child, &status, 0) == child && status == 0);

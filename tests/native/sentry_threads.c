@@ -58,7 +58,7 @@ static int start(bool stays)
     if (pid == 0) {
         while (stays)
             pause();
-        _exit(0);
+        leave(0);
     }
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     CHECK(pid > 0 && pidfd >= 0);
@@ -123,7 +123,7 @@ static void fork_beside(void)
         ms_sentry_watch(shared, shared_pidfd, 0);
         ms_sentry_rest(shared);
         ms_sentry_close(shared);
-        _exit(0);
+        leave(0);
     }
     CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
 }

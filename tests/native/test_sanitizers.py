@@ -9,6 +9,8 @@ import pytest
 
 NATIVE = Path(__file__).parents[2] / "memsafe_native"
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+# What every native thread is made of.
+THREAD = ["generation", "native_thread", "owned", "thread"]
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler: {COMPILER}")
 
@@ -21,9 +23,9 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C co
         ("heap_threads", ["heap", "budget", "claim"]),
         (
             "waiter_threads",
-            ["waiter", "kept", "gauge", "cpuwatch", "emergency", "generation", "native_thread", "thread"],
+            ["waiter", "watch", "source", "timer", "kept", "gauge", "cpuwatch", "emergency", *THREAD],
         ),
-        ("sentry_threads", ["sentry", "gauge", "fork_end", "generation", "native_thread", "owned", "thread"]),
+        ("sentry_threads", ["sentry", "gauge", "fork_end", *THREAD]),
         ("region_faults", ["budget", "claim", "generation"]),
     ],
 )

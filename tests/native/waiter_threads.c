@@ -13,6 +13,7 @@
 #include "emergency.h"
 #include "gauge.h"
 #include "kept.h"
+#include "timer.h"
 #include "waiter.h"
 
 enum { SOURCES = 8, ROUNDS = 2000, SIGNALS = SOURCES * ROUNDS };
@@ -156,7 +157,7 @@ static void share_a_reserve(void)
         int empty = ms_emergency_held(reserve) == 0 && ms_emergency_give(reserve) == 0 &&
                     ms_waiter_set_reserve(sharing[0], reserve) == -ECHILD;
         int own = ms_emergency_take(reserve) == RESERVE_BYTES && ms_emergency_give(reserve) == RESERVE_BYTES;
-        _exit(empty && own ? 0 : 1);
+        leave(empty && own ? 0 : 1);
     }
     CHECK(waitpid(child, &status, 0) == child && status == 0);
     has_ended = 1;
@@ -182,7 +183,7 @@ static void fork_beside(void)
                       ms_waiter_add(waiter, counters[0], MS_WAITER_COUNTER, 5) == -ECHILD &&
                       ms_waiter_wait(waiter, NULL, &report, 1) == -ECHILD;
         ms_waiter_close(waiter);
-        _exit(refused ? 0 : 1);
+        leave(refused ? 0 : 1);
     }
     CHECK(waitpid(child, &status, 0) == child && status == 0);
 }

@@ -1,4 +1,7 @@
 import errno
+import itertools
+import signal
+import threading
 
 import pytest
 
@@ -87,6 +90,77 @@ def test_protect_takes_500_off_and_never_exempts(tmp_path, before, after):
     write(tmp_path, {"proc/self/oom_score_adj": f"{before:<5}\n"})
     assert oom.protect(root=tmp_path) == before
     assert int(path.read_text().split()[0]) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "offset", "after"),
+    [(100, 200, 300), (100, -200, -100), (900, 200, 1000), (-600, -500, -999), (-1000, -1, -1000), (-1000, 1, -999)],
+)
+def test_adjust_by_goes_from_what_was_inherited_and_never_exempts(tmp_path, before, offset, after):
+    machine_at(tmp_path, before)
+    with oom.adjust_by(offset, root=tmp_path) as was:
+        assert (was, oom.score_adj(root=tmp_path)) == (before, after)
+    assert oom.score_adj(root=tmp_path) == before
+
+
+def test_an_offset_that_is_no_int_is_refused(tmp_path):
+    machine_at(tmp_path, 0)
+    with pytest.raises(TypeError):
+        oom.adjust_by(0.5, root=tmp_path)
+
+
+def test_nobody_changes_the_value_between_its_reading_and_its_writing(tmp_path, monkeypatch):
+    machine_at(tmp_path, 0)
+    steps = []
+
+    def noting(step, call):
+        def noted(*args):
+            steps.append((threading.get_ident(), step))
+            return call(*args)
+
+        return noted
+
+    monkeypatch.setattr(oom.process, "oom_score_adj", noting("read", oom.process.oom_score_adj))
+    monkeypatch.setattr(oom.kernel, "write_score_adj", noting("write", oom.kernel.write_score_adj))
+    start = threading.Barrier(4)
+
+    def work():
+        start.wait()
+        for change in (lambda: oom.adjust_by(1, root=tmp_path), lambda: oom.set_score_adj(7, root=tmp_path)) * 20:
+            with change():
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    last_of_each_turn = {step for (who, step), (next_one, _) in itertools.pairwise(steps) if who != next_one}
+    assert last_of_each_turn == {"write"}
+    assert oom.score_adj(root=tmp_path) == 0
+
+
+def test_a_handler_that_interrupts_a_change_may_change_it_as_well(tmp_path, monkeypatch):
+    machine_at(tmp_path, 0)
+    write_score_adj, seen = oom.kernel.write_score_adj, []
+
+    def interrupted(score_adj, root):
+        monkeypatch.setattr(oom.kernel, "write_score_adj", write_score_adj)
+        signal.raise_signal(signal.SIGUSR1)
+        write_score_adj(score_adj, root)
+
+    def handle(*_):
+        with oom.adjust_by(5, root=tmp_path):
+            seen.append(oom.score_adj(root=tmp_path))
+
+    monkeypatch.setattr(oom.kernel, "write_score_adj", interrupted)
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with oom.set_score_adj(300, root=tmp_path):
+            assert (seen, oom.score_adj(root=tmp_path)) == ([5], 300)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert oom.score_adj(root=tmp_path) == 0
 
 
 def machine_at(root, score_adj):

@@ -195,9 +195,9 @@ def test_a_budget_writes_to_no_descriptor_that_is_another_files_now(machine, tmp
 def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):
     first = os.open(tmp_path, os.O_RDONLY)
     owned = Owned(first)
-    assert owned.is_ours()
+    assert (owned.is_ours(), owned.is_lost()) == (True, False)
     os.close(first)
-    assert not owned.is_ours()
+    assert (owned.is_ours(), owned.is_lost()) == (False, True)
     (tmp_path / "file").touch()
     other = os.open(tmp_path / "file", os.O_RDONLY)
     assert other == first
@@ -206,6 +206,7 @@ def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):
     os.close(other)
     mine = Owned(os.eventfd(0))
     mine.close()
+    assert (mine.is_ours(), mine.is_lost()) == (False, False)
     again = os.eventfd(0)
     assert again == mine.fd
     mine.close()

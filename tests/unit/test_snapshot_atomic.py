@@ -97,6 +97,63 @@ def test_the_old_files_permissions_are_kept(kind, path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o604
 
 
+def other_group():
+    """A group of this process's that new files do not get; as root any will do."""
+    found = [group for group in os.getgroups() if group != os.getegid()]
+    return found[0] if found else 65534 if os.geteuid() == 0 else None
+
+
+def owned(path):
+    status = path.stat()
+    return status.st_uid, status.st_gid, oct(stat.S_IMODE(status.st_mode))
+
+
+def test_the_old_files_owner_and_group_are_kept_where_they_may_be_given(kind, path):
+    path.write_bytes(b"old")
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    elif (group := other_group()) is not None:
+        os.chown(path, -1, group)
+    path.chmod(0o6750)
+    before = owned(path)
+    replace(path)
+    assert owned(path) == before
+
+
+def test_what_was_granted_to_an_owner_and_a_group_that_cannot_be_kept_is_granted_to_no_others(kind, path, monkeypatch):
+    path.write_bytes(b"old")
+    path.chmod(0o6754)
+    mine = path.stat()
+
+    def refuse(*args):
+        raise PermissionError(errno.EPERM, "")
+
+    class Strangers:
+        def __getattr__(self, name):
+            return {"st_uid": mine.st_uid + 1, "st_gid": mine.st_gid + 1}.get(name, getattr(mine, name))
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    monkeypatch.setattr(AtomicFile, "_old", lambda self: Strangers())
+    replace(path)
+    assert owned(path) == (mine.st_uid, mine.st_gid, "0o744")
+
+
+def test_nobody_can_open_a_named_file_before_it_has_the_old_ones_permissions(path, monkeypatch):
+    without_tmpfile(monkeypatch)
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    given = []
+    real = os.fchown
+
+    def look(fd, *args):
+        given.append(oct(stat.S_IMODE(os.fstat(fd).st_mode)))
+        real(fd, *args)
+
+    monkeypatch.setattr(os, "fchown", look)
+    replace(path)
+    assert given[0] == "0o600"
+
+
 def test_a_symbolic_link_stays_and_its_target_is_replaced(kind, tmp_path):
     (tmp_path / "data").mkdir()
     target = tmp_path / "data" / "real.db"
@@ -274,7 +331,7 @@ def test_no_descriptor_is_left_open(kind, path):
 class Faults:
     """Fails the n-th of the file system's calls, once or from then on."""
 
-    NAMES = ("open", "fchmod", "link", "fsync", "rename", "stat", "fstat", "listdir")
+    NAMES = ("open", "fchown", "fchmod", "link", "fsync", "rename", "stat", "fstat", "listdir")
 
     def __init__(self, monkeypatch, nth, *, for_good):
         self.left = nth

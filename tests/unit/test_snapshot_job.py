@@ -1,10 +1,12 @@
 """The job and the run, driven by hand as an engine without any child would."""
 
 import asyncio
+import gc
 import itertools
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 
@@ -23,6 +25,13 @@ class Engine:
 
     def wake(self):
         self.wakes += 1
+
+    def finish(self, outcome):
+        self.run.seal()
+        if isinstance(outcome, SnapshotResult):
+            self.run.resolve(outcome)
+        else:
+            self.run.reject(outcome)
 
 
 OVERRUN = SnapshotOverrunError("too much", copy_bytes=2, max_copy_bytes=1)
@@ -61,6 +70,87 @@ def test_wait_that_takes_too_long_is_a_timeout_and_changes_nothing():
     with pytest.raises(TimeoutError, match=r"dump\.db is still running"):
         engine.job.wait(0)
     assert engine.job.state is SnapshotState.PREPARING
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "waited_s"), [(float("inf"), None), (1e300, None), (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX)]
+)
+def test_a_time_longer_than_a_lock_can_wait_is_for_ever(monkeypatch, timeout_s, waited_s):
+    engine = Engine()
+    waits = []
+    monkeypatch.setattr(engine.run.future, "result", waits.append)
+    engine.job.wait(timeout_s)
+    assert waits == [waited_s]
+
+
+def test_a_job_can_be_referred_to_weakly():
+    engine = Engine()
+    assert weakref.ref(engine.job)() is engine.job
+
+
+FAILURE = SnapshotFailedError("the disk is full")
+
+
+def dropped_before_its_end(engine, outcome):
+    del engine.job
+    engine.finish(outcome)
+
+
+def dropped_after_its_end(engine, outcome):
+    engine.finish(outcome)
+    del engine.job
+
+
+@pytest.mark.parametrize("drop", [dropped_before_its_end, dropped_after_its_end])
+@pytest.mark.parametrize(
+    ("outcome", "logged"),
+    [
+        (FAILURE, "memsafe.snapshot:nobody asked how this ended: the disk is full"),
+        (SnapshotCancelledError("by its owner"), ""),
+        (RESULT, ""),
+    ],
+    ids=["failed", "cancelled", "done"],
+)
+def test_a_failure_that_nobody_asks_for_is_logged(caplog, drop, outcome, logged):
+    drop(Engine(), outcome)
+    assert ":".join([caplog.records[0].name, caplog.records[0].message] if caplog.records else []) == logged
+
+
+def waits(job):
+    with pytest.raises(SnapshotFailedError):
+        job.wait()
+
+
+def awaits(job):
+    async def main():
+        await job
+
+    with pytest.raises(SnapshotFailedError):
+        asyncio.run(main())
+
+
+def is_told(job):
+    told = []
+    job.add_done_callback(told.append)
+    told.clear()
+
+
+@pytest.mark.parametrize("ask", [waits, awaits, is_told])
+def test_a_failure_that_somebody_was_told_is_not_logged(caplog, ask):
+    engine = Engine()
+    engine.finish(FAILURE)
+    ask(engine.job)
+    del engine.job
+    gc.collect()
+    assert caplog.records == []
+
+
+def test_a_failure_after_a_wait_that_was_too_short_is_logged(caplog):
+    engine = Engine()
+    with pytest.raises(TimeoutError):
+        engine.job.wait(0)
+    dropped_before_its_end(engine, FAILURE)
+    assert "the disk is full" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -217,9 +307,10 @@ def test_progress_is_published_before_the_callback_hears_of_it():
     assert engine.job.progress.ratio == 0.25
 
 
-def test_a_failing_progress_callback_is_logged(caplog):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, asyncio.CancelledError])
+def test_a_failing_progress_callback_is_logged(caplog, error):
     def broken(done, total):
-        raise RuntimeError("display broke")
+        raise error("display broke")
 
     Engine(on_progress=broken).run.report_progress(1, 1)
     assert "display broke" in caplog.text

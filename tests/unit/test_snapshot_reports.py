@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from memsafe._kernel.descriptors import Owned
 from memsafe.snapshot.reports import Done, Progress, Raised, Reporter, ReportReader
 from memsafe.snapshot.writer import Written
 
@@ -24,7 +25,7 @@ def pipe():
 
 
 def heard(pipe):
-    return ReportReader(pipe["read"]).read()
+    return ReportReader(Owned(pipe["read"])).read()
 
 
 def test_reports_arrive_as_they_were_sent(pipe):
@@ -56,7 +57,7 @@ def test_the_longest_exception_arrives_whatever_it_is_written_in(pipe, character
     kind = type(character.replace("\0", "x").replace("\udc80", "x") * 2**18, (Exception,), {})
     sender = threading.Thread(target=Reporter(pipe["write"]).raised, args=(kind(character * 2**20),))
     sender.start()
-    reader, reports = ReportReader(pipe["read"]), []
+    reader, reports = ReportReader(Owned(pipe["read"])), []
     while not reports:
         select.select([pipe["read"]], [], [], 30)
         reports = reader.read()
@@ -73,7 +74,7 @@ def test_a_report_in_pieces_is_put_together(pipe):
     whole = os.read(writer_read, 1000)
     os.close(writer_read)
     os.close(writer_write)
-    reader = ReportReader(pipe["read"])
+    reader = ReportReader(Owned(pipe["read"]))
     for byte in whole[:-1]:
         os.write(pipe["write"], bytes([byte]))
         assert reader.read() == []
@@ -83,7 +84,7 @@ def test_a_report_in_pieces_is_put_together(pipe):
 
 
 def test_the_end_is_told(pipe):
-    reader = ReportReader(pipe["read"])
+    reader = ReportReader(Owned(pipe["read"]))
     os.close(pipe["write"])
     assert reader.read() == []
     assert reader.at_end
@@ -101,7 +102,7 @@ def test_a_full_pipe_drops_progress_but_the_last_one_and_the_outcome_wait(pipe):
     reporter.progress(7, 9)
     ending = threading.Thread(target=reporter.done, args=[None, [], Written(0, None)])
     ending.start()
-    reader = ReportReader(pipe["read"])
+    reader = ReportReader(Owned(pipe["read"]))
     reports = []
     while not any(isinstance(report, Done) for report in reports):
         reports += reader.read()
@@ -125,9 +126,16 @@ def test_junk_on_the_pipe_is_an_error_and_no_report(pipe, junk):
         heard(pipe)
 
 
+def test_a_file_that_never_ends_in_the_place_of_the_pipe_is_an_error():
+    endless = Owned(os.open("/dev/zero", os.O_RDONLY))
+    with pytest.raises(OSError, match="came from the child"):
+        ReportReader(endless).read()
+    endless.close()
+
+
 def test_a_reader_that_was_closed_hears_nothing_and_the_writer_is_told():
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK)
-    reader = ReportReader(read_fd)
+    reader = ReportReader(Owned(read_fd))
     os.write(write_fd, b"x")
     reader.close()
     reader.close()

@@ -603,3 +603,10 @@ def test_an_event_loop_takes_what_is_due_on_its_own_thread(engine):
     schedule = asyncio.run(main())
     assert threads == [threading.main_thread()] * 2
     assert schedule.consecutive_failures == 1
+
+
+def test_a_schedule_can_be_closed_without_a_bound_on_the_time(engine):
+    schedule = SnapshotSchedule("dump.db", print, after_changes=1, take=engine.take)
+    schedule.start()
+    schedule.close(timeout_s=float("inf"))
+    assert schedule.next_attempt_in_s is None

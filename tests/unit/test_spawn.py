@@ -1,6 +1,7 @@
 """memsafe.Popen beside subprocess.Popen: what one does, the other does."""
 
 import errno
+import inspect
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import pytest
 
 import memsafe
 from memsafe._kernel import child_cgroup
-from memsafe.spawn import limits, popen
+from memsafe.spawn import arguments, limits, popen
 
 PIPE = subprocess.PIPE
 
@@ -154,6 +155,23 @@ def test_popen_is_a_subprocess_popen():
         assert process.args == ["cat"]
         assert process.communicate("hello") == ("hello", None)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "own"), [("Popen", 0), ("run", 4), ("run_async", 4)])
+def test_inspect_shows_the_parameters_of_subprocess_in_order_then_ours(name, own):
+    theirs = inspect.signature(subprocess.Popen).parameters
+    shown = inspect.signature(getattr(memsafe, name)).parameters
+    assert [(key, shown[key].kind, shown[key].default) for key in list(shown)[: len(theirs)]] == [
+        (key, parameter.kind, parameter.default) for key, parameter in theirs.items()
+    ]
+    ours = arguments.ChildArguments.__annotations__.keys() - arguments.PopenArguments.__annotations__.keys()
+    of_run = [key for key in inspect.signature(subprocess.run).parameters if key not in ("popenargs", "kwargs")][:own]
+    rest = list(shown)[len(theirs) :]
+    assert (set(rest[: len(ours)]), rest[len(ours) :]) == (ours, of_run)
+
+
+def test_type_checkers_know_the_parameters_of_subprocess_too():
+    assert ["args", *arguments.PopenArguments.__annotations__] == list(inspect.signature(subprocess.Popen).parameters)
 
 
 def test_the_environment_is_that_of_the_c_library_too():
@@ -567,3 +585,47 @@ def test_what_run_returns_is_a_completed_process_of_subprocess():
     assert done.oom_killed is None
     with pytest.raises(subprocess.CalledProcessError):
         done.check_returncode()
+
+
+class AskingLog(TellingLog):
+    """A kernel's log that names the child, but while it is read for the first time something else happens."""
+
+    def __init__(self, meanwhile):
+        super().__init__(True)
+        self.meanwhile = [meanwhile]
+
+    def names(self, pid):
+        if self.meanwhile:
+            self.meanwhile.pop()()
+            return False
+        return True
+
+
+def test_who_sees_in_another_thread_that_the_child_has_ended_is_told_what_ended_it(monkeypatch):
+    reading, read_on = threading.Event(), threading.Event()
+    log = AskingLog(lambda: reading.set() or read_on.wait(30))
+    monkeypatch.setattr(limits, "KillLog", lambda since_s: log)
+    with memsafe.Popen(["sleep", "60"]) as process:
+        waiter = threading.Thread(target=process.wait)
+        waiter.start()
+        process.kill()
+        assert reading.wait(30)
+        told = process.returncode, process.oom_killed
+        read_on.set()
+        waiter.join()
+    assert told == (-signal.SIGKILL, True)
+    assert process.oom_killed is True  # who was slower does not take it back
+
+
+def test_a_handler_that_interrupts_who_reaps_the_child_can_wait_for_it_and_is_told_what_ended_it(monkeypatch):
+    told = []
+    log = AskingLog(lambda: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr(limits, "KillLog", lambda since_s: log)
+    before = signal.signal(signal.SIGUSR1, lambda *_: told.append((process.wait(), process.oom_killed)))
+    try:
+        with memsafe.Popen(["sleep", "60"]) as process:
+            process.kill()
+            process.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == [(-signal.SIGKILL, True)]
