@@ -8,6 +8,7 @@ import select
 import pytest
 
 import memsafe
+from tests.integration.copies import keep_sentries_out
 from tests.kernel.guest import child
 
 MIB = 1024 * 1024
@@ -93,6 +94,7 @@ def test_a_bound_on_copies_lets_it_in_where_a_full_copy_would_not_fit(group, pat
 
 def shot(path, size_bytes):
     """Take a snapshot whose child takes more memory than there is; what comes of it."""
+    keep_sentries_out()
     begin, ended = os.pipe(), []
 
     def write(out):
