@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.snapshot_survival.cells import Cell
+from benchmarks.survival.table import outcomes_of, section
 from memsafe import format_size
 
 _COUNTS = ("complete", "ended", "shot", "refused", "failed", "oom_kills")
@@ -31,24 +31,16 @@ def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
         place.setdefault(replace(Cell.from_dict(line["cell"]), runs=0), []).append(line)
     for (kernel, version), cells in places.items():
         loads = [line["load"] for runs in cells.values() for line in runs]
-        yield f"### Linux {kernel}, cgroup v{version}, a load of {min(loads):.0f} to {max(loads):.0f}"
-        yield ""
-        yield f"| {' | '.join(_HEADINGS)} |"
-        yield f"|{'|'.join('---:' if heading in _RIGHT else '---' for heading in _HEADINGS)}|"
-        for cell, runs in cells.items():
-            yield f"| {' | '.join(_row(cell, runs))} |"
-        yield ""
+        title = f"Linux {kernel}, cgroup v{version}, a load of {min(loads):.0f} to {max(loads):.0f}"
+        yield from section(title, _HEADINGS, _RIGHT, (_row(cell, runs) for cell, runs in cells.items()))
 
 
 def _row(cell: Cell, runs: list[dict[str, Any]]) -> tuple[str, ...]:
-    outcomes = Counter(run["outcome"] for run in runs)
-    survived = outcomes.pop("survived", 0)
     return (
         format_size(cell.data_bytes),
         format_size(cell.limit_bytes),
         cell.pace,
         cell.engine,
-        f"{survived} of {len(runs)}",
-        ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()),
+        *outcomes_of(runs),
         *(str(sum(run[count] for run in runs)) for count in _COUNTS),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ MIB = 1024**2
 
 _PLACE_KEYS = ("kernel", "cgroup", "psi")
 _HEADINGS = ("limit", "memory.high", "taken by", "pace", "responder", "survived", "else", "lead ms", "lead MiB", "by")
+_RIGHT = {"survived", "lead ms", "lead MiB"}
 
 
 def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -25,18 +26,32 @@ def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
             place = places.setdefault(tuple(line[key] for key in _PLACE_KEYS), {})
             place.setdefault(replace(Cell.from_dict(line["cell"]), runs=0), []).append(line)
     for (kernel, version, has_psi), cells in places.items():
-        yield f"### Linux {kernel}, cgroup v{version}, PSI {'on' if has_psi else 'off'}"
-        yield ""
-        yield f"| {' | '.join(_HEADINGS)} |"
-        yield f"|{'|'.join('---:' if heading.startswith(('survived', 'lead')) else '---' for heading in _HEADINGS)}|"
-        for cell, runs in cells.items():
-            yield f"| {' | '.join(_row(cell, runs))} |"
-        yield ""
+        title = f"Linux {kernel}, cgroup v{version}, PSI {'on' if has_psi else 'off'}"
+        yield from section(title, _HEADINGS, _RIGHT, (_row(cell, runs) for cell, runs in cells.items()))
+
+
+def section(
+    title: str, headings: Sequence[str], right: Collection[str], rows: Iterable[Sequence[str]]
+) -> Iterator[str]:
+    """Yield the lines of a table under its title; the columns in *right* are set to the right."""
+    yield f"### {title}"
+    yield ""
+    yield f"| {' | '.join(headings)} |"
+    yield f"|{'|'.join('---:' if heading in right else '---' for heading in headings)}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def outcomes_of(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return how many survived, and what became of the others."""
+    outcomes = Counter(run["outcome"] for run in runs)
+    survived = outcomes.pop("survived", 0)
+    others = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    return f"{survived} of {len(runs)}", others
 
 
 def _row(cell: Cell, runs: list[dict[str, Any]]) -> tuple[str, ...]:
-    outcomes = Counter(run["outcome"] for run in runs)
-    survived = outcomes.pop("survived", 0)
     sources = Counter(run["source"] for run in runs if run["source"])
     return (
         format_size(cell.limit_bytes),
@@ -44,8 +59,7 @@ def _row(cell: Cell, runs: list[dict[str, Any]]) -> tuple[str, ...]:
         cell.kind,
         "full" if cell.rate is None else f"{format_size(cell.rate)}/s",
         cell.responder,
-        f"{survived} of {len(runs)}",
-        ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()),
+        *outcomes_of(runs),
         _spread([run["lead_ms"] for run in runs if run["lead_ms"] is not None]),
         _spread([run["lead_bytes"] / MIB for run in runs if run["lead_bytes"] is not None]),
         ", ".join(f"{source} {count}" for source, count in sources.most_common(2)),
