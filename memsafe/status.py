@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from memsafe._kernel.process import Limits, ProcessStatus
 
 T = TypeVar("T")
+
+# Of a cgroup's usage: how often it is read until two that follow one another agree, but for what the kernel charges a
+# processor at a time (MEMCG_CHARGE_BATCH in include/linux/memcontrol.h).
+_READINGS = 3
+_TORN_BYTES = 64 * machine.PAGE_BYTES
 
 Kind: TypeAlias = Literal[
     "memory.max", "memory.high", "memory.limit_in_bytes", "rlimit_data", "rlimit_as", "physical", "commit"
@@ -341,9 +347,21 @@ class _Reader:
                 yield _constraint(kind, group.path, memsw.limit_bytes, both_bytes, inactive_bytes, "kill", active_bytes)
 
     def _usage_of(self, group: MemoryCgroup) -> tuple[int | None, tuple[int | None, int]]:
+        """Return what is charged, and the (inactive, active) file cache in it.
+
+        The two stand in two files: cache that is dropped between the one and the other would be missing from the cache
+        and still be used. So the usage is read before and after, and in doubt more is used.
+        """
         silent = f"the cgroup at {group.directory} does not tell its"
-        used_bytes = self._fact(group.usage_bytes, missing=f"{silent} usage")
-        cache_bytes = self._fact(group.file_cache_bytes, missing=f"{silent} file cache in memory.stat")
+        for left in reversed(range(_READINGS)):
+            used_bytes = self._fact(group.usage_bytes, missing=f"{silent} usage")
+            cache_bytes = self._fact(group.file_cache_bytes, missing=f"{silent} file cache in memory.stat")
+            later_bytes = self._fact(partial(group.usage_bytes, again=True))
+            if used_bytes is None or later_bytes is None or abs(later_bytes - used_bytes) <= _TORN_BYTES:
+                break
+            used_bytes = max(used_bytes, later_bytes)
+            if left:
+                files.renew()
         return used_bytes, cache_bytes or (None, 0)
 
     def _rlimit_constraints(self, own: ProcessStatus | None) -> Iterator[Constraint]:

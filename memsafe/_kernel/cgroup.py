@@ -71,9 +71,10 @@ class MemoryCgroup(Cgroup):
         """Return the limit past which allocations are throttled; v1 has none."""
         return files.read_limit(self.file("memory.high")) if self.version == 2 else None
 
-    def usage_bytes(self) -> int | None:
-        """Return what is charged to it and its descendants, page cache included."""
-        return files.read_count(self.file("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
+    def usage_bytes(self, *, again: bool = False) -> int | None:
+        """Return what is charged to it and its descendants, page cache included; *again* is as of files.read()."""
+        name = "memory.current" if self.version == 2 else "memory.usage_in_bytes"
+        return files.read_count(self.file(name), again=again)
 
     def stat(self) -> Flat | None:
         """Return memory.stat."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     class Reader(Protocol):
         """Who has read files already, see kept.py. None: read it yourself."""
 
-        def read(self, path: str) -> bytes | None: ...
+        def read(self, path: str, *, again: bool = False) -> bytes | None: ...
+        def renew(self) -> None: ...
         def is_directory(self, path: str) -> bool | None: ...
 
 
@@ -55,13 +56,13 @@ def under(root: Root, path: str) -> str:
     return prefix + path
 
 
-def read(path: str, *, max_bytes: int = _FILE_BYTES_MAX) -> bytes:
-    """Return all of the file at *path*.
+def read(path: str, *, max_bytes: int = _FILE_BYTES_MAX, again: bool = False) -> bytes:
+    """Return all of the file at *path*; read after all that was asked for before, where *again* says so.
 
     Raises:
         KernelError: It is missing, cannot be read, or is larger than *max_bytes*.
     """
-    if ahead.reader is not None and (text := ahead.reader.read(path)) is not None:
+    if ahead.reader is not None and (text := ahead.reader.read(path, again=again)) is not None:
         return text
     try:
         # O_NONBLOCK: a FIFO laid in the way must not hang the reader; the kernel's own files ignore it.
@@ -77,6 +78,12 @@ def read(path: str, *, max_bytes: int = _FILE_BYTES_MAX) -> bytes:
     finally:
         with suppress(OSError):  # it is closed all the same, and what was read was read
             os.close(fd)
+
+
+def renew() -> None:
+    """Have what is read from here on be read later than all that was read so far."""
+    if ahead.reader is not None:
+        ahead.reader.renew()
 
 
 def _read_all(fd: int, path: str, max_bytes: int) -> bytes:
@@ -95,14 +102,14 @@ def _read_all(fd: int, path: str, max_bytes: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def read_optional(path: str) -> bytes | None:
-    """Return all of the file at *path*, or None where there is none.
+def read_optional(path: str, *, again: bool = False) -> bytes | None:
+    """Return all of the file at *path* as read() does, or None where there is none.
 
     Raises:
         KernelError: It is there and cannot be read.
     """
     try:
-        return read(path)
+        return read(path, again=again)
     except KernelError as error:
         if is_missing(error):
             return None
@@ -189,9 +196,9 @@ def limit(text: bytes, path: str) -> int:
     return UNLIMITED if value >= _UNLIMITED_FROM else value
 
 
-def read_count(path: str) -> int | None:
-    """Return the number in the file at *path*, or None where there is no such file."""
-    text = read_optional(path)
+def read_count(path: str, *, again: bool = False) -> int | None:
+    """Return the number in the file at *path* as read() does, or None where there is no such file."""
+    text = read_optional(path, again=again)
     return None if text is None else count(text, path)
 
 

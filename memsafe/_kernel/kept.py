@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from memsafe._kernel.files import Root
 
-DESCRIPTORS_MAX = 96
+DESCRIPTORS_MAX = 128
 """More than sixteen levels of cgroups ask for; what is beyond is opened each time."""
 
 BELIEVE_S = 10.0
@@ -121,13 +121,18 @@ class KeptFiles:
         """Note that somebody has just had `native` read: the next reading() reads nothing more."""
         self._read_already = True
 
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, *, again: bool = False) -> bytes | None:
         """Return what was read at *path*, None where nothing was.
+
+        Args:
+            path: Which file.
+            again: Return what was read a second time, after all that was asked for before.
 
         Raises:
             KernelError: It could not be read.
         """
-        result, offset = self._look_up(path, self._mountinfo[1] if path == self._mountinfo[0] else lib.MS_KEPT_READ)
+        how = lib.MS_KEPT_AGAIN if again else lib.MS_KEPT_READ
+        result, offset = self._look_up(path, self._mountinfo[1] if path == self._mountinfo[0] else how)
         if result >= 0:
             return bytes(self._bytes[offset : offset + result])
         if result == -errno.EAGAIN:
@@ -135,6 +140,11 @@ class KeptFiles:
         if result in {-errno.ENOBUFS, -errno.EISDIR}:
             return None
         raise KernelError(-result, f"read {path}")
+
+    def renew(self) -> None:
+        """Read all anew in the midst of a reading()."""
+        lib.ms_kept_read(self.native)
+        self._take()
 
     def is_directory(self, path: str) -> bool | None:
         """Whether *path* is a directory, None where that was not found out."""

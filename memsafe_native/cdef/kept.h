@@ -2,7 +2,8 @@
 enum ms_kept_how {
     MS_KEPT_READ = 0,  /* read whole each time */
     MS_KEPT_WATCH = 1, /* of procfs's mountinfo: read only when it is new, or poll says that the mounts changed */
-    MS_KEPT_STAT = 2   /* never opened: what it is, and whether it is still the same */
+    MS_KEPT_STAT = 2,  /* never opened: what it is, and whether it is still the same */
+    MS_KEPT_AGAIN = 3  /* as MS_KEPT_READ: a second time, later than those before it */
 };
 
 typedef struct ms_kept {

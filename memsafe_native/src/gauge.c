@@ -9,6 +9,8 @@
 enum {
     FILE_BYTES = 8192, /* memory.stat has some 2 KiB; the keys that are looked for stand in its first half */
     MOVED_DIVISOR = 64,
+    READINGS = 3,           /* of which two that follow one another agree, */
+    TORN_BYTES = 64 * 4096, /* but for what the kernel charges a processor at a time */
     NS_PER_S = 1000000000
 };
 
@@ -92,21 +94,45 @@ static bool add_terms(text *file, const ms_gauge_term *term, const ms_gauge_term
     return true;
 }
 
+/* Returns the first of the terms that only add; *end* where there is none. */
+static const ms_gauge_term *adding_terms(const ms_gauge *gauge, const ms_gauge_term *end)
+{
+    const ms_gauge_term *term = gauge->terms + 1;
+    while (term < end && term->fd >= 0 && term->scale < 0)
+        term++;
+    return term < end && term->fd >= 0 ? term : end;
+}
+
+/* Read what only adds, in a file of its own, between two readings of all else: cache that was dropped meanwhile would
+ * be missing from the one and still be counted as used by the other. In doubt the less is left. */
+static bool read_whole(text *file, ms_gauge *gauge, const ms_gauge_term *adding, int64_t *left)
+{
+    const ms_gauge_term *end = gauge->terms + MS_GAUGE_TERMS;
+    for (int reading = 1;; reading++) {
+        int64_t before = *left, after = gauge->base_bytes, added = 0;
+        if (!add_terms(file, adding, end, &added) || !add_terms(file, gauge->terms, adding, &after))
+            return false;
+        gauge->added_bytes = added;
+        double moved_bytes = (double)before - (double)after;
+        bool agree = moved_bytes <= TORN_BYTES && moved_bytes >= -TORN_BYTES;
+        *left = agree || reading < READINGS || after < before ? after : before;
+        if (agree || reading == READINGS)
+            return !__builtin_add_overflow(*left, added, left);
+    }
+}
+
 /* Returns false where it cannot be read. */
 static bool read_left(text *file, ms_gauge *gauge, int64_t *left_bytes)
 {
-    const ms_gauge_term *adding = gauge->terms, *end = gauge->terms + MS_GAUGE_TERMS;
-    int64_t left = gauge->base_bytes, added = 0;
-    do
-        adding++;
-    while (adding < end && adding->fd >= 0 && adding->scale < 0);
+    const ms_gauge_term *end = gauge->terms + MS_GAUGE_TERMS, *adding = adding_terms(gauge, end);
+    int64_t left = gauge->base_bytes;
     if (!add_terms(file, gauge->terms, adding, &left))
         return false;
-    if (adding < end && (adding->fd == file->fd || !is_enough(gauge, left))) {
-        if (!add_terms(file, adding, end, &added) || __builtin_add_overflow(left, added, &left))
+    if (adding < end && adding->fd == file->fd) {
+        if (!add_terms(file, adding, end, &left))
             return false;
-        gauge->added_bytes = added;
-    }
+    } else if (adding < end && !is_enough(gauge, left) && !read_whole(file, gauge, adding, &left))
+        return false;
     *left_bytes = left;
     return true;
 }

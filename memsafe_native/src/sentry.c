@@ -21,15 +21,24 @@ enum {
     TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
     LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too, */
     LATE_MOST_NS = 1000 * 1000 * 1000, /* unless that was a debugger, or Ctrl-Z */
-    WINDOW_NS = 4 * 1000 * 1000, /* the kernel charges 64 pages a processor at a time: over less, a rate is noise */
+    /* The kernel charges 64 pages a processor at a time, and a huge page at once: over less time, and without the last
+     * huge page, a rate is noise. So what goes slowly is seen over longer than is looked ahead. */
+    WINDOW_NS = 4 * 1000 * 1000,
+    WINDOWS = 32,
+    HUGE_PAGE_BYTES = 2 * 1024 * 1024,
     NS_PER_S = 1000000000
 };
 
-/* What was left twice before, 4 to 8 ms apart: the rate is since the older of the two. And when to look again. */
+typedef struct sight {
+    int64_t at_ns; /* 0: none yet */
+    int64_t left_bytes;
+} sight;
+
+/* What was left before, a window apart or more; and when to look again. */
 typedef struct trail {
     int64_t next_ns;
-    int64_t at_ns[2];
-    int64_t left_bytes[2];
+    unsigned newest;
+    sight sights[WINDOWS];
 } trail;
 
 typedef struct lookout {
@@ -68,20 +77,28 @@ static bool is_foreign(const ms_sentry *sentry)
     return sentry->generation != ms_generation();
 }
 
+/* How fast it has gone since, in bytes a second, at least. */
+static double rate_since(const sight *before, int64_t at_ns, int64_t left_bytes)
+{
+    if (before->at_ns == 0 || at_ns - before->at_ns < WINDOW_NS)
+        return 0;
+    double lost_bytes = (double)before->left_bytes - (double)left_bytes - HUGE_PAGE_BYTES;
+    return lost_bytes * NS_PER_S / (double)(at_ns - before->at_ns);
+}
+
 /* How fast it goes, in bytes a second; 0 at first. */
 static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
 {
-    double lost_bytes = (double)past->left_bytes[0] - (double)left_bytes;
-    double rate = past->at_ns[0] == 0 ? 0 : lost_bytes * NS_PER_S / (double)(at_ns - past->at_ns[0]);
-    if (past->at_ns[0] == 0 || at_ns - past->at_ns[1] >= WINDOW_NS) {
-        past->at_ns[0] = past->at_ns[1];
-        past->left_bytes[0] = past->left_bytes[1];
-        past->at_ns[1] = at_ns;
-        past->left_bytes[1] = left_bytes;
+    double rate = 0;
+    for (int i = 0; i < WINDOWS; i++) {
+        double since = rate_since(&past->sights[i], at_ns, left_bytes);
+        rate = since > rate ? since : rate;
     }
-    if (rate >= (double)INT64_MAX)
-        return INT64_MAX;
-    return rate > 0 ? (int64_t)rate : 0;
+    if (at_ns - past->sights[past->newest].at_ns >= WINDOW_NS) {
+        past->newest = (past->newest + 1) % WINDOWS;
+        past->sights[past->newest] = (sight){at_ns, left_bytes};
+    }
+    return rate < (double)INT64_MAX ? (int64_t)rate : INT64_MAX;
 }
 
 /* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have

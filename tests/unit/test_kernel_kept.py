@@ -83,6 +83,23 @@ def test_what_is_asked_for_besides_leaves_the_others_open(keeping: KeptFiles, tm
     assert [lib.ms_kept_read(keeping.native) for _ in range(2)] == [1, 0]
 
 
+def test_a_second_reading_is_its_own_and_all_can_be_renewed_within_one(keeping: KeptFiles, tmp_path: Path) -> None:
+    path = tmp_path / "number"
+    path.write_text("1")
+    with keeping.reading():
+        files.read(str(path))
+        files.read(str(path), again=True)
+    path.write_text("2")
+    with keeping.reading():
+        assert [files.read(str(path), again=again) for again in (False, True)] == [b"2", b"2"]
+        path.write_text("3")
+        assert [files.read(str(path), again=again) for again in (False, True)] == [b"2", b"2"]
+        files.renew()
+        assert [files.read(str(path), again=again) for again in (False, True)] == [b"3", b"3"]
+    files.renew()  # outside there is nothing to renew
+    assert files.read(str(path)) == b"3"
+
+
 def test_what_somebody_else_had_read_answers_one_look_and_no_more(keeping: KeptFiles, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"1")

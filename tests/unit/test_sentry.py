@@ -123,6 +123,16 @@ def test_a_burst_seen_by_looks_that_are_far_apart_on_purpose_ends_nothing(sleepe
     assert told(native) is None
 
 
+def test_a_huge_page_is_taken_at_once_and_tells_no_rate(sleeper, usage, watch):
+    start, _ = watch
+    usage.write_text(f"{60 * MIB}")
+    native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600)
+    assert not has_ended(sleeper.pidfd, 0.1)
+    usage.write_text(f"{62 * MIB}")
+    assert not has_ended(sleeper.pidfd, 0.3)
+    assert told(native) is None
+
+
 def test_one_at_rest_ends_nobody(sleeper, usage, watch):
     start, _ = watch
     native = start(sleeper.pidfd, give_mib=10, tell_mib=50)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from memsafe import Constraint, MemoryStatus, memory_status
+from memsafe._kernel import files
 from memsafe.testing import FakeKernel
 from tests.unit.proc_tree import GIB, HYBRID_MOUNT, MIB, V1_MOUNT, ProcTree
 
@@ -81,6 +82,37 @@ def test_counters_read_at_different_times_do_not_give_more_than_the_limit(tree: 
     tree.v2_group("/a", 1000, 100, inactive=150, active=30)
     (limit,) = of_kind(memory_status(root=tree.root), "memory.max")
     assert (limit.reclaimable_bytes, limit.active_file_bytes, limit.headroom_bytes) == (100, 0, 1000)
+
+
+def told_beside_changes(tree: ProcTree, monkeypatch: pytest.MonkeyPatch, *usages: int) -> tuple[int | None, int]:
+    """Return what is told to be used, and of how many readings, where the usage is another at each of them."""
+    tree.v2("/a")
+    tree.v2_group("/a", GIB, 100 * MIB, inactive=60 * MIB)
+    seen = []
+
+    def read(path: str, *, again: bool = False) -> int | None:
+        if not path.endswith("memory.current"):
+            return files.count(files.read(path), path)
+        seen.append(again)
+        return usages[min(len(seen), len(usages)) - 1] * MIB
+
+    monkeypatch.setattr(files, "read_count", read)
+    (max_,) = of_kind(memory_status(root=tree.root), "memory.max")
+    assert seen == [False, True] * (len(seen) // 2)
+    return max_.used_bytes, len(seen)
+
+
+def test_a_usage_that_changed_while_the_cache_was_read_is_read_again(
+    tree: ProcTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert told_beside_changes(tree, monkeypatch, 100) == (100 * MIB, 2)
+    assert told_beside_changes(tree, monkeypatch, 108, 100, 100, 100) == (100 * MIB, 4)
+    assert told_beside_changes(tree, monkeypatch, 100, 108, 108, 108) == (108 * MIB, 4)
+
+
+def test_of_a_usage_that_never_stands_still_the_most_is_told(tree: ProcTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told_beside_changes(tree, monkeypatch, 100, 110, 120, 130, 140, 150) == (150 * MIB, 6)
+    assert told_beside_changes(tree, monkeypatch, 150, 140, 130, 120, 110, 100) == (110 * MIB, 6)
 
 
 def test_memory_high_throttles_beside_memory_max(tree: ProcTree) -> None:
