@@ -69,6 +69,19 @@ def meminfo(root: Root = "/") -> MemInfo:
     return MemInfo(files.read(path), path)
 
 
+def anonymous_bytes(root: Root = "/") -> int:
+    """Return what all processes together have in RAM and in no file: a page that several have, once.
+
+    Raises:
+        KernelError: /proc/vmstat cannot be read or does not tell.
+    """
+    path = files.under(root, "/proc/vmstat")
+    pages = files.Flat(files.read(path), path).get(b"nr_anon_pages")
+    if pages is None:
+        raise files.garbage(path, "there is no nr_anon_pages")
+    return pages * PAGE_BYTES
+
+
 def unfaulted_bytes(root: Root = "/") -> int:
     """Return how much all processes together got, since boot, in huge pages and from swap: not a page a fault.
 

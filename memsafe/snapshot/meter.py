@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from memsafe._kernel import kept, process
 from memsafe.errors import KernelError
 from memsafe.sizes import format_size
-from memsafe.snapshot.fresh import FreshMemory
+from memsafe.snapshot.fresh import MACHINE_LAG_BYTES, FreshMemory, Taken
 from memsafe.status import status_once
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ if TYPE_CHECKING:
     from memsafe.status import Constraint
 
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. So there is a
-# share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does, which
-# is mostly looks that count page faults; with the sentry's it stays below 1 %. Half of the readings come by the clock,
-# the others are saved for when faults say that a bound may be passed. On top so many may come before their time: no
+# share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does; with
+# the sentry's it stays below 1 %. Half of the readings come by the clock, the others are saved for when faults alone
+# say that a bound may be passed. Where the machine's memory says so as well, so many may come before their time: no
 # more can prove right before the bound is passed, as faults are twice the copies at the most, and so each time half of
 # what was left is gone at least.
 _READINGS_SHARE = 7 / 2000
 _READINGS_BY_CLOCK = 1 / 2
 _READINGS_AHEAD = 8
 _READING_SPACE = 2  # between two readings, in what one costs
-# Looks come before their time while a bound is being neared, each when half of what is left would be gone at this rate.
-# These are made up for later by looking half as often, not by a pause in which nobody looks.
+# Looks come before their time while headroom goes, each when half of what is left would be gone at this rate. These are
+# made up for later by looking half as often, not by a pause in which nobody looks. Copies are waited for by the sentry,
+# which counts their faults at a quarter of the cost, and fewer looks come early for them.
 _LOOKS_SHARE = 7 / 2000
 _LOOKS_AHEAD = 50
+_LOOKS_AHEAD_FOR_COPIES = 20
+# All that headroom is made of is read now and then, whatever the faults say, in this part of the looks' share.
+_HEADROOM_BY_CLOCK = 1 / 5
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
 _LOOK_EVERY_S_MIN = 0.002
@@ -90,12 +94,13 @@ class _Share:
         return self._began_s + (self._spent_s / part - ahead_s) / self._share
 
 
-class _Doubt:
-    """How near a bound was when last read, and how soon to read again when page faults say that it may be passed."""
+class _Headroom:
+    """How near its end was when last read, and how soon to read again when page faults say that it may be met."""
 
     def __init__(self, slack_bytes: float, share: _Share, now_s: float) -> None:
         self.slack_bytes = slack_bytes
         self.due_s = now_s
+        self.by_clock_s = now_s + _FIRST_AFTER_S
         self._share = share
         self._faulted_bytes = 0
 
@@ -104,14 +109,61 @@ class _Doubt:
         return self.slack_bytes - (faulted_bytes - self._faulted_bytes)
 
     def is_due(self, now_s: float, faulted_bytes: float) -> bool:
-        """Whether so many bytes of faults could have passed the bound, and it is time."""
-        return now_s >= self.due_s and self.left_bytes(faulted_bytes) <= 0
+        """Whether so many bytes of faults could have taken all of it, or none for long, and it is time."""
+        return now_s >= self.by_clock_s or (now_s >= self.due_s and self.left_bytes(faulted_bytes) <= 0)
 
     def settle(self, slack_bytes: float, faulted_bytes: int, cost_s: float) -> None:
         """Note what was read, and what that has cost the share."""
         self.slack_bytes, self._faulted_bytes = slack_bytes, faulted_bytes
+        now_s = time.monotonic()
+        self.due_s = max(now_s + _READING_SPACE * cost_s, self._share.due_s(_READINGS_AHEAD * cost_s))
+        self.by_clock_s = now_s + cost_s / (_LOOKS_SHARE * _HEADROOM_BY_CLOCK)
+
+
+class _Bound:
+    """How near max_copy was when last read, and by now may be as two witnesses have it.
+
+    Faults bound the copies from above, whatever happens, and are often something else. What others than this process
+    have taken of the machine's memory does too, and is seldom much, but hides copies while others give memory back.
+    """
+
+    def __init__(self, max_copy_bytes: float, share: _Share, now_s: float) -> None:
+        self._share = share
+        self._slack_bytes = max_copy_bytes
+        self._base = Taken(0, 0)
+        self._base_faulted_bytes = 0
+        self._faulted_bytes = 0  # when the witnesses were last heard
+        self._surely_left_bytes = self._likely_left_bytes = max_copy_bytes
+        self.due_s = self._saved_due_s = now_s
+
+    def hear(self, faulted_bytes: int, taken: Taken) -> None:
+        """Note what was taken until now."""
+        fresh_bytes = taken.fresh_bytes - self._base.fresh_bytes
+        self._surely_left_bytes = self._slack_bytes - (faulted_bytes - self._base_faulted_bytes - fresh_bytes)
+        self._likely_left_bytes = self._surely_left_bytes
+        if taken.elsewhere_bytes is not None:
+            risen_bytes = taken.elsewhere_bytes - (self._base.elsewhere_bytes or 0) + MACHINE_LAG_BYTES
+            self._likely_left_bytes = max(self._surely_left_bytes, self._slack_bytes - risen_bytes)
+        self._faulted_bytes = faulted_bytes
+
+    def left_bytes(self, faulted_bytes: int) -> float:
+        """Return how near it is likely to be by now at the most, if all faults since the last hearing were copies."""
+        return self._likely_left_bytes - (faulted_bytes - self._faulted_bytes)
+
+    def is_due(self, now_s: float, faulted_bytes: int) -> bool:
+        """Whether the bound may have been passed, and it is time: sooner where both witnesses say so."""
+        since_bytes = faulted_bytes - self._faulted_bytes
+        return (now_s >= self.due_s and self._likely_left_bytes <= since_bytes) or (
+            now_s >= self._saved_due_s and self._surely_left_bytes <= since_bytes
+        )
+
+    def settle(self, slack_bytes: float, faulted_bytes: int, taken: Taken, cost_s: float) -> None:
+        """Note what was read after so much had been taken, and what that has cost the share."""
+        self._slack_bytes, self._base, self._base_faulted_bytes = slack_bytes, taken, faulted_bytes
+        self.hear(faulted_bytes, taken)
         spaced_s = time.monotonic() + _READING_SPACE * cost_s
         self.due_s = max(spaced_s, self._share.due_s(_READINGS_AHEAD * cost_s))
+        self._saved_due_s = max(spaced_s, self._share.due_s())
 
 
 class Meter:
@@ -135,10 +187,9 @@ class Meter:
         now_s = time.monotonic()
         self._readings, self._looks = _Share(_READINGS_SHARE, now_s), _Share(_LOOKS_SHARE, now_s)
         self._looked_at_s = time.thread_time()
-        self._headroom = _Doubt(margin_bytes, self._looks, now_s)
-        self._bound = _Doubt(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
+        self._headroom = _Headroom(margin_bytes, self._looks, now_s)
+        self._bound = _Bound(math.inf if max_copy_bytes is None else max_copy_bytes, self._readings, now_s)
         self._fresh = FreshMemory() if max_copy_bytes is not None else None
-        self._fresh_bytes = 0
         self._rate_bytes_per_s = 0.0
         self._pace_bytes_per_s = 0.0  # it slows down by half from look to look at most: between two there may be a lull
         self._own_faults = getrusage(RUSAGE_SELF).ru_minflt
@@ -151,9 +202,27 @@ class Meter:
         """Whether memory may be gone within a few of the usual looks."""
         return self._headroom.left_bytes(self._counted_bytes) < _FILL_BYTES_PER_S * _TIGHT_S * _LOOKS_UNTIL_FULL
 
+    def expect_cost(self, reading_s: float) -> None:
+        """Put the first reading by the clock off until one that takes so long is affordable."""
+        self._due_s = max(self._due_s, self._readings.due_s(-reading_s))
+
+    def expected_faults(self) -> tuple[int, float]:
+        """Return of how many faults of both processes, from their beginnings, it wants to hear, and not before when."""
+        left_bytes = min(
+            self._bound.left_bytes(self._counted_bytes), self._headroom.left_bytes(self._counted_bytes) / 2
+        )
+        if math.isinf(left_bytes):
+            return 2**63 - 1, 0
+        faults = self._own_faults + (self._counted_bytes + max(0, int(left_bytes))) // _PAGE_BYTES
+        return faults, self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
+
+    def look_now(self) -> None:
+        """Have the next look come at once, unless it is over."""
+        self.next_look_s = min(self.next_look_s, time.monotonic()) if self.next_look_s < math.inf else math.inf
+
     def stop(self) -> None:
         """Measure no more."""
-        self.next_look_s = self._due_s = self._headroom.due_s = self._bound.due_s = math.inf
+        self.next_look_s = self._due_s = math.inf
 
     def forgo_copies(self) -> None:
         """Count copies no more, where nothing bounds them. Headroom, told by files of the parent alone, is read on."""
@@ -189,10 +258,11 @@ class Meter:
         now_s = time.monotonic()
         if now_s >= self._due_s:
             return True
-        if not self._bound.is_due(now_s, self._copied_bytes()):
+        if self._fresh is None or self._due_s == math.inf:
             return False
-        self._count_fresh()
-        return self._bound.is_due(now_s, self._copied_bytes())
+        if self._bound.left_bytes(self._counted_bytes) <= 0:
+            self._bound.hear(self._counted_bytes, self._fresh.count())
+        return self._bound.is_due(now_s, self._counted_bytes)
 
     def measure(self, pid: int) -> Measurement:
         """Return what the child has copied and whether memory runs short, and plan the next reading.
@@ -203,8 +273,8 @@ class Meter:
         began_s = time.thread_time()
         try:
             with self._measured.reading():
-                self._count_fresh()
-                copied_bytes = self._faulted_bytes(pid) - self._fresh_bytes
+                taken = self._fresh.count() if self._fresh is not None else Taken(0, None)
+                faulted_bytes = self._faulted_bytes(pid)
                 copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
         finally:
@@ -215,7 +285,7 @@ class Meter:
         slack_bytes = math.inf
         if copy_bytes is not None and self._max_copy_bytes is not None:
             slack_bytes = self._max_copy_bytes - copy_bytes
-        self._bound.settle(slack_bytes, copied_bytes, cost_s)
+        self._bound.settle(slack_bytes, faulted_bytes, taken, cost_s)
         return Measurement(copy_bytes, short)
 
     def _soon_bytes(self) -> float:
@@ -240,16 +310,8 @@ class Meter:
         return min(max(passed_within_s / _LOOKS_UNTIL_FULL, _LOOK_EVERY_S_MIN), _LOOK_EVERY_S_MAX)
 
     def _nearest_bytes(self) -> float:
-        """Return how near the nearest bound may be by now."""
-        return min(self._headroom.left_bytes(self._counted_bytes), self._bound.left_bytes(self._copied_bytes()))
-
-    def _copied_bytes(self) -> int:
-        """Return the most that can have been copied, as far as counted."""
-        return self._counted_bytes - self._fresh_bytes
-
-    def _count_fresh(self) -> None:
-        if self._fresh is not None:
-            self._fresh_bytes = self._fresh.count_bytes()
+        """Return how near the end of the headroom may be by now."""
+        return self._headroom.left_bytes(self._counted_bytes)
 
     def _faulted_bytes(self, pid: int) -> int:
         """Return what both processes can have taken, copies and fresh memory; the child's faults begin at 0."""

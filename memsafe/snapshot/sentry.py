@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from memsafe._kernel.descriptors import Owned
 from memsafe._native import check, ffi, lib
 from memsafe.errors import KernelError
 from memsafe.pressure import gauges
@@ -48,6 +49,7 @@ class Sentry:
             KernelError: No thread could be started.
         """
         self._native: Any = None
+        self._stat = Owned(-1)
         self._watched: list[tuple[Gauge, Constraint]] = []
         status = status_once(root)
         try:
@@ -83,6 +85,16 @@ class Sentry:
         _, constraint = self._watched[report.token - 1]
         return shortage(constraint, report.left_bytes, report.rate_bytes_per_s)
 
+    def count_faults(self, pid: int) -> None:
+        """Get ready to count the child's faults; where that cannot be, none are told of, and the meter looks."""
+        with suppress(OSError):
+            self._stat = Owned(os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC))
+
+    def expect(self, faults: int, not_before_s: float) -> None:
+        """Set the eventfd once, when this process and the child have had so many minor faults, but not before then."""
+        if self._stat.is_ours():
+            lib.ms_sentry_expect(self._native, self._stat.fd, faults, int(not_before_s * 1e9))
+
     def rest(self) -> None:
         """End no child any longer."""
         lib.ms_sentry_rest(self._native)
@@ -92,6 +104,7 @@ class Sentry:
         native, self._native = self._native, None
         if native is not None:
             lib.ms_sentry_close(native)
+        self._stat.close()
         while self._watched:
             self._watched.pop()[0].close_files()
 

@@ -328,6 +328,8 @@ class Supervisor:
         self._child = ChildHandle(pid, Owned(pidfd, (device, inode) if inode else None))
         resources.callback(self._child.pidfd.close)
         resources.callback(self._sentry.rest)  # before that
+        self._sentry.count_faults(pid)
+        self._meter.expect_cost(pause_ns / 1e9)  # both walk all page tables
         return int(pause_ns)
 
     def _commit(self) -> int:
@@ -376,6 +378,7 @@ class Supervisor:
             ended = pidfd in ready
             if wake_fd in ready:
                 os.eventfd_read(wake_fd)
+                self._meter.look_now()
             if report_fd in ready:
                 self._hear()
                 if self._reader.at_end:
@@ -477,6 +480,7 @@ class Supervisor:
             self._end_for_shortage(short)
         elif self._meter.is_due():
             self._measure()
+        self._sentry.expect(*self._meter.expected_faults())
 
     def _measure(self) -> None:
         try:

@@ -6,7 +6,7 @@ typedef struct ms_sentry_orders {
     int32_t gauge_count; /* than give_bytes is left, or no more than tell_bytes and the rest, at the rate of the last */
     int64_t notice_ns;   /* moments, will be gone within notice_ns. At most MS_GAUGES, else -EINVAL */
     ms_gauge_pace pace;  /* of two looks: least and most, and what could fill memory between them */
-    int wake_fd;         /* an eventfd, set when the child was ended; -1: none */
+    int wake_fd;         /* an eventfd, set when the child was ended, and by ms_sentry_expect; -1: none */
 } ms_sentry_orders;
 
 typedef struct ms_sentry_report {
@@ -29,6 +29,13 @@ void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns);
 /* End no child any longer; when it returns, none is being ended. Does nothing in a forked child. Thread-safe. Needs no
  * GIL. */
 void ms_sentry_rest(ms_sentry *sentry);
+
+/* Set the eventfd once, when this process and the child have had so many minor faults together, but not before
+ * not_before_ns (CLOCK_MONOTONIC): so that nobody who needs the GIL has to count them. Replaces what was expected
+ * before; INT64_MAX: nothing is. Counting takes what the looks have left of the 400th. stat_fd: the child's
+ * /proc/<pid>/stat, must stay open until ms_sentry_rest or ms_sentry_close. Does nothing in a forked child.
+ * Thread-safe. Needs no GIL. */
+void ms_sentry_expect(ms_sentry *sentry, int stat_fd, int64_t faults, int64_t not_before_ns);
 
 /* Why the child was ended: set before it was, so whoever finds it dead finds the reason. One that had ended by itself
  * was not. Returns 1 and sets *report, or 0. Thread-safe. Needs no GIL. */

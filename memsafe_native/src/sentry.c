@@ -3,6 +3,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -26,6 +28,12 @@ enum {
     WINDOW_NS = 4 * 1000 * 1000,
     WINDOWS = 32,
     HUGE_PAGE_BYTES = 2 * 1024 * 1024,
+    COUNTS_AHEAD = 10, /* of the looks before their time: the others are there to save the parent */
+    COUNT_LEAST_NS = 2 * 1000 * 1000,
+    PLAUSIBLE_NS = 4 * 1000, /* a fault of a thread that begins to write, and of all its memory, without a break */
+    STAT_BYTES = 1024,       /* what precedes the faults is less: a name of 64 bytes and seven numbers */
+    MINFLT = 10,             /* which field of /proc/<pid>/stat counts them (proc_pid_stat(5)) */
+    AFTER_NAME = 3,          /* the one that follows the name */
     NS_PER_S = 1000000000
 };
 
@@ -47,14 +55,24 @@ typedef struct lookout {
     trail seen;
 } lookout;
 
+/* Page faults of both processes, counted for somebody who waits until there have been so many. */
+typedef struct tally {
+    int stat_fd;      /* of the child's */
+    int64_t expected; /* INT64_MAX: nobody waits */
+    int64_t not_before_ns, next_ns;
+    int64_t counted, counted_at_ns; /* 0: not yet */
+    double pace;                    /* in faults a nanosecond; it slows down by half from count to count at the most */
+} tally;
+
 struct ms_sentry {
-    pthread_mutex_t lock; /* guards child, notice_ns and is_closing; held while a child is being ended; never taken in a
-                           * forked child */
+    pthread_mutex_t lock; /* guards child, notice_ns, faults and is_closing; held while a child is being ended; never
+                           * taken in a forked child */
     pthread_cond_t changed;
     pthread_t thread;
     unsigned generation; /* of the process whose it is */
     ms_owned child;      /* its pidfd; none: nothing to watch over */
     int64_t notice_ns;
+    tally faults;
     bool is_closing;
     atomic_bool has_told; /* release: the report is complete */
     ms_sentry_report report;
@@ -139,12 +157,89 @@ static bool is_misled(const lookout *post)
     return false;
 }
 
-/* Returns when there will have been time enough for what was spent, waking up included. */
-static int64_t affordable_ns(ms_sentry *sentry)
+/* Returns when there will have been time enough for what was spent but for so many looks, waking up included. */
+static int64_t affordable_ns(const ms_sentry *sentry, int64_t ahead)
 {
     int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
-    int64_t looks = ++sentry->looks;
-    return looks <= LOOKS_AHEAD ? 0 : sentry->began_ns + spent_ns / looks * (looks - LOOKS_AHEAD) * DUTY;
+    int64_t looks = sentry->looks;
+    return looks <= ahead ? 0 : sentry->began_ns + spent_ns / looks * (looks - ahead) * DUTY;
+}
+
+static void wake(const ms_sentry *sentry)
+{
+    if (ms_is_ours(&sentry->wake)) {
+        const uint64_t one = 1;
+        (void)!write(sentry->wake.fd, &one, sizeof one); /* it refuses only when it is set already */
+    }
+}
+
+/* Returns the minor faults of the process whose stat it is; -1 where it tells none. */
+static int64_t faults_of(int stat_fd)
+{
+    char text[STAT_BYTES];
+    ssize_t size = pread(stat_fd, text, sizeof text - 1, 0);
+    if (size <= 0)
+        return -1;
+    text[size] = '\0';
+    const char *field = strrchr(text, ')'); /* the name may hold anything */
+    for (int i = AFTER_NAME; field && i <= MINFLT; i++) {
+        field = strchr(field, ' ');
+        if (field)
+            field++;
+    }
+    return field && *field >= '0' && *field <= '9' ? strtoll(field, NULL, 10) : -1;
+}
+
+/* Returns how soon half of the faults that are still expected may have come, should a thread begin right now. */
+static int64_t until_half_ns(tally *faults, int64_t at_ns, int64_t counted)
+{
+    int64_t passed_ns = at_ns - faults->counted_at_ns;
+    double rate = faults->counted_at_ns && passed_ns > 0 ? (double)(counted - faults->counted) / (double)passed_ns : 0;
+    faults->pace = rate > faults->pace / 2 ? rate : faults->pace / 2;
+    faults->counted = counted;
+    faults->counted_at_ns = at_ns;
+    double half = (double)(faults->expected - counted) / 2;
+    double fastest = faults->pace > 1.0 / PLAUSIBLE_NS ? faults->pace : 1.0 / PLAUSIBLE_NS;
+    return half < fastest * NS_PER_S ? (int64_t)(half / fastest) : NS_PER_S;
+}
+
+/* Count, and wake who waits. Sets its next_ns. pre: the lock is held. */
+static void count_faults(ms_sentry *sentry, int64_t at_ns)
+{
+    struct rusage own;
+    tally *faults = &sentry->faults;
+    int64_t childs = faults_of(faults->stat_fd);
+    faults->next_ns = at_ns + sentry->orders.pace.most_ns;
+    if (childs < 0 || getrusage(RUSAGE_SELF, &own) < 0) /* it has ended; who polls its pidfd knows */
+        return;
+    int64_t counted = own.ru_minflt + childs;
+    if (counted >= faults->expected) {
+        faults->expected = INT64_MAX;
+        wake(sentry);
+        return;
+    }
+    int64_t soon_ns = until_half_ns(faults, at_ns, counted);
+    if (soon_ns < sentry->orders.pace.most_ns)
+        faults->next_ns = at_ns + (soon_ns > COUNT_LEAST_NS ? soon_ns : COUNT_LEAST_NS);
+}
+
+/* Returns when faults are to be counted again; INT64_MAX: nobody waits. pre: the lock is held. */
+static int64_t next_count_ns(const tally *faults)
+{
+    if (faults->expected == INT64_MAX)
+        return INT64_MAX;
+    return faults->next_ns > faults->not_before_ns ? faults->next_ns : faults->not_before_ns;
+}
+
+/* Count if it is time, and return when to wake up for it again, which is when that is affordable: who is awake for
+ * another reason counts for little more. pre: the lock is held. */
+static int64_t see_to_faults(ms_sentry *sentry, int64_t at_ns)
+{
+    if (next_count_ns(&sentry->faults) <= at_ns)
+        count_faults(sentry, at_ns);
+    int64_t next_ns = next_count_ns(&sentry->faults);
+    int64_t affordable_at_ns = affordable_ns(sentry, COUNTS_AHEAD);
+    return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
 }
 
 /* pre: the lock is held. Returns when to look again; 0: the child must end, as *report says. */
@@ -159,8 +254,12 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;
     }
-    int64_t affordable_at_ns = affordable_ns(sentry);
-    return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
+    sentry->looks++;
+    int64_t affordable_at_ns = affordable_ns(sentry, LOOKS_AHEAD);
+    if (next_ns < affordable_at_ns)
+        next_ns = affordable_at_ns;
+    int64_t count_at_ns = see_to_faults(sentry, at_ns);
+    return next_ns < count_at_ns ? next_ns : count_at_ns;
 }
 
 /* pre: the lock is held. */
@@ -184,10 +283,7 @@ static void end_child(ms_sentry *sentry, const ms_sentry_report *report)
     sentry->report = *report;
     atomic_store_explicit(&sentry->has_told, true, memory_order_release);
     ms_fork_kill(child.fd);
-    if (ms_is_ours(&sentry->wake)) {
-        const uint64_t one = 1;
-        (void)!write(sentry->wake.fd, &one, sizeof one); /* it refuses only when it is set already */
-    }
+    wake(sentry);
     ms_fork_reap_memory(child.fd);
 }
 
@@ -244,6 +340,7 @@ static void prepare(ms_sentry *sentry)
     pthread_cond_init(&sentry->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
     sentry->generation = ms_generation();
+    sentry->faults.expected = INT64_MAX;
     sentry->began_ns = clock_ns(CLOCK_MONOTONIC);
 }
 
@@ -286,6 +383,7 @@ void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns)
     if (!atomic_load_explicit(&sentry->has_told, memory_order_relaxed))
         sentry->child = child;
     sentry->notice_ns = sentry->orders.notice_ns + TEARDOWN_FORKS * pause_ns;
+    sentry->faults.expected = INT64_MAX;
     pthread_cond_signal(&sentry->changed);
     pthread_mutex_unlock(&sentry->lock);
 }
@@ -293,6 +391,19 @@ void ms_sentry_watch(ms_sentry *sentry, int pidfd, int64_t pause_ns)
 void ms_sentry_rest(ms_sentry *sentry)
 {
     ms_sentry_watch(sentry, -1, 0);
+}
+
+void ms_sentry_expect(ms_sentry *sentry, int stat_fd, int64_t faults, int64_t not_before_ns)
+{
+    if (is_foreign(sentry))
+        return;
+    pthread_mutex_lock(&sentry->lock);
+    sentry->faults.stat_fd = stat_fd;
+    sentry->faults.expected = faults;
+    sentry->faults.not_before_ns = not_before_ns;
+    sentry->faults.next_ns = 0;
+    pthread_cond_signal(&sentry->changed);
+    pthread_mutex_unlock(&sentry->lock);
 }
 
 int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import signal
 import subprocess
 import threading
+import time
+from resource import RUSAGE_SELF, getrusage
 
 import pytest
 
@@ -229,10 +232,99 @@ def test_more_gauges_than_there_is_room_for_are_refused(sleeper, watch):
             start(sleeper.pidfd, give_mib=10, tell_mib=50, count=count)
 
 
+@pytest.fixture
+def counting(sleeper, watch, tmp_path):
+    """Have a sentry wait for faults of this process and of a child whose file says 1,000."""
+    start, wake_fd = watch
+    stat = tmp_path / "stat"
+    stat.write_text(stat_of(1000))
+    fd = os.open(stat, os.O_RDONLY)
+    native = start(sleeper.pidfd, give_mib=10, tell_mib=50)
+
+    def expect(faults, not_before_s=0.0):
+        own = getrusage(RUSAGE_SELF).ru_minflt
+        lib.ms_sentry_expect(native, fd, own + faults, int(not_before_s * 1e9))
+        return native
+
+    yield expect, wake_fd, stat
+    lib.ms_sentry_rest(native)
+    os.close(fd)
+
+
+def stat_of(faults):
+    return f"7 (a) b (c)) S 1 7 7 0 -1 4194304 {faults} 0 0 0\n"
+
+
+def is_set(wake_fd, patience_s):
+    return bool(select.select([wake_fd], [], [], patience_s)[0])
+
+
+def test_who_waits_for_faults_is_told_once_there_were_as_many(counting):
+    expect, wake_fd, stat = counting
+    expect(1_000_000)
+    assert not is_set(wake_fd, 0.1)
+    stat.write_text(stat_of(1_000_000))
+    assert is_set(wake_fd, PATIENCE_S)
+
+
+def test_who_waits_for_faults_is_told_of_this_processs_own_as_well(counting):
+    expect, wake_fd, _ = counting
+    expect(1000 + 4096)
+    with mmap.mmap(-1, 32 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.write(bytes(len(memory)))
+    assert is_set(wake_fd, PATIENCE_S)
+
+
+def test_who_waits_for_faults_is_told_once(counting):
+    expect, wake_fd, _ = counting
+    expect(1000)
+    assert is_set(wake_fd, PATIENCE_S)
+    os.eventfd_read(wake_fd)
+    assert not is_set(wake_fd, 0.1)
+    expect(1000)
+    assert is_set(wake_fd, PATIENCE_S)
+
+
+def test_who_waits_for_faults_is_not_told_before_the_time(counting):
+    expect, wake_fd, _ = counting
+    expect(1000, time.monotonic() + 3600)
+    assert not is_set(wake_fd, 0.1)
+    expect(1000, time.monotonic() + 0.01)
+    assert is_set(wake_fd, PATIENCE_S)
+
+
+@pytest.mark.parametrize("text", ["", "7 (x) S 1 2 3", "7 (x) S 1 7 7 0 -1 0 many 0\n", ") " * 400])
+def test_a_stat_that_makes_no_sense_tells_nobody_anything(counting, text):
+    expect, wake_fd, stat = counting
+    stat.write_text(text)
+    expect(0)
+    assert not is_set(wake_fd, 0.1)
+    stat.write_text(stat_of(1000))
+    assert is_set(wake_fd, PATIENCE_S)
+
+
+def test_at_rest_it_counts_for_nobody(counting):
+    expect, wake_fd, stat = counting
+    lib.ms_sentry_rest(expect(1_000_000))
+    stat.write_text(stat_of(1_000_000))
+    assert not is_set(wake_fd, 0.1)
+
+
+def test_while_it_counts_the_child_is_still_ended(counting, sleeper, usage):
+    expect, _, _ = counting
+    expect(1_000_000)
+    usage.write_text(f"{95 * MIB}")
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+
+
 def test_what_it_opens_is_closed():
     before = set(os.listdir("/proc/self/fd"))
     sentry = Sentry("/", -1)
     assert sentry.told() is None
+    sentry.expect(0, 0)  # of nobody yet
+    sentry.count_faults(os.getpid())
+    sentry.expect(0, 0)
     for _ in range(2):
         sentry.close()
     assert set(os.listdir("/proc/self/fd")) == before
