@@ -32,7 +32,8 @@ void ms_sentry_rest(ms_sentry *sentry);
 
 /* Set the eventfd once, when this process and the child have had so many minor faults together, but not before
  * not_before_ns (CLOCK_MONOTONIC): so that nobody who needs the GIL has to count them. Replaces what was expected
- * before; INT64_MAX: nothing is. Counting takes what the looks have left of the 400th. stat_fd: the child's
+ * before; INT64_MAX: nothing is. Counts come when half of what is expected may have come, every 2 ms to 50
+ * (pace.most_ns), in what the looks have left of the 400th and ten looks before their time. stat_fd: the child's
  * /proc/<pid>/stat, must stay open until ms_sentry_rest or ms_sentry_close. Does nothing in a forked child.
  * Thread-safe. Needs no GIL. */
 void ms_sentry_expect(ms_sentry *sentry, int stat_fd, int64_t faults, int64_t not_before_ns);

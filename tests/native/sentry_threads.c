@@ -1,5 +1,5 @@
-/* Sentries under threads that open, watch, rest, ask and close, over children that end by themselves as well, and
- * across forks. Exit status 0: as promised. */
+/* Sentries under threads that open, watch, count, rest, ask and close, over children that end by themselves as well,
+ * and across forks. Exit status 0: as promised. */
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
@@ -19,6 +19,7 @@
 
 enum { ROUNDS = 40, KEEPERS = 3, FORKS = 60, LIMIT_BYTES = 1000000000, TOKEN = 7 };
 
+static int stat_fd;  /* this process's own, in the place of a child's */
 static int usage_fd; /* a file of nine digits, which one thread rewrites: nothing is used, or all but a byte */
 static atomic_bool has_ended;
 
@@ -85,6 +86,7 @@ static void *keep(void *argument)
         ms_sentry_report report = {.token = 0};
         int pidfd = start(stays);
         ms_sentry_watch(sentry, pidfd, 1000);
+        ms_sentry_expect(sentry, stat_fd, INT64_MAX - 1, 0); /* so many never come */
         if (stays)
             CHECK(poll(&news, 1, -1) == 1);
         int signo = reap(pidfd);
@@ -108,6 +110,7 @@ static void *bother(void *argument)
     while (!has_ended) {
         ms_sentry_report report;
         ms_sentry_watch(shared, shared_pidfd, 0);
+        ms_sentry_expect(shared, stat_fd, 0, 0);
         CHECK(ms_sentry_told(shared, &report) == 0 || report.token == TOKEN);
         ms_sentry_rest(shared);
     }
@@ -121,6 +124,7 @@ static void fork_beside(void)
     pid_t child = fork();
     if (child == 0) {
         ms_sentry_watch(shared, shared_pidfd, 0);
+        ms_sentry_expect(shared, stat_fd, 0, 0);
         ms_sentry_rest(shared);
         ms_sentry_close(shared);
         leave(0);
@@ -134,6 +138,7 @@ int main(void)
     pthread_t keepers[KEEPERS], others[3];
     CHECK((usage_fd = mkstemp(path)) >= 0 && unlink(path) == 0);
     CHECK(pwrite(usage_fd, "000000000", 9, 0) == 9);
+    CHECK((stat_fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC)) >= 0);
     shared = open_sentry(-1);
     shared_pidfd = start(true);
     for (int i = 0; i < KEEPERS; i++)
@@ -151,6 +156,7 @@ int main(void)
     CHECK(reap(shared_pidfd) == SIGKILL);
     ms_sentry_close(shared);
     close(shared_pidfd);
+    close(stat_fd);
     close(usage_fd);
     return 0;
 }
