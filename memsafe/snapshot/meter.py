@@ -206,13 +206,14 @@ class Meter:
         """Put the first reading by the clock off until one that takes so long is affordable."""
         self._due_s = max(self._due_s, self._readings.due_s(-reading_s))
 
-    def expected_faults(self) -> tuple[int, float]:
-        """Return of how many faults of both processes, from their beginnings, it wants to hear, and not before when."""
-        left_bytes = min(
-            self._bound.left_bytes(self._counted_bytes), self._headroom.left_bytes(self._counted_bytes) / 2
-        )
+    def expected_faults(self) -> tuple[int, float] | None:
+        """Return of how many faults of both processes, from their beginnings, it wants to hear, and not before when.
+
+        None where no copies are bounded: of headroom the sentry knows more, and nobody should stand in its way.
+        """
+        left_bytes = self._bound.left_bytes(self._counted_bytes)
         if math.isinf(left_bytes):
-            return 2**63 - 1, 0
+            return None
         faults = self._own_faults + (self._counted_bytes + max(0, int(left_bytes))) // _PAGE_BYTES
         return faults, self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
 

@@ -104,7 +104,8 @@ class Sentry:
         native, self._native = self._native, None
         if native is not None:
             lib.ms_sentry_close(native)
-        self._stat.close()
+        with suppress(OSError):  # the others are to be closed all the same
+            self._stat.close()
         while self._watched:
             self._watched.pop()[0].close_files()
 

@@ -480,7 +480,8 @@ class Supervisor:
             self._end_for_shortage(short)
         elif self._meter.is_due():
             self._measure()
-        self._sentry.expect(*self._meter.expected_faults())
+        if (expected := self._meter.expected_faults()) is not None:
+            self._sentry.expect(*expected)
 
     def _measure(self) -> None:
         try:

@@ -402,8 +402,8 @@ void ms_sentry_expect(ms_sentry *sentry, int stat_fd, int64_t faults, int64_t no
     sentry->faults.expected = faults;
     sentry->faults.not_before_ns = not_before_ns;
     sentry->faults.next_ns = 0;
-    pthread_cond_signal(&sentry->changed);
     pthread_mutex_unlock(&sentry->lock);
+    pthread_cond_signal(&sentry->changed); /* not before: what it wakes must not have to wait for this thread's turn */
 }
 
 int ms_sentry_told(const ms_sentry *sentry, ms_sentry_report *report)

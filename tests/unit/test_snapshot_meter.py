@@ -150,11 +150,8 @@ def test_it_waits_for_as_many_faults_as_could_pass_the_bound_and_after_a_hearing
     assert not_before_s <= now.s
 
 
-def test_without_a_bound_it_waits_for_faults_that_could_take_half_of_what_is_left(machine, now):
-    meter = Meter(machine.root, None)
-    before = getrusage(RUSAGE_SELF).ru_minflt
-    faults, _ = meter.expected_faults()
-    assert faults - before == pytest.approx((512 - 16) * MIB / 2 // mmap.PAGESIZE, rel=0.01)
+def test_without_a_bound_it_waits_for_no_faults(machine, now):
+    assert Meter(machine.root, None).expected_faults() is None
 
 
 def test_the_first_reading_by_the_clock_waits_until_one_as_slow_as_the_fork_is_affordable(machine, now):
