@@ -71,7 +71,7 @@ _LOOK_FOR_FORK_MS = 1000
 _PATIENCE_S = 5.0
 
 # For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
-_STANDSTILL_MS = 1000
+_ALL_WAIT_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,7 +472,7 @@ class Supervisor:
         self.run.end(self._verdicts.shortage(what, self.run.copy_bytes))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
-                _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _STANDSTILL_MS)
+                _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _ALL_WAIT_MS)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
