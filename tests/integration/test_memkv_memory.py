@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import redis
 
 from examples.memkv import rdb
-from memsafe._kernel.cgroup import memory_cgroups
+from tests.integration import cgroups
 from tests.integration.memkv_process import MIB, ROOT, Server, memkv, memkv_command, packed, until
 
 OUT_OF_MEMORY = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
@@ -317,24 +316,8 @@ def test_critical_pressure_refuses_writes_with_its_reason_until_the_all_clear(se
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
     """A v1 memory cgroup of 192 MiB below that of the tests."""
-    groups = memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("no v1 memory cgroup here: a v2 child cannot be made below a cgroup that holds processes")
-    group = Path(groups[0].directory) / f"memsafe-memkv-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a memory cgroup: {error}")
-    (group / "memory.limit_in_bytes").write_text(str(192 * MIB))
-    yield group
-    until(lambda: _removed(group), "the cgroup can be removed")
-
-
-def _removed(group: Path) -> bool:
-    with contextlib.suppress(OSError):
-        group.rmdir()
-        return True
-    return False
+    with cgroups.v1_memory_group(192 * MIB) as group:
+        yield group
 
 
 @pytest.mark.cgroup

@@ -22,7 +22,7 @@ from memsafe.errors import KernelError
 from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
-from tests.integration import scenario
+from tests.integration import cgroups, scenario
 from tests.integration.sealed import refuse_to_sleep_by_cpu_time, seal
 from tests.integration.snapshots import PATIENCE_S
 
@@ -34,33 +34,11 @@ SEALED = 42  # exit status of a scenario that can say no more: nothing may be op
 NO_POLLING = Thresholds(poll_s_min=3600, poll_s_max=3600)
 
 
-def remove(group: Path) -> None:
-    """Remove a cgroup whose last process has just ended: it may be busy for a moment."""
-    for _ in range(100_000):
-        try:
-            return group.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-    return group.rmdir()
-
-
 @pytest.fixture
 def v1_group():
     """A v1 memory cgroup of 128 MiB below that of the tests."""
-    groups = cgroup.memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("the memory controller is not on cgroup v1 here")
-    group = Path(groups[0].directory) / f"memsafe-pressure-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a memory cgroup: {error}")
-    try:
-        (group / "memory.limit_in_bytes").write_text("128M")
+    with cgroups.v1_memory_group(128 * MIB) as group:
         yield group
-    finally:
-        remove(group)
 
 
 @pytest.fixture
@@ -69,14 +47,8 @@ def v2_group():
     directory = cgroup.unified_directory()
     if directory is None:
         pytest.skip("no cgroup2 is mounted here")
-    group = Path(directory) / f"memsafe-pressure-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a cgroup: {error}")
-    yield group
-    if group.exists():
-        remove(group)
+    with cgroups.below(directory) as group:
+        yield group
 
 
 def join(group: str) -> None:
@@ -204,7 +176,7 @@ def follows_its_limit_there_and_back(group):
             monitor.check()
         left = len(os.listdir("/proc/self/fd")) - len(before)
     join(str(group))
-    remove(inner)
+    cgroups.remove(inner)
     return {"told": told, "left": left}
 
 
@@ -419,7 +391,7 @@ def reads_a_gauge_of_a_removed_cgroup(group):
         hub = monitor._hub
         readings = list(hub._readings(memory_status()))
         Path(outer.directory, "cgroup.procs").write_text(str(os.getpid()))
-        remove(inner)
+        cgroups.remove(inner)
         for reading in readings:
             hub._between.read([reading])
             sight = lib.ms_gauge_read(hub._between.native.gauges, 1, 1, ffi.addressof(hub._between.native, "pace"))
@@ -567,7 +539,7 @@ def loses_its_cgroup(group):
     join(str(inner))
     with PressureMonitor(thresholds=NO_POLLING) as monitor:
         Path(own.directory, "cgroup.procs").write_text(str(os.getpid()))
-        remove(inner)
+        cgroups.remove(inner)
         level = monitor.check()
         paths = [s.path for s in monitor.sources if s.used and s.path]
     return {"level": level.name, "stale": [path for path in paths if "inner" in path], "left": len(paths)}
@@ -595,7 +567,7 @@ def moves_and_opens_nothing_more(group):
 def test_a_move_to_another_cgroup_costs_one_look_that_opens_and_no_second(v1_group):
     scenario.run(moves_and_opens_nothing_more, v1_group, returncode=SEALED)
     for inner in ("first", "second"):
-        remove(v1_group / inner)
+        cgroups.remove(v1_group / inner)
 
 
 def test_it_goes_on_when_its_cgroup_vanishes(v1_group):
