@@ -162,8 +162,8 @@ def acts_where_nothing_is_left(group, by, rounds):
         else:
             monitor.on(CRITICAL, cache.drop)
         for _ in range(rounds):
-            # By what is left beside the cache, which any cause may empty at any time: that of other processes' stalls,
-            # say, or one of the last round that is heard of only now. Who then takes what nobody can give waits for ever.
+            # By what is left beside the cache, which any cause may empty at any time: other processes' stalls, say, or
+            # an OOM of the last round that is heard of only now. Who then takes what nobody can give waits for ever.
             wanted_bytes = FULL - own.usage_bytes() - CACHE_BYTES + 8 * MIB
             cache.fill()
             monitor.check()
