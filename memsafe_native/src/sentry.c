@@ -37,6 +37,7 @@ typedef struct sight {
 /* What was left before, a window apart or more; and when to look again. */
 typedef struct trail {
     int64_t next_ns;
+    bool is_hasty; /* at the last look the rate was too high */
     unsigned newest;
     sight sights[WINDOWS];
 } trail;
@@ -109,7 +110,10 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
-/* Whether a gauge says that the child must end, as *report has it. Sets its next_ns. */
+/* Whether a gauge says that the child must end, as *report has it. Sets when to look at it again.
+ *
+ * A rate counts when it is too high twice in a row. The kernel takes a page off the cache before it takes it off the
+ * usage: while a writer that drops its cache is interrupted in between, the cache looks like memory that is gone. */
 static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_report *report)
 {
     ms_gauge_pace *pace = &sentry->orders.pace;
@@ -127,7 +131,12 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
         return false;
     int64_t rate = note(seen, at_ns, gauge->seen_bytes);
     *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+    bool is_hasty = sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+    bool is_sure = is_hasty && seen->is_hasty;
+    seen->is_hasty = is_hasty;
+    if (is_hasty)
+        seen->next_ns = at_ns + pace->least_ns;
+    return is_sure;
 }
 
 /* Whether a number was read from another file than was meant. */
@@ -152,15 +161,17 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
 {
     int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
+    bool is_hasty = false;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         lookout *post = &sentry->posts[i];
         if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report) && !is_misled(post))
             return 0;
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;
+        is_hasty |= post->seen.is_hasty;
     }
     int64_t affordable_at_ns = affordable_ns(sentry);
-    return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
+    return is_hasty || next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
 }
 
 /* pre: the lock is held. */
