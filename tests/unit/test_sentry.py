@@ -140,19 +140,22 @@ def next_look(usage):
     os.close(fd)
 
 
-def test_a_rate_that_one_look_alone_saw_is_not_believed(sleeper, usage, watch, next_look):
+@pytest.mark.parametrize("looks", [1, 3])
+def test_what_goes_at_once_and_then_no_more_has_no_rate(sleeper, usage, watch, next_look, looks):
     start, _ = watch
-    every_ns = 500_000_000
+    every_ns = 200_000_000
     usage.write_text(f"{60 * MIB}")
     native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600, pace=(16 << 30, every_ns, every_ns, 0))
     next_look()
-    for _ in range(3):
-        for used_mib in (90, 60):
-            usage.write_text(f"{used_mib * MIB}")
+    for used_mib in (85, 60, 85, 60):
+        usage.write_text(f"{used_mib * MIB}")
+        for _ in range(looks):
             next_look()
     assert told(native) is None
     assert not has_ended(sleeper.pidfd, 0)
-    usage.write_text(f"{90 * MIB}")
+    usage.write_text(f"{85 * MIB}")
+    next_look()
+    usage.write_text(f"{97 * MIB}")
     assert has_ended(sleeper.pidfd, PATIENCE_S)
     assert told(native)[2] > 0
 
