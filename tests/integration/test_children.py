@@ -411,7 +411,7 @@ def test_threads_that_start_children_as_another_user_leave_this_process_dumpable
     assert run_in_a_child(code) == "1\n"
 
 
-PATIENCE_S = 20
+PATIENCE_S = 30
 
 
 def in_a_forked_copy(act):

@@ -30,8 +30,14 @@ MIB = 1024**2
 
 SEALED = 42  # exit status of a scenario that can say no more: nothing may be opened in it
 
+
+def without_stalls(**changes) -> Thresholds:
+    """Thresholds by which it is nothing that others stand still for memory: the kernel may tell that at any time."""
+    return Thresholds(stall_headroom_ratio=0, **changes)
+
+
 # Whatever is heard in time was told by the kernel.
-NO_POLLING = Thresholds(poll_s_min=3600, poll_s_max=3600)
+NO_POLLING = without_stalls(poll_s_min=3600, poll_s_max=3600)
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def is_warned_by_gauges_alone(group, refused):
     filler, heard = Filler(), []
     sources.choose = lambda *_: []
     came = threading.Event()
-    thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
+    thresholds = without_stalls(poll_s_min=0.001, poll_s_max=3600)
     with PressureMonitor(thresholds=thresholds) as monitor:
         used = [source.name for source in monitor.sources if source.used]
         reasons = {source.name: source.reason for source in monitor.sources if not source.used}
@@ -236,7 +242,8 @@ def crosses_to_and_fro(group, times):
     filler, counted = Filler(), Counted()
     low_bytes = 128 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 128 * MIB)
     subprocess.run([sys.executable, "-c", CROSS, "1"], check=True)  # what it takes to run is there
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    # However long it takes to cross so often, the level does not fall meanwhile.
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600, cooldown_s=3600)) as monitor:
         monitor.check()
         counted.count(monitor)
         while own.usage_bytes() < low_bytes - 10 * MIB:
@@ -259,7 +266,7 @@ def fills(group, anonymous_mib, path):
     join(group)
     (own, *_) = cgroup.memory_cgroups()
     filler, counted = Filler(), Counted()
-    with PressureMonitor() as monitor:
+    with PressureMonitor(thresholds=without_stalls()) as monitor:
         monitor.check()
         counted.count(monitor)
         while own.usage_bytes() - sum(own.file_cache_bytes()) < anonymous_mib * MIB:
@@ -312,7 +319,7 @@ def writes_files_without_other_memory(group, path):
     join(group)
     criticals = notify.arm_pressure_level(str(group), "critical")
     counted = Counted()
-    with PressureMonitor() as monitor:
+    with PressureMonitor(thresholds=without_stalls()) as monitor:
         monitor.check()
         counted.count(monitor)
         for _ in range(64):  # mostly the first is enough; a disk that is fast just then wants more
@@ -340,7 +347,7 @@ def thrashes(group, path):
     heard, came = [], threading.Event()
     (own, *_) = cgroup.memory_cgroups()
     filler = Filler()
-    with PressureMonitor(thresholds=Thresholds(critical_bytes_min=0, critical_ratio=0)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(critical_bytes_min=0, critical_ratio=0)) as monitor:
         monitor.on(PressureLevel.CRITICAL, lambda event: (heard.append([event.source, event.detail]), came.set()))
         while own.usage_bytes() - sum(own.file_cache_bytes()) < 119 * MIB:
             filler.take()
@@ -364,7 +371,7 @@ def follows_its_limit_by_gauges(group):
     (own, *_) = cgroup.memory_cgroups()
     sources.choose = lambda *_: []
     filler, heard, came = Filler(), [], threading.Event()
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600)) as monitor:
         monitor.on(PressureLevel.LOW, lambda event: (heard.append(event.limit_bytes), came.set()))
         Path(group, "memory.limit_in_bytes").write_text("96M")
         monitor.check()
@@ -386,7 +393,7 @@ def reads_a_gauge_of_a_removed_cgroup(group):
     join(str(inner))
     sources.choose = lambda *_: []
     told = []
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600)) as monitor:
         monitor.check()  # the look at the start is over: nobody else uses the hub
         hub = monitor._hub
         readings = list(hub._readings(memory_status()))
@@ -428,7 +435,7 @@ def gives_its_reserve_back_beside_a_thread_that_keeps_the_gil(group):
 
     heard, is_heard = [], threading.Event()
     critical_bytes = Thresholds().begins_at(PressureLevel.CRITICAL, 128 * MIB)
-    with PressureMonitor(reserve="8 MiB") as monitor:
+    with PressureMonitor(reserve="8 MiB", thresholds=without_stalls()) as monitor:
 
         @monitor.on(PressureLevel.CRITICAL)
         def hear(event):
@@ -481,7 +488,7 @@ def writes_and_reads_a_large_file(group, path):
     join(group)
     heard = []
     (own, *_) = cgroup.memory_cgroups()
-    with PressureMonitor(thresholds=Thresholds(poll_s_min=0.01, poll_s_max=0.01)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_min=0.01, poll_s_max=0.01)) as monitor:
         monitor.on(PressureLevel.LOW, lambda event: heard.append(str(event)))
         with open(path, "wb+") as file:
             for _ in range(160):

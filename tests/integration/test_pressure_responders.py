@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor
 from memsafe._kernel import cgroup
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
 from tests.integration import scenario
 from tests.integration.sealed import seal
-from tests.integration.test_pressure_kernel import NO_POLLING, SEALED, Filler, join, v1_group
+from tests.integration.test_pressure_kernel import NO_POLLING, SEALED, Filler, join, v1_group, without_stalls
 
 __all__ = ["v1_group"]
 
@@ -109,7 +109,7 @@ def test_only_so_many_caches_are_shed_as_headroom_needs(v1_group, on_heap):
 FULL = 64 * MIB
 
 # Nothing is heard before the limit itself.
-AT_THE_LIMIT = Thresholds(low_ratio=0, low_bytes_min=0, low_bytes_max=0, critical_ratio=0, critical_bytes_min=0)
+AT_THE_LIMIT = without_stalls(low_ratio=0, low_bytes_min=0, low_bytes_max=0, critical_ratio=0, critical_bytes_min=0)
 
 
 CACHE_BYTES = 24 * MIB
@@ -162,8 +162,8 @@ def acts_where_nothing_is_left(group, by, rounds):
         else:
             monitor.on(CRITICAL, cache.drop)
         for _ in range(rounds):
-            # By what is left beside the cache, which any cause may empty at any time: other processes' stalls, say, or
-            # an OOM of the last round that is heard of only now. Who then takes what nobody can give waits for ever.
+            # By what is left beside the cache, which any cause may empty at any time: an OOM of the last round, say,
+            # that is heard of only now. Who then takes what nobody can give waits for ever.
             wanted_bytes = FULL - own.usage_bytes() - CACHE_BYTES + 8 * MIB
             cache.fill()
             monitor.check()

@@ -204,7 +204,8 @@ def test_a_snapshot_that_is_told_to_goes_on_at_critical(path, tmp_path):
 
 
 def begun_at_critical(path):
-    with memsafe.PressureMonitor() as monitor:
+    # However long the rest takes, the level does not fall meanwhile.
+    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(cooldown_s=3600)) as monitor:
         monitor.simulate(memsafe.PressureLevel.CRITICAL)
         try:
             memsafe.fork_snapshot(path, hello)

@@ -94,7 +94,7 @@ def test_closing_drops_reclaimers_with_no_lock_held():
         def __del__(self):
             thread = threading.Thread(target=lambda: other.child("c"))  # takes the lock of all trees
             thread.start()
-            thread.join(10)
+            thread.join(30)
             ended.append(not thread.is_alive())
 
     ended = []

@@ -49,7 +49,7 @@ def test_first_come_first_served_and_small_ones_do_not_starve_a_large_one():
 def test_who_gives_up_no_longer_holds_up_those_behind():
     budget = Budget(100)
     with budget.reserve(80):
-        large = in_line(budget, 90, timeout_s=0.05)
+        large = in_line(budget, 90, timeout_s=2)  # so long that both are in line before
         with in_line(budget, 10).outcome():
             with pytest.raises(BudgetExceededError):
                 large.outcome()
