@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 from memsafe._native import numpy_connect, numpy_handler, numpy_swap_handler
+from memsafe.blocks import Blocks
 from memsafe.errors import BudgetExceededError, MemsafeError, UnsupportedError
 from memsafe.sizes import MAX_SIZE_BYTES, format_size
 
@@ -29,20 +30,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Scope(NamedTuple):
-    """A with block of a handler and the one around it. In the context alone: blocks of other tasks are not seen."""
-
-    handler: Handler
-    outer: _Scope | None
-    base: object  # what NumPy used outside of all of them
-
-    def without(self, handler: Handler) -> _Scope | None:
-        """Leave the innermost block of *handler*, which need not be the last entered: generators end in any order."""
-        if self.handler is handler:
-            return self.outer
-        return self._replace(outer=self.outer and self.outer.without(handler))
-
-
 class _Refusal(NamedTuple):
     """Why an array was not made, and which instruction asked for it."""
 
@@ -51,7 +38,8 @@ class _Refusal(NamedTuple):
     instruction: int
 
 
-_scope: ContextVar[_Scope | None] = ContextVar("memsafe.numpy.scope", default=None)
+_blocks: Blocks[Handler] = Blocks("memsafe.numpy.blocks")
+_base: ContextVar[object] = ContextVar("memsafe.numpy.base")  # what NumPy used outside of all blocks
 _refusal: ContextVar[_Refusal | None] = ContextVar("memsafe.numpy.refusal", default=None)
 
 
@@ -85,9 +73,10 @@ class Handler:
             BudgetClosedError: It was closed.
         """
         self.budget._raise_if_unusable()
-        outer = _scope.get()
         replaced = numpy_swap_handler(self.capsule)
-        _scope.set(_Scope(self, outer, outer.base if outer else replaced))
+        if _blocks.innermost() is None:
+            _base.set(replaced)
+        _blocks.enter(self)
         _forget_refusal()
 
     def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -102,10 +91,9 @@ class Handler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if scope := _scope.get():
-            left = scope.without(self)
-            _scope.set(left)
-            numpy_swap_handler(left.handler.capsule if left else scope.base)
+        if _blocks.innermost() is not None:
+            outer = _blocks.leave(self)
+            numpy_swap_handler(outer.capsule if outer else _base.get())
         if error is not None:
             _explain(error)
         _forget_refusal()

@@ -4,10 +4,10 @@ import os
 import signal
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# A busy machine is not a defect: no test asserts a duration.
-settings.register_profile("memsafe", deadline=None)
+# A busy machine is not a defect: no test asserts a duration, that of making examples neither.
+settings.register_profile("memsafe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("memsafe")
 
 

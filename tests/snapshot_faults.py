@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import memsafe
 from memsafe.snapshot import meter
+from tests.integration import scenario
 from tests.integration.snapshots import without_tmpfile
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ KILL = 1000
 ERRORS = ("EIO", "ENOMEM", "ENOSPC", "EMFILE", "EINTR")
 
 _ASK = 0x4D534641
-_PATIENCE_S = 10
+_PATIENCE_S = 30
 _NEW = b"new" * 1000
 
 
@@ -112,14 +113,6 @@ def _snapshot(path: Path) -> str:
     return "result"
 
 
-def _descriptors() -> dict[int, str]:
-    found = {}
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return found
-
-
 def _problems(path: Path, outcome: str, number: int) -> list[str]:
     """Return what is not as it must be."""
     problems = []
@@ -144,14 +137,14 @@ def _problems(path: Path, outcome: str, number: int) -> list[str]:
 
 
 def _trial(path: Path, fault: Fault, n: int) -> dict[str, object]:
-    before = _descriptors()
+    before = scenario.open_files()
     died: list[str] = []
     threading.excepthook = lambda told: died.append(f"the thread died of {told.exc_value!r}")
     _ask(fault.where, n, fault.what, fault.how)
     outcome = _snapshot(path)
     number = _ask()
     problems = _problems(path, outcome, number)
-    left = [target for fd, target in _descriptors().items() if before.get(fd) != target]
+    left = [target for fd, target in scenario.open_files().items() if before.get(fd) != target]
     if call_names().get(number) in ("fstat", "newfstatat"):
         # Whose number it is cannot be told: kept.c rather loses a descriptor than closes a stranger's.
         left = [target for target in left if not target.startswith(("/proc/", "/sys/"))]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
+from benchmarks.survival.plain import Plain
 from memsafe import format_size
 
 MIB = 1024**2
@@ -22,7 +22,7 @@ _PATIENCE_S_EACH = 12.0
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Plain):
     """A program to run some times over.
 
     Attributes:
@@ -40,13 +40,6 @@ class Cell:
     engine: str
     snapshots: int = 20
     runs: int = 20
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Cell:
-        return cls(**{field.name: plain[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         return f"{self.engine}: {format_size(self.data_bytes)} of {format_size(self.limit_bytes)} at {self.pace}"

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import IntEnum, auto
 from functools import partial
 from typing import NoReturn
@@ -63,12 +63,10 @@ class Data:
         for offset in range(0, self._size_bytes, MIB):
             yield view[offset : offset + MIB]
 
-    @contextmanager
-    def rewritten(self, rate: int | None) -> Iterator[None]:
+    def rewritten(self, rate: int | None) -> AbstractContextManager[None]:
         """Have a thread rewrite all of it, over and over."""
-        stop = threading.Event()
 
-        def run() -> None:
+        def run(stop: threading.Event) -> None:
             due_s = time.monotonic()
             chunk_bytes = self._size_bytes if rate is None else _CHUNK_BYTES
             while not stop.is_set():
@@ -78,13 +76,7 @@ class Data:
                         due_s = max(due_s + chunk_bytes / rate, time.monotonic())
                         stop.wait(due_s - time.monotonic())
 
-        thread = threading.Thread(target=run, name="writer")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+        return writer(run)
 
     def write(self, write: Callable[[memoryview], object]) -> None:
         """Write an image, no faster than in IMAGE_S."""
@@ -93,6 +85,19 @@ class Data:
             write(piece)
             due_s += IMAGE_S * MIB / self._size_bytes
             time.sleep(max(0.0, due_s - time.monotonic()))
+
+
+@contextmanager
+def writer(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Have *run* called in a thread meanwhile; it gets what tells it to return."""
+    stop = threading.Event()
+    thread = threading.Thread(target=run, args=(stop,), name="writer")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 Engine = Callable[[Data, Cell, str], Mark]

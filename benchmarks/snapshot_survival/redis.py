@@ -5,12 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from benchmarks.servers import redis_server
 from benchmarks.snapshot_survival.cells import IMAGE_S, MIB, Cell
-from benchmarks.snapshot_survival.program import Mark
+from benchmarks.snapshot_survival.program import Mark, writer
 from benchmarks.survival.journal import Journal
 from benchmarks.survival.place import Place
 
@@ -77,11 +76,8 @@ def _rewrite_once(client: Client, cell: Cell, stop: threading.Event) -> None:
             stop.wait(due_s - time.monotonic())
 
 
-@contextmanager
-def _rewritten(cell: Cell, port: int) -> Iterator[None]:
-    stop = threading.Event()
-
-    def run() -> None:
+def _rewritten(cell: Cell, port: int) -> AbstractContextManager[None]:
+    def run(stop: threading.Event) -> None:
         client = Client(port)
         try:
             while not stop.is_set():
@@ -91,13 +87,7 @@ def _rewritten(cell: Cell, port: int) -> Iterator[None]:
         finally:
             client.close()
 
-    thread = threading.Thread(target=run, name="writer")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return writer(run)
 
 
 def _bgsave(client: Client) -> Mark:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from benchmarks.snapshot_survival.cells import Cell
-from benchmarks.survival.table import outcomes_of, section
+from benchmarks.survival.table import by_place, outcomes_of, section
 from memsafe import format_size
 
 _COUNTS = ("complete", "ended", "shot", "refused", "failed", "oom_kills")
@@ -25,11 +24,7 @@ _RIGHT = {"parent survived", *_HEADINGS[-len(_COUNTS) :]}
 
 def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a table for each place in which cells were run: kernel and cgroup version."""
-    places: dict[tuple[Any, ...], dict[Cell, list[dict[str, Any]]]] = {}
-    for line in lines:
-        place = places.setdefault((line["kernel"], line["cgroup"]), {})
-        place.setdefault(replace(Cell.from_dict(line["cell"]), runs=0), []).append(line)
-    for (kernel, version), cells in places.items():
+    for (kernel, version), cells in by_place(lines, ("kernel", "cgroup"), Cell).items():
         loads = [line["load"] for runs in cells.values() for line in runs]
         title = f"Linux {kernel}, cgroup v{version}, a load of {min(loads):.0f} to {max(loads):.0f}"
         yield from section(title, _HEADINGS, _RIGHT, (_row(cell, runs) for cell, runs in cells.items()))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
+from benchmarks.survival.plain import Plain
 from memsafe import PressureLevel, Thresholds, format_size
 
 MIB = 1024**2
@@ -23,7 +23,7 @@ _TO_LOW_RATIO = 0.3
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Plain):
     """A program to run some times over.
 
     Attributes:
@@ -41,13 +41,6 @@ class Cell:
     has_high: bool = False
     kind: str = "native"
     runs: int = 20
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Cell:
-        return cls(**{field.name: plain[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         rate = "full speed" if self.rate is None else f"{format_size(self.rate)}/s"

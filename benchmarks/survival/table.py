@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.survival.cells import Cell
+from benchmarks.survival.plain import Plain
 from memsafe import format_size
+
+CellT = TypeVar("CellT", bound=Plain)
 
 MIB = 1024**2
 
@@ -20,14 +22,22 @@ _RIGHT = {"survived", "lead ms", "lead MiB"}
 
 def markdown(lines: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a table for each place in which cells were run: kernel, cgroup version, PSI."""
-    places: dict[tuple[Any, ...], dict[Cell, list[dict[str, Any]]]] = {}
-    for line in lines:
-        if line["what"] == "run":
-            place = places.setdefault(tuple(line[key] for key in _PLACE_KEYS), {})
-            place.setdefault(replace(Cell.from_dict(line["cell"]), runs=0), []).append(line)
-    for (kernel, version, has_psi), cells in places.items():
+    runs_only = (line for line in lines if line["what"] == "run")
+    for (kernel, version, has_psi), cells in by_place(runs_only, _PLACE_KEYS, Cell).items():
         title = f"Linux {kernel}, cgroup v{version}, PSI {'on' if has_psi else 'off'}"
         yield from section(title, _HEADINGS, _RIGHT, (_row(cell, runs) for cell, runs in cells.items()))
+
+
+def by_place(
+    lines: Iterable[dict[str, Any]], keys: Sequence[str], kind: type[CellT]
+) -> dict[tuple[Any, ...], dict[CellT, list[dict[str, Any]]]]:
+    """Return runs by the values of *keys*, which say where they were, and there by their cell of *kind*."""
+    places: dict[tuple[Any, ...], dict[CellT, list[dict[str, Any]]]] = {}
+    for line in lines:
+        # However often it was to be run: what was added later belongs to it.
+        cell = kind.from_dict({**line["cell"], "runs": 0})
+        places.setdefault(tuple(line[key] for key in keys), {}).setdefault(cell, []).append(line)
+    return places
 
 
 def section(

@@ -10,10 +10,11 @@ import logging
 import math
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from warnings import warn
 
 from memsafe._native import BudgetCore, Reservation, current_budget_by
+from memsafe.blocks import Blocks
 from memsafe.budget import policy, reclaim, report, wait
 from memsafe.budget.policy import NO_POLICY
 from memsafe.budget.refusal import Refusal
@@ -42,26 +43,8 @@ _log = logging.getLogger("memsafe.budget")
 
 # The budget whose block this code runs in, by itself because current_budget() must be fast; and all of the blocks.
 _current: ContextVar[Budget | None] = ContextVar("memsafe.current_budget", default=None)
-_scope: ContextVar[_Scope | None] = ContextVar("memsafe.budget.scope", default=None)
+_blocks: Blocks[Budget] = Blocks("memsafe.budget.blocks")
 current_budget = current_budget_by(_current.get)
-
-
-class _Scope(NamedTuple):
-    """A with block of a budget and the one around it. Kept in the context alone: blocks of other tasks are not seen."""
-
-    budget: Budget
-    outer: _Scope | None
-
-    def without(self, budget: Budget) -> _Scope | None:
-        """Leave the innermost block of *budget*, which need not be the last entered: generators end in any order."""
-        if self.budget is budget:
-            return self.outer
-        return _Scope(self.budget, self.outer and self.outer.without(budget))
-
-
-def _set_scope(scope: _Scope | None) -> None:
-    _scope.set(scope)
-    _current.set(scope.budget if scope else None)
 
 
 class Budget(BudgetCore):
@@ -422,14 +405,12 @@ class Budget(BudgetCore):
             child._return_slack()
 
     def _raise_if_unusable(self) -> None:
-        budget: Budget | None = self
-        while budget is not None:
+        for budget in self._upwards():
             if budget.aborted:
                 reason = budget._policy.abort_reason
                 raise BudgetAbortedError(f"budget {budget.path!r} was aborted: {reason}")
             if budget.closed:
                 raise BudgetClosedError(f"budget {budget.path!r} was closed")
-            budget = budget.parent
 
     # ------------------------------------------------------------------------------------------------ reclaiming
 
@@ -594,7 +575,8 @@ class Budget(BudgetCore):
         self._raise_if_unusable()
         with policy.lock:
             policy.of(self).entered += 1
-        _set_scope(_Scope(self, _scope.get()))
+        _blocks.enter(self)
+        _current.set(self)
         return self
 
     def __exit__(
@@ -603,8 +585,7 @@ class Budget(BudgetCore):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if scope := _scope.get():
-            _set_scope(scope.without(self))
+        _current.set(_blocks.leave(self))
         with policy.lock:
             mine = policy.of(self)
             mine.entered -= 1

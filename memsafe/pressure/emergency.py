@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from memsafe._native import check, ffi, lib
+from memsafe.errors import KernelError
+from memsafe.pressure.levels import has_room
 from memsafe.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from memsafe.pressure.levels import Thresholds
     from memsafe.sizes import Size
+    from memsafe.status import MemoryStatus
 
 
 class EmergencyReserve:
@@ -94,7 +98,7 @@ class EmergencyReserve:
         self.give()
 
     def _no_longer_for(self, owner: object) -> None:
-        """*owner* needs it given no longer; one that did not is none."""
+        """Let it be taken again as far as *owner* goes, who need not have needed it."""
         self._needy.discard(owner)
 
     def _take_unless_needed(self) -> None:
@@ -132,3 +136,49 @@ class EmergencyReserve:
 
     def __repr__(self) -> str:
         return f"<EmergencyReserve {self.held_bytes} of {self.size_bytes} bytes held>"
+
+
+class ReserveKeeper:
+    """A monitor's hand on a reserve, which others may share; or on none, and then nothing is done.
+
+    Attributes:
+        reserve: What is kept, None for nothing: from the start, or since its owner has closed it.
+    """
+
+    def __init__(self, reserve: EmergencyReserve | Size | None, thresholds: Thresholds) -> None:
+        """Keep *reserve*; a size is made one of the monitor's own."""
+        self._is_own = not (reserve is None or isinstance(reserve, EmergencyReserve))
+        self._thresholds = thresholds
+        self.reserve: EmergencyReserve | None
+        if reserve is None or isinstance(reserve, EmergencyReserve):
+            self.reserve = reserve
+        else:
+            self.reserve = EmergencyReserve(reserve, held=False)
+
+    def give(self) -> None:
+        """Give it back, and let no keeper take it before this one has been calm."""
+        if self.reserve is not None:
+            self.reserve._give_for(self)
+
+    def take_if_room(self, status: MemoryStatus) -> KernelError | None:
+        """Take it at a calm moment, if there is room for it by *status*; return what the kernel had against it."""
+        reserve = self.reserve
+        if reserve is None:
+            return None
+        reserve._no_longer_for(self)
+        if reserve.held_bytes or not has_room(status, self._thresholds, reserve.size_bytes):
+            return None
+        try:
+            reserve._take_unless_needed()
+        except KernelError as error:
+            return error
+        except ValueError:
+            self.reserve = None  # its owner has closed it
+        return None
+
+    def leave(self, *, forked: bool) -> None:
+        """Need it no longer; and give it back where it is the monitor's own. A forked child holds none."""
+        if self.reserve is not None:
+            self.reserve._no_longer_for(self)
+            if self._is_own and not forked:
+                self.reserve.give()

@@ -6,21 +6,20 @@ import os
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
-from memsafe._kernel import notify
-from memsafe._kernel.descriptors import Owned
 from memsafe.errors import KernelError
 from memsafe.pressure import journal, levels
 from memsafe.pressure.alarm import alarm
 from memsafe.pressure.deputy import Deputy
 from memsafe.pressure.dispatch import Dispatcher, hears
-from memsafe.pressure.emergency import EmergencyReserve
+from memsafe.pressure.emergency import EmergencyReserve, ReserveKeeper
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.levels import Cause, Judgement, Ladder, PressureEvent, PressureLevel, Thresholds
+from memsafe.pressure.loops import Loops
 from memsafe.pressure.sources import WATERMARK
 from memsafe.status import status_once
 
@@ -129,10 +128,7 @@ class PressureMonitor:
     ) -> None:
         self._budget = budget
         self._thresholds = thresholds or Thresholds()
-        self._owns_reserve = reserve is not None and not isinstance(reserve, EmergencyReserve)
-        if reserve is not None and not isinstance(reserve, EmergencyReserve):
-            reserve = EmergencyReserve(reserve, held=False)
-        self._reserve = reserve
+        self._keeper = ReserveKeeper(reserve, self._thresholds)
         self._hurries = hurry
         self._root = root
         self._clock = clock
@@ -141,21 +137,17 @@ class PressureMonitor:
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._dispatcher = Dispatcher(budget, clock, self._shortage_bytes)
         self._source_statuses: tuple[SourceStatus, ...] = ()
-        # Guards what other threads touch: the callbacks, the requests, the streams, the last events, the changes and
-        # whether they are wanted, and whether the thread still takes requests.
+        # Guards what other threads touch: the callbacks, the requests, the last events, and whether the thread still
+        # takes requests.
         self._lock = threading.Lock()
         self._callbacks: Callbacks = ()
         self._requests: list[_Request] = []
-        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._last_event: PressureEvent | None = None
         self._last_real: PressureEvent | None = None  # that was no drill
         self._stopping = True
         self._thread: threading.Thread | None = None
         self._deputy: Deputy | None = None
-        self._changed_fd = -1
-        self._changed: Owned | None = None
-        self._changes = 0
-        self._changes_wanted = False
+        self._loops = Loops()
         self._hub: Hub | None = None  # of the monitor's thread while that runs, but for wake()
         _monitors[id(self)] = self
 
@@ -190,7 +182,7 @@ class PressureMonitor:
         """Start, with the lock held; return why there is no reserve, to be logged without it."""
         self._ladder = Ladder(self._thresholds.cooldown_s)
         self._last_event = self._last_real = None
-        self._changes, self._changes_wanted = 0, False
+        self._loops = Loops()
         self._dispatcher.forget()
         hub, refusal = self._open()
         self._requests = [_Request()]  # the first look
@@ -232,14 +224,13 @@ class PressureMonitor:
     def _open(self) -> tuple[Hub, KernelError | None]:
         hub = Hub(self._root, self._thresholds, self._budget)
         try:
-            self._changed_fd = notify.open_eventfd()
-            self._changed = Owned(self._changed_fd)
+            self._loops.open()
             with hub.reading():
                 status = status_once(self._root)
             hub.choose(status)
-            if self._reserve is not None:
-                hub.give(self._reserve)
-            refusal = self._take_reserve(status)
+            if (reserve := self.reserve) is not None:
+                hub.give(reserve)
+            refusal = self._keeper.take_if_room(status)
         except BaseException:
             self._shut(hub)
             raise
@@ -251,14 +242,9 @@ class PressureMonitor:
         shorter_turns.release(self)
         self._hub = self._deputy = None
         hub.close(forked=forked)
-        if self._reserve is not None:
-            self._reserve._no_longer_for(self)
-            if self._owns_reserve and not forked:
-                self._reserve.give()
+        self._keeper.leave(forked=forked)
         self._source_statuses = hub.statuses
-        self._changed_fd = -1
-        if self._changed is not None:
-            self._changed.close()
+        self._loops.close()
 
     def _abandon(self) -> None:
         """Become inert in a forked child: the threads do not exist there, and the lock may be held for ever."""
@@ -266,11 +252,11 @@ class PressureMonitor:
         self._stopping = True
         self._thread = None
         self._requests = []
-        self._streams = weakref.WeakSet()
         if self._deputy is not None:
             self._deputy.abandon()
         if self._hub is not None:
             self._shut(self._hub, forked=True)
+        self._loops = Loops()
 
     # ------------------------------------------------------------------------------------------------ the public face
 
@@ -282,7 +268,7 @@ class PressureMonitor:
     @property
     def reserve(self) -> EmergencyReserve | None:
         """What is given back at CRITICAL."""
-        return self._reserve
+        return self._keeper.reserve
 
     @property
     def sources(self) -> list[SourceStatus]:
@@ -329,7 +315,7 @@ class PressureMonitor:
         stream = EventStream()
         with self._lock:
             self._require_running()
-            self._streams.add(stream)
+            self._loops.add(stream)
         return stream
 
     def fileno(self) -> int:
@@ -344,10 +330,7 @@ class PressureMonitor:
         """
         with self._lock:
             self._require_running()
-            if not self._changes_wanted:
-                self._changes_wanted = True
-                self._signal(self._changes)
-            return self._changed_fd
+            return self._loops.fileno()
 
     def simulate(self, level: PressureLevel, *, timeout_s: float | None = None) -> None:
         """Hold a drill: go to *level* as if memory were so short, or as if it were well again.
@@ -437,11 +420,10 @@ class PressureMonitor:
         with self._lock:
             self._stopping = True
             requests, self._requests = self._requests, []
-            streams, self._streams = list(self._streams), weakref.WeakSet()
+            loops = self._loops
             self._shut(hub)
             self._thread = None
-        for stream in streams:
-            stream.feed(None)
+        loops.end()
         for request in requests:
             request.is_dropped = True
             request.done.set()
@@ -517,7 +499,7 @@ class PressureMonitor:
         within_s = _QUIET_S if self._dispatcher.wants_trim else levels.RECOVERY_S if recovers else None
         self._set_timer(hub, status, within_s)
         hub.provide(status)
-        if self.level == PressureLevel.NORMAL and (refusal := self._take_reserve(status)) is not None:
+        if self.level == PressureLevel.NORMAL and (refusal := self._keeper.take_if_room(status)) is not None:
             _say_refused(refusal)
         return True
 
@@ -564,22 +546,6 @@ class PressureMonitor:
         after_s = levels.poll_after_s(status, self._thresholds, hub.guards(status))
         hub.poll_after(min(each for each in (after_s, falls_after_s, within_s) if each is not None), status)
 
-    def _take_reserve(self, status: MemoryStatus) -> KernelError | None:
-        """Take it where there is room; return what the kernel had against it."""
-        reserve = self._reserve
-        if reserve is None:
-            return None
-        reserve._no_longer_for(self)
-        if reserve.held_bytes or not levels.has_room(status, self._thresholds, reserve.size_bytes):
-            return None
-        try:
-            reserve._take_unless_needed()
-        except KernelError as error:
-            return error
-        except ValueError:
-            self._reserve = None  # its owner has closed it
-        return None
-
     # ------------------------------------------------------------------------------------------------ telling
 
     def _announce(self, previous: PressureLevel, judgement: Judgement, source: str, now_s: float) -> None:
@@ -599,27 +565,13 @@ class PressureMonitor:
                 self._last_real = event
             elif self._last_real is not None and event.level < self._last_real.level:
                 self._last_real = None  # the next look tells it again, if it still stands
-            self._changes += 1
             self._dispatcher.untold = event, judgement, self._callbacks
-            streams = list(self._streams)
-            is_wanted = self._changes_wanted
         if event.level == PressureLevel.CRITICAL:
-            if self._reserve is not None:
-                self._reserve._give_for(self)
+            self._keeper.give()
             alarm.sound(event)
         elif event.level == PressureLevel.NORMAL:
             shorter_turns.release(self)
-        for stream in streams:
-            stream.feed(event)
-        # Not for nobody: beside busy threads, a system call may have to wait for the GIL.
-        if is_wanted:
-            self._signal(1)
-
-    def _signal(self, changes: int) -> None:
-        """Count on the descriptor of fileno(), unless somebody has closed it: the number may be another file's."""
-        if self._changed is not None and self._changed.is_ours():
-            with suppress(OSError):
-                os.eventfd_write(self._changed_fd, changes)
+        self._loops.tell(event)
 
 
 def critical_event() -> PressureEvent | None:

@@ -90,7 +90,7 @@ class SnapshotChild:
             _forget_handlers()
         if self._stack_fd >= 0:
             faulthandler.register(STACK_SIGNAL, file=self._stack_fd, all_threads=True, chain=True)
-        threads.let_go()
+        threads.renew()
         os.register_at_fork(after_in_child=self._let_go)
 
     def _let_go(self) -> None:

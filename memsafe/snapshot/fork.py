@@ -135,16 +135,8 @@ def fork_snapshot(
     supervisor: Supervisor | None = None
     try:
         _slot.take(claim)
-        assessment = assess(None, None, root, max_copy_bytes, 0, observations)
-        if end_at_critical and (event := critical_event()) is not None:
-            assessment = _deferred(assessment, event)
-        if assessment.decision != "admit":
-            reasons = "; ".join(assessment.reasons)
-            raise SnapshotRefusedError(
-                f"the snapshot of {os.fsdecode(path)} was not begun ({assessment.decision}): {reasons}", assessment
-            )
+        claim.private_bytes = _admitted(path, max_copy_bytes, root, end_at_critical=end_at_critical).private_bytes
         sys.audit("os.fork")
-        claim.private_bytes = assessment.private_bytes
         supervisor = Supervisor(
             path,
             Bounds(max_copy_bytes, timeout_s, end_at_critical, root),
@@ -173,6 +165,23 @@ def _descriptors(keep_fds: Iterable[int | HasFileno]) -> array[int]:
     if not all(0 <= number <= _FD_MAX for number in numbers):
         raise ValueError(f"keep_fds must be descriptors, 0 to {_FD_MAX}: {numbers}")
     return array("i", numbers)
+
+
+def _admitted(path: StrPath, max_copy_bytes: int | None, root: Root, *, end_at_critical: bool) -> ForkAssessment:
+    """Return the assessment of a snapshot that may begin now.
+
+    Raises:
+        SnapshotRefusedError: It may not.
+    """
+    assessment = assess(None, None, root, max_copy_bytes, 0, observations)
+    if end_at_critical and (event := critical_event()) is not None:
+        assessment = _deferred(assessment, event)
+    if assessment.decision != "admit":
+        reasons = "; ".join(assessment.reasons)
+        raise SnapshotRefusedError(
+            f"the snapshot of {os.fsdecode(path)} was not begun ({assessment.decision}): {reasons}", assessment
+        )
+    return assessment
 
 
 def _deferred(assessment: ForkAssessment, event: PressureEvent) -> ForkAssessment:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import struct
 from contextlib import suppress
 
 from memsafe._kernel.descriptors import Owned
@@ -68,12 +69,27 @@ class ChildHandle:
         return True
 
 
-def how_it_ended(status: os.waitid_result | None) -> str:
-    """Say what ended a child that left no image."""
-    if status is None:
-        return "the child ended without a word, and something else in this process took its exit status"
-    if status.si_code == os.CLD_EXITED:
-        return f"the child exited with status {status.si_status} before the image was complete (os._exit in write?)"
-    with suppress(ValueError):
-        return f"the child was ended by {signal.Signals(status.si_status).name}"
-    return f"the child was ended by signal {status.si_status}"
+class Handover:
+    """Where the native fork leaves the child, for another thread to adopt.
+
+    It fills this before any Python can run: however the thread that forks is interrupted, a child is never nobody's.
+
+    Attributes:
+        buffer: For the native fork; all zeros until there is a child.
+    """
+
+    _LAYOUT = struct.Struct(
+        "=qqqQQ"
+    )  # pid, pidfd, pause_ns, the pidfd's device and inode: struct handover of fork_py.c
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(self._LAYOUT.size)
+
+    def has_child(self) -> bool:
+        """Whether the fork has happened."""
+        return any(self.buffer)
+
+    def adopt(self) -> tuple[ChildHandle, int]:
+        """Return the child, to be held by one alone, and for how long the fork stood still, in nanoseconds."""
+        pid, pidfd, pause_ns, device, inode = self._LAYOUT.unpack(self.buffer)
+        return ChildHandle(pid, Owned(pidfd, (device, inode) if inode else None)), pause_ns

@@ -13,7 +13,6 @@ import math
 import os
 import select
 import signal
-import struct
 import threading
 import time
 from contextlib import ExitStack, nullcontext, suppress
@@ -25,25 +24,22 @@ from memsafe._kernel import process
 from memsafe._kernel.descriptors import Owned
 from memsafe._kernel.files import is_missing
 from memsafe._kernel.oom import KillWatch
-from memsafe.errors import (
-    KernelError,
-    OOMKilledError,
-    SnapshotFailedError,
-    SnapshotOverrunError,
-)
+from memsafe.errors import KernelError, SnapshotFailedError
 from memsafe.pressure.alarm import alarm
 from memsafe.pressure.hurry import hurry as shorter_turns
 from memsafe.pressure.monitor import critical_event
 from memsafe.sizes import format_size
 from memsafe.snapshot.atomic import AtomicFile
-from memsafe.snapshot.child import STACK_SIGNAL, SnapshotChild
-from memsafe.snapshot.handle import ChildHandle, how_it_ended
+from memsafe.snapshot.child import SnapshotChild
+from memsafe.snapshot.deadline import Deadline
+from memsafe.snapshot.handle import ChildHandle, Handover
 from memsafe.snapshot.job import SnapshotResult, SnapshotRun, SnapshotState
 from memsafe.snapshot.meter import Meter
 from memsafe.snapshot.reports import Done, Progress, Raised, ReportReader
 from memsafe.snapshot.sentry import Sentry
 from memsafe.snapshot.standstill import STANDSTILL_S, Standstill
 from memsafe.snapshot.threads import witnesses
+from memsafe.snapshot.verdict import Verdicts, where_it_stood
 from memsafe.snapshot.writer import ImageFile
 
 if TYPE_CHECKING:
@@ -61,8 +57,6 @@ METHOD = "fork"
 
 _CALLER, _THREAD = "the caller's", "the job's"
 
-_HANDOVER = struct.Struct("=qqqQQ")  # pid, pidfd, pause_ns, the pidfd's device and inode: struct handover of fork_py.c
-
 # The OOM killer compares resident pages + oom_score_adj/1000 of all the memory there is (oom_badness, mm/oom_kill.c).
 # Right after the fork both count the same pages, then the parent may grow: by less than all there is. So a difference
 # of 1000 decides for the child whatever happens, and it is asked for relative to the parent. A parent that is above 0
@@ -70,18 +64,14 @@ _HANDOVER = struct.Struct("=qqqQQ")  # pid, pidfd, pause_ns, the pidfd's device 
 _OOM_SCORE_ADJ_ABOVE = 1000
 _OOM_SCORE_ADJ_MAX = 1000
 
-
 # Only for the case that the native fork could not set the eventfd.
 _LOOK_FOR_FORK_MS = 1000
 
 # How long until it is noticed at the latest that descriptors which are polled have become strangers'.
 _PATIENCE_S = 5.0
 
-# How long a child that is out of time has to say where it stands: it takes well below a millisecond of its own.
-_LAST_WORDS_S = 2.0
-_LAST_WORDS_BYTES_MAX = 64 * 1024
 # For how long all Python threads may stand still, where memory is short, until a child has given its memory back.
-_STANDSTILL_MS = 1000
+_ALL_WAIT_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +113,12 @@ class Supervisor:
         self._first: dict[str, str] = {}
         self._given_up = False  # by the caller's thread, without a child
         self._fork_returned = threading.Event()
-        self._handover = bytearray(_HANDOVER.size)
+        self._handover = Handover()
         self._file: AtomicFile | None = None
-        self._wake_event = self._stack = Owned(-1)
+        self._verdicts = Verdicts(path, bounds.max_copy_bytes, lambda: self._file is not None and self._file.renamed)
+        self._wake_event = Owned(-1)
         self._child = ChildHandle(0, Owned(-1))
-        self._deadline_s = math.inf
-        self._is_late = False
+        self._deadline = Deadline(bounds.timeout_s)
         self._not_for_others: list[Owned] = []
         self._forked_by = 0
         self._done: Done | None = None
@@ -154,18 +144,11 @@ class Supervisor:
             raise self._refusal
         assert self._file is not None
         self._forked_by = threading.get_ident()
-        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._write_end.fd, self._stack.fd)
-        own_adj = _own_oom_score_adj()
-        oom_score_adj = min(own_adj + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
-        if oom_score_adj - own_adj < _OOM_SCORE_ADJ_ABOVE:
-            self._warnings.append(
-                f"the child's oom_score_adj was only {oom_score_adj - own_adj} above this process's, which is {own_adj}"
-                f" ({_OOM_SCORE_ADJ_MAX} is the most there is): a process that grew beyond the child by that many "
-                "thousandths of all memory would have been the OOM killer's first choice"
-            )
+        child = SnapshotChild(write, ImageFile(self._file.fd, options), self._write_end.fd, self._deadline.stack_fd)
+        oom_score_adj, warnings = _oom_score_adj_of_child()
+        self._warnings += warnings
         self._began_s = time.monotonic()
-        if self._bounds.timeout_s is not None:
-            self._deadline_s = self._began_s + self._bounds.timeout_s
+        self._deadline.begin(self._began_s)
         if self._meter.is_tight:
             shorter_turns.ask(self)
         if self._first.setdefault("", _CALLER) is not _CALLER:
@@ -174,7 +157,7 @@ class Supervisor:
         try:
             _native.fork(
                 child,
-                self._handover,
+                self._handover.buffer,
                 self._wake_event.fd,
                 self._own_pidfd.fd,
                 self._write_end.fd,
@@ -196,7 +179,7 @@ class Supervisor:
         self._given_up = True
         self._fork_returned.set()
         self.run.cancel()
-        if not self._was_forked():
+        if not self._handover.has_child():
             if self._thread.ident is not None:
                 self._thread.join()
             self._on_end(None, False)
@@ -207,12 +190,9 @@ class Supervisor:
         That is the image, whose room on the disk it would keep, and the lock on it; and the pipe, by whose end the
         guard and its parent hear of each other.
         """
-        if self._was_forked() or threading.get_ident() != self._forked_by:
+        if self._handover.has_child() or threading.get_ident() != self._forked_by:
             for descriptor in self._not_for_others:
                 descriptor.close()
-
-    def _was_forked(self) -> bool:
-        return any(self._handover)
 
     def _wake(self) -> None:
         if self._wake_event.is_ours():
@@ -243,7 +223,7 @@ class Supervisor:
                 self.run.resolve(result)
             else:
                 verdict = self.run.seal()
-                self.run.reject(error or verdict or SnapshotFailedError(self._ended("its thread failed")))
+                self.run.reject(error or verdict or self._verdicts.ended("its thread failed"))
 
     def _release(self, resources: ExitStack) -> None:
         try:
@@ -263,9 +243,8 @@ class Supervisor:
             self._reader = ReportReader(self._read_end)
             self._meter = Meter(self._bounds.root, self._bounds.max_copy_bytes)
             resources.callback(self._meter.close)
-            if self._bounds.timeout_s is not None:
-                with suppress(OSError):  # then nothing is said of where a child hangs
-                    self._stack = _own(resources, os.memfd_create("memsafe-stack"))
+            self._deadline.open()
+            resources.callback(self._deadline.close)
             self._kill_watch = KillWatch(self._bounds.root)
             resources.callback(self._kill_watch.close)
             self._wake_event = _own(resources, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -284,7 +263,7 @@ class Supervisor:
         poller = select.poll()
         poller.register(self._wake_event.fd, select.POLLIN)
         try:
-            while not (self._was_forked() or self._given_up):
+            while not (self._handover.has_child() or self._given_up):
                 if poller.poll(_LOOK_FOR_FORK_MS):
                     self._check_descriptors()
                     os.eventfd_read(self._wake_event.fd)
@@ -294,8 +273,8 @@ class Supervisor:
             self._fork_returned.wait()
 
     def _supervise(self, resources: ExitStack) -> SnapshotResult:
-        if not self._was_forked():
-            raise SnapshotFailedError(f"the snapshot of {os.fsdecode(self.run.path)} was not begun")
+        if not self._handover.has_child():
+            raise self._verdicts.not_begun()
         pause_ns = self._adopt(resources)
         self._standstill = Standstill(self._child.pid, time.monotonic())
         self.run.begin()
@@ -324,33 +303,26 @@ class Supervisor:
 
     def _adopt(self, resources: ExitStack) -> int:
         """Take the child over from the caller's thread, and return for how long that stood still, in nanoseconds."""
-        pid, pidfd, pause_ns, device, inode = _HANDOVER.unpack(self._handover)
-        self._child = ChildHandle(pid, Owned(pidfd, (device, inode) if inode else None))
+        self._child, pause_ns = self._handover.adopt()
         resources.callback(self._child.pidfd.close)
         resources.callback(self._sentry.rest)  # before that
-        self._sentry.count_faults(pid)
+        self._sentry.count_faults(self._child.pid)
         self._meter.expect_cost(pause_ns / 1e9)  # both walk all page tables
-        return int(pause_ns)
+        return pause_ns
 
     def _commit(self) -> int:
         assert self._file is not None  # _prepare() has opened it
         try:
             return self._file.commit()
         except OSError as cause:
-            path = os.fsdecode(self.run.path)
-            what = (
-                self._ended(f"its folder could not be synced: {cause}")
-                if self._file.renamed
-                else f"the image is complete, but could not be put at {path}: {cause}"
-            )
-            raise SnapshotFailedError(what) from cause
+            raise self._verdicts.not_committed(cause) from cause
 
     def _after(self, failure: BaseException, resources: ExitStack) -> SnapshotFailedError:
         """Leave no child behind, and return what the owner of the job gets to see."""
         self._refusal = self._refusal or failure
         if self._first.setdefault("", _THREAD) is _CALLER:
             self._fork_returned.wait()  # it may be in the midst of it
-        if self._was_forked() and not self._child.pid:
+        if self._handover.has_child() and not self._child.pid:
             self._adopt(resources)
         self._kill()
         self._child.reap()
@@ -359,7 +331,7 @@ class Supervisor:
             return verdict
         if isinstance(failure, SnapshotFailedError):
             return failure
-        error = SnapshotFailedError(self._ended(f"the parent could not see it through: {failure!r}"))
+        error = self._verdicts.ended(f"the parent could not see it through: {failure!r}")
         error.__cause__ = failure
         return error
 
@@ -388,17 +360,15 @@ class Supervisor:
     def _patience_ms(self) -> int:
         wake_at_s = time.monotonic() + _PATIENCE_S
         if self.run.state is not SnapshotState.ENDING:
-            wake_at_s = min(wake_at_s, self._meter.next_look_s, self._standstill.next_look_s, self._deadline_s)
+            wake_at_s = min(wake_at_s, self._meter.next_look_s, self._standstill.next_look_s, self._deadline.at_s)
         return max(0, math.ceil((wake_at_s - time.monotonic()) * 1000))
 
     def _check_descriptors(self) -> None:
         """Before any event is believed: it may be a stranger's, and our own may never come."""
         if any(each.is_lost() for each in (self._wake_event, self._read_end, self._child.pidfd)):
-            raise SnapshotFailedError(
-                self._ended(
-                    "another part of the program has closed descriptors that it needs (os.closerange? Becoming a "
-                    "daemon? Do that first)"
-                )
+            raise self._verdicts.ended(
+                "another part of the program has closed descriptors that it needs (os.closerange? Becoming a daemon? "
+                "Do that first)"
             )
 
     def _hear(self) -> None:
@@ -425,8 +395,9 @@ class Supervisor:
         now_s = time.monotonic()
         if now_s >= self._standstill.next_look_s:
             self._look_for_life(now_s)
-        if now_s >= self._deadline_s:
-            self._time_is_up(now_s)
+        if now_s >= self._deadline.at_s:
+            if not self._deadline.spares(self._child, now_s):
+                self._kill()
         elif now_s >= self._meter.next_look_s:
             self._look()
 
@@ -449,27 +420,18 @@ class Supervisor:
                 STANDSTILL_S,
                 does,
                 then,
-                _where("", witnesses(self._forked_by, self._bounds.root)),
+                where_it_stood("", witnesses(self._forked_by, self._bounds.root)),
             )
-
-    def _time_is_up(self, now_s: float) -> None:
-        """Ask the child where it stands, of which it dies; where it does not, kill it. Bounds hold meanwhile."""
-        if not self._is_late and self._stack.is_ours() and self._child.signal(STACK_SIGNAL):
-            self._deadline_s = now_s + _LAST_WORDS_S
-        else:
-            self._deadline_s = math.inf
-            self._kill()
-        self._is_late = True
 
     def _find_reason(self, status: os.waitid_result | None) -> None:
         """After the child's end: say why, where nobody could while it lived."""
-        if self._is_late:
-            stack = self._last_words()
-            where = _where(stack, witnesses(self._forked_by, self._bounds.root))
-            what = self._ended(f"it was still running after {self._bounds.timeout_s} s{where}")
-            self.run.end(SnapshotFailedError(what, child_traceback=stack or None))
+        if self._deadline.was_missed:
+            stack = self._deadline.last_words()
+            where = where_it_stood(stack, witnesses(self._forked_by, self._bounds.root))
+            what = f"it was still running after {self._bounds.timeout_s} s{where}"
+            self.run.end(self._verdicts.ended(what, child_traceback=stack or None))
         elif not self._is_complete(status) and (short := self._sentry.told()) is not None:
-            self.run.end(self._shortage_error(short))
+            self.run.end(self._verdicts.shortage(short, self.run.copy_bytes))
 
     def _look(self) -> None:
         """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
@@ -492,9 +454,7 @@ class Supervisor:
             # A child whose process changed its user belongs to root (PR_SET_DUMPABLE, prctl(2)).
             if self._bounds.max_copy_bytes is not None:
                 self._meter.stop()
-                self._end(
-                    SnapshotFailedError(self._ended(f"max_copy cannot be kept, as copies cannot be measured: {error}"))
-                )
+                self._end(self._verdicts.ended(f"max_copy cannot be kept, as copies cannot be measured: {error}"))
             else:
                 self._meter.forgo_copies()
                 self._warnings.append(f"copies could not be measured, headroom alone was watched: {error}")
@@ -514,14 +474,10 @@ class Supervisor:
 
     def _end_for_shortage(self, what: str) -> None:
         """End the child, and let no Python thread go on until its memory is back."""
-        self.run.end(self._shortage_error(what))
+        self.run.end(self._verdicts.shortage(what, self.run.copy_bytes))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
-                _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _STANDSTILL_MS)
-
-    def _shortage_error(self, what: str) -> SnapshotOverrunError:
-        copy_bytes = self.run.copy_bytes
-        return self._overrun_error(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes)
+                _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _ALL_WAIT_MS)
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
@@ -529,21 +485,8 @@ class Supervisor:
         # Also when the image is complete: otherwise chance would decide, by the instant of the last measurement.
         if max_copy_bytes is not None and copy_bytes > max_copy_bytes:
             copied, bound = format_size(copy_bytes), format_size(max_copy_bytes)
-            self._overrun(f"{copied} were copied, more than max_copy allows ({bound})", copy_bytes)
-
-    def _overrun(self, what: str, copy_bytes: int) -> None:
-        self._end(self._overrun_error(what, copy_bytes))
-
-    def _overrun_error(self, what: str, copy_bytes: int) -> SnapshotOverrunError:
-        return SnapshotOverrunError(
-            self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._bounds.max_copy_bytes
-        )
-
-    def _ended(self, what: str) -> str:
-        path = os.fsdecode(self.run.path)
-        if self._file is not None and self._file.renamed:
-            return f"the new image is at {path}, but may not survive a power cut: {what}"
-        return f"the snapshot of {path} was ended, the file there is as it was: {what}"
+            what = f"{copied} were copied, more than max_copy allows ({bound})"
+            self._end(self._verdicts.overrun(what, copy_bytes))
 
     def _end(self, verdict: SnapshotFailedError) -> None:
         self.run.end(verdict)
@@ -553,14 +496,6 @@ class Supervisor:
         if not self._child.signal(signal.SIGKILL):
             self._reader.close()  # its guard ends it when nobody listens
 
-    def _last_words(self) -> str:
-        """Return the stacks that the child left; "" where it left none."""
-        if not self._stack.is_ours():
-            return ""
-        with suppress(OSError):
-            return os.pread(self._stack.fd, _LAST_WORDS_BYTES_MAX, 0).decode(errors="replace")
-        return ""
-
     def _is_complete(self, status: os.waitid_result | None) -> bool:
         """Whether the child said that the image is, and nothing in how it ended speaks against it."""
         if self._done is None:
@@ -569,32 +504,34 @@ class Supervisor:
 
     def _failure(self, status: os.waitid_result | None) -> SnapshotFailedError | None:
         """Return why there is no image; None when there is one: the child said so, and nothing speaks against it."""
-        path = os.fsdecode(self.run.path)
-        failed = f"the snapshot of {path} failed, the file there is as it was:"
         if self._raised is not None:
-            raised = self._raised
-            return SnapshotFailedError(
-                f"{failed} write raised {raised.type}: {raised.message}\n\nIn the child:\n{raised.traceback}",
-                child_type=raised.type,
-                child_message=raised.message,
-                child_traceback=raised.traceback,
-            )
+            return self._verdicts.raised(self._raised)
         if self._is_complete(status):
             return None
         if status is None or (status.si_code != os.CLD_EXITED and status.si_status == signal.SIGKILL):
             evidence = self._kill_watch.evidence(self._child.pid)
             if evidence is not None:
-                return OOMKilledError(
-                    f"{failed} the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
-                    f"{format_size(self.run.copy_bytes)}. Give the group more memory, or pass max_copy"
-                )
-        return SnapshotFailedError(f"{failed} {how_it_ended(status)}")
+                return self._verdicts.shot(evidence, self.run.copy_bytes)
+        return self._verdicts.died(status)
 
 
 def _own(resources: ExitStack, fd: int) -> Owned:
     owned = Owned(fd)
     resources.callback(owned.close)
     return owned
+
+
+def _oom_score_adj_of_child() -> tuple[int, list[str]]:
+    """Return what makes the OOM killer prefer the child to this process, and what to say where it may not suffice."""
+    own = _own_oom_score_adj()
+    child = min(own + _OOM_SCORE_ADJ_ABOVE, _OOM_SCORE_ADJ_MAX)
+    if child - own >= _OOM_SCORE_ADJ_ABOVE:
+        return child, []
+    return child, [
+        f"the child's oom_score_adj was only {child - own} above this process's, which is {own} ({_OOM_SCORE_ADJ_MAX} "
+        "is the most there is): a process that grew beyond the child by that many thousandths of all memory would have "
+        "been the OOM killer's first choice"
+    ]
 
 
 def _own_oom_score_adj() -> int:
@@ -611,16 +548,6 @@ def _pidfd_of_self() -> int:
         raise KernelError(
             error.errno or errno.ENOSYS, "pidfd_open", "fork_snapshot needs it to tie the child to its parent"
         ) from None
-
-
-def _where(stack: str, witnesses: str) -> str:
-    where = f"\n\nWhere the child stood:\n{stack}" if stack else ""
-    if witnesses:
-        where += (
-            "\n\nThe child has only the thread that forked; what another one held then is held there for ever. In this "
-            f"process there are {witnesses}"
-        )
-    return where
 
 
 def _start(thread: threading.Thread) -> None:

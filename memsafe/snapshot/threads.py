@@ -1,7 +1,7 @@
 """Threads that are not in a forked child: what they had in hand at the fork, and what can be done about it.
 
 CPython renews its own locks in a child, logging the locks of its handlers, glibc those of malloc and stdio. What is
-left over and can be let go of is let go of here. Who might hold the rest is said by witnesses().
+left over and can be renewed, or dropped, is so by renew(). Who might hold the rest is said by witnesses().
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LIBRARIES = {
 _abandoned: list[object] = []  # never finalized: that would write the parent's pending bytes, or wait for their lock
 
 
-def let_go() -> None:
+def renew() -> None:
     """In a child: make imports and logging usable, whatever other threads were doing."""
     _forget_imports()
     for handler in _handlers():

@@ -78,6 +78,21 @@ def _kill_and_reap(process: Popen) -> None:
     process.wait()
 
 
+def _pidfd_of(process: Popen) -> int | None:
+    """Return a new pidfd; None: somebody else has reaped the child, as where SIGCHLD is ignored."""
+    try:
+        return os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    except OSError as error:
+        code = error.errno or errno.EIO
+        if code not in (errno.ENOSYS, errno.EPERM):
+            raise KernelError(code, "pidfd_open") from None
+        raise UnsupportedError(
+            "run_async needs pidfd_open(), which a seccomp filter forbids here: use memsafe.run in a thread"
+        ) from None
+
+
 def _pipes(process: Popen) -> list[IO[Any]]:
     return [stream for stream in (process.stdin, process.stdout, process.stderr) if stream is not None]
 
@@ -138,19 +153,11 @@ class _Conversation:
 
     def _watch_the_child(self) -> None:
         process = self._process
-        try:
-            number = os.pidfd_open(process.pid)
-        except ProcessLookupError:  # reaped by somebody else, as where SIGCHLD is ignored
+        number = _pidfd_of(process)
+        if number is None:
             process.poll()
             self.ended.set()
             return
-        except OSError as error:
-            code = error.errno or errno.EIO
-            if code not in (errno.ENOSYS, errno.EPERM):
-                raise KernelError(code, "pidfd_open") from None
-            raise UnsupportedError(
-                "run_async needs pidfd_open(), which a seccomp filter forbids here: use memsafe.run in a thread"
-            ) from None
 
         def reap() -> None:
             if process.poll() is not None:

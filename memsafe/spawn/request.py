@@ -62,57 +62,73 @@ def _pack(items: Sequence[bytes]) -> tuple[Any, int]:
     return ffi.from_buffer(packed), len(packed)
 
 
+class _Plan:
+    """What the native call is given.
+
+    Attributes:
+        native: It, valid as long as this lives: cffi keeps alive what a cdata owns, not what it points to.
+    """
+
+    def __init__(self, program: Program, given: Mapping[str, Any], limits: Limits) -> None:
+        paths, args, env = program.packed_paths(), program.packed_args(), program.packed_env()
+        self._alive: list[Any] = [paths, args, env]
+        self.native = ffi.new(
+            "struct ms_spawn *",
+            {
+                "paths": paths,
+                "args": args,
+                "env": env,
+                "stdio": (given["p2cread"], given["c2pwrite"], given["errwrite"]),
+                "close_fds": bool(given["close_fds"]),
+                "restore_signals": bool(given["restore_signals"]),
+                "new_session": bool(given["start_new_session"]),
+                "process_group": given["process_group"],
+                "umask": given["umask"],
+                "uid": _id(given["uid"]),
+                "gid": _id(given["gid"]),
+                "groups_count": -1,
+                "nice": limits.nice,
+            },
+        )
+        self._take_given(given)
+        self._take_limits(limits)
+
+    def _take_given(self, given: Mapping[str, Any]) -> None:
+        if given["cwd"] is not None:
+            self._point("cwd", _pack([os.fsencode(given["cwd"])])[0])
+        if given["pass_fds"]:
+            keep_fds = _kept_fds(given["pass_fds"])
+            self._point("keep_fds", ffi.new("int[]", keep_fds))
+            self.native.keep_fds_count = len(keep_fds)
+        if given["gids"] is not None:
+            groups = _group_ids(given["gids"])
+            self._point("groups", ffi.new("uint32_t[]", groups))
+            self.native.groups_count = len(groups)
+
+    def _take_limits(self, limits: Limits) -> None:
+        if limits.writes:
+            texts = [(_pack([path])[0], _pack([text])[0]) for path, text in limits.writes]
+            self._alive.append(texts)
+            self._point("writes", ffi.new("struct ms_spawn_write[]", texts))
+            self.native.writes_count = len(texts)
+        if limits.birthplace is not None:
+            self._point("birthplace", _pack([limits.birthplace])[0])
+        if limits.rlimits:
+            rlimits = [(which, soft & _U64, hard & _U64) for which, soft, hard in limits.rlimits]
+            self._point("rlimits", ffi.new("struct ms_spawn_rlimit[]", rlimits))
+            self.native.rlimits_count = len(rlimits)
+
+    def _point(self, field: str, cdata: Any) -> None:
+        self._alive.append(cdata)
+        setattr(self.native, field, cdata)
+
+
 def start(program: Program, given: Mapping[str, Any], limits: Limits) -> int:
     """Start *program* as *given* and *limits* say; return its pid."""
-    # cffi keeps alive what a cdata owns, not what it points to: `alive` does, until the call returns.
-    paths, args, env = alive = [program.packed_paths(), program.packed_args(), program.packed_env()]
-    plan = ffi.new(
-        "struct ms_spawn *",
-        {
-            "paths": paths,
-            "args": args,
-            "env": env,
-            "stdio": (given["p2cread"], given["c2pwrite"], given["errwrite"]),
-            "close_fds": bool(given["close_fds"]),
-            "restore_signals": bool(given["restore_signals"]),
-            "new_session": bool(given["start_new_session"]),
-            "process_group": given["process_group"],
-            "umask": given["umask"],
-            "uid": _id(given["uid"]),
-            "gid": _id(given["gid"]),
-            "groups_count": -1,
-            "nice": limits.nice,
-        },
-    )
-
-    def point(field: str, cdata: Any) -> None:
-        alive.append(cdata)
-        setattr(plan, field, cdata)
-
-    if given["cwd"] is not None:
-        point("cwd", _pack([os.fsencode(given["cwd"])])[0])
-    if given["pass_fds"]:
-        keep_fds = _kept_fds(given["pass_fds"])
-        point("keep_fds", ffi.new("int[]", keep_fds))
-        plan.keep_fds_count = len(keep_fds)
-    if given["gids"] is not None:
-        groups = _group_ids(given["gids"])
-        point("groups", ffi.new("uint32_t[]", groups))
-        plan.groups_count = len(groups)
-    if limits.writes:
-        texts = [(_pack([path])[0], _pack([text])[0]) for path, text in limits.writes]
-        alive.append(texts)
-        point("writes", ffi.new("struct ms_spawn_write[]", texts))
-        plan.writes_count = len(texts)
-    if limits.birthplace is not None:
-        point("birthplace", _pack([limits.birthplace])[0])
-    if limits.rlimits:
-        rlimits = [(which, soft & _U64, hard & _U64) for which, soft, hard in limits.rlimits]
-        point("rlimits", ffi.new("struct ms_spawn_rlimit[]", rlimits))
-        plan.rlimits_count = len(rlimits)
+    plan = _Plan(program, given, limits)
     result = ffi.new("struct ms_spawn_result *")
     try:
-        failed = lib.ms_spawn(plan, result)
+        failed = lib.ms_spawn(plan.native, result)
         if failed:
             raise _error(-failed, result.failed_step, result.failed_index, program, given, limits)
         return int(result.pid)

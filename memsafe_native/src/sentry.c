@@ -27,6 +27,7 @@ enum {
      * huge page, a rate is noise. So what goes slowly is seen over longer than is looked ahead. */
     WINDOW_NS = 4 * 1000 * 1000,
     WINDOWS = 32,
+    GOES_ON = 4, /* at this part of the rate it still does */
     HUGE_PAGE_BYTES = 2 * 1024 * 1024,
     COUNTS_AHEAD = 10, /* of the looks before their time: the others are there to save the parent */
     COUNT_LEAST_NS = 2 * 1000 * 1000,
@@ -37,16 +38,17 @@ enum {
     NS_PER_S = 1000000000
 };
 
-typedef struct sight {
+typedef struct point {
     int64_t at_ns; /* 0: none yet */
     int64_t left_bytes;
-} sight;
+} point;
 
 /* What was left before, a window apart or more; and when to look again. */
 typedef struct trail {
     int64_t next_ns;
+    point alarm; /* the first of the looks, up to the last one, that said that the rate is too high */
     unsigned newest;
-    sight sights[WINDOWS];
+    point past[WINDOWS];
 } trail;
 
 typedef struct lookout {
@@ -96,27 +98,27 @@ static bool is_foreign(const ms_sentry *sentry)
 }
 
 /* How fast it has gone since, in bytes a second, at least. */
-static double rate_since(const sight *before, int64_t at_ns, int64_t left_bytes)
+static double rate_since(const point *before, const point *now)
 {
-    if (before->at_ns == 0 || at_ns - before->at_ns < WINDOW_NS)
+    if (before->at_ns == 0 || now->at_ns - before->at_ns < WINDOW_NS)
         return 0;
-    double lost_bytes = (double)before->left_bytes - (double)left_bytes - HUGE_PAGE_BYTES;
-    return lost_bytes * NS_PER_S / (double)(at_ns - before->at_ns);
+    double lost_bytes = (double)before->left_bytes - (double)now->left_bytes - HUGE_PAGE_BYTES;
+    return lost_bytes * NS_PER_S / (double)(now->at_ns - before->at_ns);
 }
 
 /* How fast it goes, in bytes a second; 0 at first. */
-static int64_t note(trail *past, int64_t at_ns, int64_t left_bytes)
+static double note(trail *seen, const point *now)
 {
     double rate = 0;
     for (int i = 0; i < WINDOWS; i++) {
-        double since = rate_since(&past->sights[i], at_ns, left_bytes);
+        double since = rate_since(&seen->past[i], now);
         rate = since > rate ? since : rate;
     }
-    if (at_ns - past->sights[past->newest].at_ns >= WINDOW_NS) {
-        past->newest = (past->newest + 1) % WINDOWS;
-        past->sights[past->newest] = (sight){at_ns, left_bytes};
+    if (now->at_ns - seen->past[seen->newest].at_ns >= WINDOW_NS) {
+        seen->newest = (seen->newest + 1) % WINDOWS;
+        seen->past[seen->newest] = *now;
     }
-    return rate < (double)INT64_MAX ? (int64_t)rate : INT64_MAX;
+    return rate;
 }
 
 /* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have
@@ -127,7 +129,20 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
-/* Whether a gauge says that the child must end, as *report has it. Sets its next_ns. */
+/* Whether the rate is too high and goes on, since it was first seen to be. The kernel takes a page off the cache before
+ * it takes it off the usage: while a writer that drops its cache is interrupted in between, and a busy host may hold it
+ * there for long, the cache looks like memory that is gone. But then nothing more goes. */
+static bool goes_on(trail *seen, const point *now, double rate)
+{
+    if (seen->alarm.at_ns == 0) {
+        seen->alarm = *now;
+        return false;
+    }
+    double lost_bytes = (double)seen->alarm.left_bytes - (double)now->left_bytes;
+    return lost_bytes * NS_PER_S * GOES_ON >= rate * (double)(now->at_ns - seen->alarm.at_ns);
+}
+
+/* Whether a gauge says that the child must end, as *report has it. Sets when to look at it again. */
 static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_report *report)
 {
     ms_gauge_pace *pace = &sentry->orders.pace;
@@ -143,9 +158,15 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
     }
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
-    int64_t rate = note(seen, at_ns, gauge->seen_bytes);
-    *report = (ms_sentry_report){gauge->token, gauge->seen_bytes, rate};
-    return sight.told > 0 && (double)gauge->seen_bytes < (double)rate * (double)notice_ns / NS_PER_S;
+    point now = {at_ns, gauge->seen_bytes};
+    double rate = note(seen, &now);
+    if (sight.told == 0 || (double)now.left_bytes >= rate * (double)notice_ns / NS_PER_S) {
+        seen->alarm.at_ns = 0;
+        return false;
+    }
+    seen->next_ns = at_ns + pace->least_ns;
+    *report = (ms_sentry_report){gauge->token, now.left_bytes, rate < (double)INT64_MAX ? (int64_t)rate : INT64_MAX};
+    return goes_on(seen, &now, rate);
 }
 
 /* Whether a number was read from another file than was meant. */
@@ -247,16 +268,18 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
 {
     int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
+    bool is_alarmed = false;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         lookout *post = &sentry->posts[i];
         if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report) && !is_misled(post))
             return 0;
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;
+        is_alarmed |= post->seen.alarm.at_ns != 0;
     }
     sentry->looks++;
     int64_t affordable_at_ns = affordable_ns(sentry, LOOKS_AHEAD);
-    if (next_ns < affordable_at_ns)
+    if (!is_alarmed && next_ns < affordable_at_ns)
         next_ns = affordable_at_ns;
     int64_t count_at_ns = see_to_faults(sentry, at_ns);
     return next_ns < count_at_ns ? next_ns : count_at_ns;

@@ -162,9 +162,22 @@ def memkv_command(directory: Path, *arguments: str, limit: str = "64 MiB", port:
     ]
 
 
-_WITHOUT_UVLOOP = """
-import runpy, sys
+# Code that may run in the new process before it is memkv.
+WITHOUT_UVLOOP = """
+import sys
 sys.modules["uvloop"] = None
+"""
+# The level is what the last drill made it: it does not fall by itself, however slow the machine is, and no stall of
+# other processes raises it.
+LEVEL_BY_DRILLS = """
+from functools import partial
+from examples.memkv import server
+from memsafe import PressureMonitor, Thresholds
+thresholds = Thresholds(cooldown_s=3600, stall_headroom_ratio=0)
+server.PressureMonitor = partial(PressureMonitor, thresholds=thresholds)
+"""
+_BE_MEMKV = """
+import runpy
 runpy.run_module("examples.memkv", run_name="__main__", alter_sys=True)
 """
 
@@ -175,7 +188,7 @@ def memkv(
     *arguments: str,
     limit: str = "64 MiB",
     enter: Callable[[], object] | None = None,
-    uvloop: bool = True,
+    before: str = "",
 ) -> Iterator[Server]:
     """A memkv on *directory*.
 
@@ -183,13 +196,13 @@ def memkv(
         directory: Its --dir.
         arguments: More options.
         limit: Its --limit.
-        enter: Called in the new process before it is memkv.
-        uvloop: Whether it may use uvloop.
+        enter: Called in the new process before its program begins.
+        before: Code that runs in it before it is memkv.
     """
     log = directory / "memkv.log"
     command = memkv_command(directory, *arguments, limit=limit)
-    if not uvloop:
-        command[1:3] = ["-c", _WITHOUT_UVLOOP]
+    if before:
+        command[1:3] = ["-c", before + _BE_MEMKV]
     with open(log, "ab") as output:
         start = output.tell()
         process = subprocess.Popen(

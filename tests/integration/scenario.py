@@ -1,5 +1,6 @@
 """Run a function of a test module in a process of its own: pytest's own process never forks, and gets no limits."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import threading
 import traceback
 from pathlib import Path
 
-TIMEOUT_S = 60
+TIMEOUT_S = 100  # less than pytest gives a test
 
 
 class Result(dict):
@@ -48,16 +49,13 @@ def _plain(value):
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _open_descriptors():
-    return {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}
-
-
-def _is_open(fd):
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
+def open_files():
+    """What each descriptor of this process stands for, as /proc names it."""
+    found = {}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
 
 
 def _children():
@@ -72,7 +70,7 @@ def _left_behind(before):
         if thread.name == "memsafe-snapshot":
             thread.join(TIMEOUT_S)
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    descriptors = [target for fd, target in _open_descriptors().items() if fd not in before]
+    descriptors = [target for fd, target in open_files().items() if fd not in before]
     found = {"threads": threads, "descriptors": descriptors, "children": _children()}
     return {name: what for name, what in found.items() if what}
 
@@ -82,7 +80,7 @@ def _main(file, name, args):
     module = importlib.util.module_from_spec(spec)
     sys.modules["scenario_module"] = module
     spec.loader.exec_module(module)
-    before = _open_descriptors()
+    before = open_files()
     try:
         returned = getattr(module, name)(*json.loads(args))
     except SystemExit:

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import memsafe
 from memsafe._kernel import cgroup, child_cgroup, machine, process
 from memsafe._kernel.oom import KillLog
-from tests.integration import scenario, sealed
+from tests.integration import cgroups, scenario, sealed
 
 PIPE = subprocess.PIPE
 PROJECT = Path(__file__).parents[2]
@@ -37,28 +37,10 @@ def run_in_a_child(code, **kwargs):
     return done.stdout
 
 
-def make_below(directory):
-    """Make a cgroup below one that holds this process, or skip."""
-    child = Path(directory, f"memsafe-test-{os.getpid()}")
-    try:
-        child.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made in {directory}: {error.strerror}")
-    return child
-
-
 @pytest.fixture
-def memory_cgroup():
-    own = cgroup.memory_cgroups()[:1]
-    if not own:
-        pytest.skip("this process is in no memory cgroup")
-    child = make_below(own[0].directory)
-    limit = child / ("memory.max" if own[0].version == 2 else "memory.limit_in_bytes")
-    if not limit.exists():
-        child.rmdir()
-        pytest.skip(f"{own[0].directory} does not pass the memory controller on")
-    yield child, limit
-    child.rmdir()
+def memory_cgroup(memory_group):
+    folder, limit = memory_group
+    return folder, folder / limit
 
 
 @pytest.fixture
@@ -66,9 +48,8 @@ def unified_cgroup():
     directory = cgroup.unified_directory()
     if directory is None:
         pytest.skip("no cgroup2 is mounted")
-    child = make_below(directory)
-    yield child
-    child.rmdir()
+    with cgroups.below(directory) as child:
+        yield child
 
 
 @pytest.mark.cgroup
@@ -430,7 +411,7 @@ def test_threads_that_start_children_as_another_user_leave_this_process_dumpable
     assert run_in_a_child(code) == "1\n"
 
 
-PATIENCE_S = 20
+PATIENCE_S = 30
 
 
 def in_a_forked_copy(act):

@@ -12,14 +12,16 @@ import pytest
 import redis
 import redis.asyncio
 
-from tests.integration.memkv_process import WITHIN_S, Server, memkv, tool
+from tests.integration.memkv_process import WITHIN_S, WITHOUT_UVLOOP, Server, memkv, tool
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["uvloop", "asyncio"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param:
         pytest.importorskip("uvloop", reason="uvloop is not installed")
-    with memkv(tmp_path_factory.mktemp("memkv"), limit="256 MiB", uvloop=request.param) as server:
+    with memkv(
+        tmp_path_factory.mktemp("memkv"), limit="256 MiB", before="" if request.param else WITHOUT_UVLOOP
+    ) as server:
         yield server
 
 

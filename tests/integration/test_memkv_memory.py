@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import subprocess
@@ -13,8 +12,18 @@ import pytest
 import redis
 
 from examples.memkv import rdb
-from memsafe._kernel.cgroup import memory_cgroups
-from tests.integration.memkv_process import MIB, ROOT, Server, memkv, memkv_command, packed, until
+from tests.integration import cgroups
+from tests.integration.memkv_process import (
+    LEVEL_BY_DRILLS,
+    MIB,
+    ROOT,
+    WITHOUT_UVLOOP,
+    Server,
+    memkv,
+    memkv_command,
+    packed,
+    until,
+)
 
 OUT_OF_MEMORY = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
 
@@ -30,7 +39,7 @@ def either_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Se
     """A server on uvloop, and one on asyncio's own loop, which buffers in another way."""
     if request.param:
         pytest.importorskip("uvloop", reason="uvloop is not installed")
-    with memkv(tmp_path, limit="16 MiB", uvloop=request.param) as server:
+    with memkv(tmp_path, limit="16 MiB", before="" if request.param else WITHOUT_UVLOOP) as server:
         yield server
 
 
@@ -267,42 +276,48 @@ def test_a_queued_transaction_is_charged(server: Server) -> None:
 # ---- pressure
 
 
+@pytest.fixture
+def drilled(tmp_path: Path) -> Iterator[Server]:
+    with memkv(tmp_path, limit="16 MiB", before=LEVEL_BY_DRILLS) as server:
+        yield server
+
+
 def drill(server: Server, level: str) -> None:
     server.client.execute_command("DEBUG", "PRESSURE", level)
     until(lambda: server.info("memsafe_pressure_level") == level, f"the level is {level}")
 
 
-def test_low_pressure_sheds_a_share_of_what_may_be_evicted(server: Server) -> None:
-    client = server.client
+def test_low_pressure_sheds_a_share_of_what_may_be_evicted(drilled: Server) -> None:
+    client = drilled.client
     fill(client, keys=1000)
     client.config_set("maxmemory-policy", "allkeys-lru")
-    before = server.info("memsafe_data_bytes")
-    drill(server, "low")
-    until(lambda: server.info("memsafe_shed_bytes") > 0.09 * before, "a tenth is shed")
-    assert 0.8 * before < server.info("memsafe_data_bytes") < 0.95 * before
+    before = drilled.info("memsafe_data_bytes")
+    drill(drilled, "low")
+    until(lambda: drilled.info("memsafe_shed_bytes") > 0.09 * before, "a tenth is shed")
+    assert 0.8 * before < drilled.info("memsafe_data_bytes") < 0.95 * before
     # Until the all-clear, what comes takes the room of what was there.
-    ceiling = until(lambda: server.info("memsafe_ceiling_bytes"), "there is a ceiling")
+    ceiling = until(lambda: drilled.info("memsafe_ceiling_bytes"), "there is a ceiling")
     fill(client, keys=500, value=b"w" * 10_000)
-    assert 0.9 * ceiling < server.info("memsafe_data_bytes") <= ceiling
-    drill(server, "normal")
-    until(lambda: not server.info("memsafe_ceiling_bytes"), "it is gone")
+    assert 0.9 * ceiling < drilled.info("memsafe_data_bytes") <= ceiling
+    drill(drilled, "normal")
+    until(lambda: not drilled.info("memsafe_ceiling_bytes"), "it is gone")
 
 
-def test_low_pressure_takes_nothing_that_may_not_be_evicted(server: Server) -> None:
-    client = server.client
+def test_low_pressure_takes_nothing_that_may_not_be_evicted(drilled: Server) -> None:
+    client = drilled.client
     fill(client, keys=1000)
-    changes = server.info("memsafe_pressure_changes")
-    drill(server, "low")
-    until(lambda: server.info("memsafe_pressure_changes") > changes, "the server has heard of it")
+    changes = drilled.info("memsafe_pressure_changes")
+    drill(drilled, "low")
+    until(lambda: drilled.info("memsafe_pressure_changes") > changes, "the server has heard of it")
     assert client.dbsize() == 1000
     assert client.set("still", "taken")
 
 
-def test_critical_pressure_refuses_writes_with_its_reason_until_the_all_clear(server: Server) -> None:
-    client = server.client
+def test_critical_pressure_refuses_writes_with_its_reason_until_the_all_clear(drilled: Server) -> None:
+    client = drilled.client
     client.set("kept", "value")
-    drill(server, "critical")
-    with server.raw() as raw:
+    drill(drilled, "critical")
+    with drilled.raw() as raw:
         refusal = until(
             lambda: (reply := raw.ask(b"SET", b"more", b"v")).startswith(b"-") and reply, "writes are refused"
         )
@@ -310,31 +325,15 @@ def test_critical_pressure_refuses_writes_with_its_reason_until_the_all_clear(se
         assert len(refusal) > 70
         assert raw.ask(b"GET", b"kept") == b"$5\r\nvalue\r\n"
         assert raw.ask(b"DEL", b"kept") == b":1\r\n"
-        drill(server, "normal")
+        drill(drilled, "normal")
         until(lambda: raw.ask(b"SET", b"more", b"v") == b"+OK\r\n", "writes are taken again")
 
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
     """A v1 memory cgroup of 192 MiB below that of the tests."""
-    groups = memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("no v1 memory cgroup here: a v2 child cannot be made below a cgroup that holds processes")
-    group = Path(groups[0].directory) / f"memsafe-memkv-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a memory cgroup: {error}")
-    (group / "memory.limit_in_bytes").write_text(str(192 * MIB))
-    yield group
-    until(lambda: _removed(group), "the cgroup can be removed")
-
-
-def _removed(group: Path) -> bool:
-    with contextlib.suppress(OSError):
-        group.rmdir()
-        return True
-    return False
+    with cgroups.v1_memory_group(192 * MIB) as group:
+        yield group
 
 
 @pytest.mark.cgroup

@@ -22,7 +22,7 @@ from memsafe.errors import KernelError
 from memsafe.pressure import monitor as monitor_module, sources
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.waiter import How, Waiter
-from tests.integration import scenario
+from tests.integration import cgroups, scenario
 from tests.integration.sealed import refuse_to_sleep_by_cpu_time, seal
 from tests.integration.snapshots import PATIENCE_S
 
@@ -30,37 +30,21 @@ MIB = 1024**2
 
 SEALED = 42  # exit status of a scenario that can say no more: nothing may be opened in it
 
+
+def without_stalls(**changes) -> Thresholds:
+    """Thresholds by which it is nothing that others stand still for memory: the kernel may tell that at any time."""
+    return Thresholds(stall_headroom_ratio=0, **changes)
+
+
 # Whatever is heard in time was told by the kernel.
-NO_POLLING = Thresholds(poll_s_min=3600, poll_s_max=3600)
-
-
-def remove(group: Path) -> None:
-    """Remove a cgroup whose last process has just ended: it may be busy for a moment."""
-    for _ in range(100_000):
-        try:
-            return group.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-    return group.rmdir()
+NO_POLLING = without_stalls(poll_s_min=3600, poll_s_max=3600)
 
 
 @pytest.fixture
 def v1_group():
     """A v1 memory cgroup of 128 MiB below that of the tests."""
-    groups = cgroup.memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("the memory controller is not on cgroup v1 here")
-    group = Path(groups[0].directory) / f"memsafe-pressure-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a memory cgroup: {error}")
-    try:
-        (group / "memory.limit_in_bytes").write_text("128M")
+    with cgroups.v1_memory_group(128 * MIB) as group:
         yield group
-    finally:
-        remove(group)
 
 
 @pytest.fixture
@@ -69,14 +53,8 @@ def v2_group():
     directory = cgroup.unified_directory()
     if directory is None:
         pytest.skip("no cgroup2 is mounted here")
-    group = Path(directory) / f"memsafe-pressure-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a cgroup: {error}")
-    yield group
-    if group.exists():
-        remove(group)
+    with cgroups.below(directory) as group:
+        yield group
 
 
 def join(group: str) -> None:
@@ -152,7 +130,7 @@ def is_warned_by_gauges_alone(group, refused):
     filler, heard = Filler(), []
     sources.choose = lambda *_: []
     came = threading.Event()
-    thresholds = Thresholds(poll_s_min=0.001, poll_s_max=3600)
+    thresholds = without_stalls(poll_s_min=0.001, poll_s_max=3600)
     with PressureMonitor(thresholds=thresholds) as monitor:
         used = [source.name for source in monitor.sources if source.used]
         reasons = {source.name: source.reason for source in monitor.sources if not source.used}
@@ -204,7 +182,7 @@ def follows_its_limit_there_and_back(group):
             monitor.check()
         left = len(os.listdir("/proc/self/fd")) - len(before)
     join(str(group))
-    remove(inner)
+    cgroups.remove(inner)
     return {"told": told, "left": left}
 
 
@@ -264,7 +242,8 @@ def crosses_to_and_fro(group, times):
     filler, counted = Filler(), Counted()
     low_bytes = 128 * MIB - NO_POLLING.begins_at(PressureLevel.LOW, 128 * MIB)
     subprocess.run([sys.executable, "-c", CROSS, "1"], check=True)  # what it takes to run is there
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    # However long it takes to cross so often, the level does not fall meanwhile.
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600, cooldown_s=3600)) as monitor:
         monitor.check()
         counted.count(monitor)
         while own.usage_bytes() < low_bytes - 10 * MIB:
@@ -287,7 +266,7 @@ def fills(group, anonymous_mib, path):
     join(group)
     (own, *_) = cgroup.memory_cgroups()
     filler, counted = Filler(), Counted()
-    with PressureMonitor() as monitor:
+    with PressureMonitor(thresholds=without_stalls()) as monitor:
         monitor.check()
         counted.count(monitor)
         while own.usage_bytes() - sum(own.file_cache_bytes()) < anonymous_mib * MIB:
@@ -340,7 +319,7 @@ def writes_files_without_other_memory(group, path):
     join(group)
     criticals = notify.arm_pressure_level(str(group), "critical")
     counted = Counted()
-    with PressureMonitor() as monitor:
+    with PressureMonitor(thresholds=without_stalls()) as monitor:
         monitor.check()
         counted.count(monitor)
         for _ in range(64):  # mostly the first is enough; a disk that is fast just then wants more
@@ -368,7 +347,7 @@ def thrashes(group, path):
     heard, came = [], threading.Event()
     (own, *_) = cgroup.memory_cgroups()
     filler = Filler()
-    with PressureMonitor(thresholds=Thresholds(critical_bytes_min=0, critical_ratio=0)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(critical_bytes_min=0, critical_ratio=0)) as monitor:
         monitor.on(PressureLevel.CRITICAL, lambda event: (heard.append([event.source, event.detail]), came.set()))
         while own.usage_bytes() - sum(own.file_cache_bytes()) < 119 * MIB:
             filler.take()
@@ -392,7 +371,7 @@ def follows_its_limit_by_gauges(group):
     (own, *_) = cgroup.memory_cgroups()
     sources.choose = lambda *_: []
     filler, heard, came = Filler(), [], threading.Event()
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600)) as monitor:
         monitor.on(PressureLevel.LOW, lambda event: (heard.append(event.limit_bytes), came.set()))
         Path(group, "memory.limit_in_bytes").write_text("96M")
         monitor.check()
@@ -414,12 +393,12 @@ def reads_a_gauge_of_a_removed_cgroup(group):
     join(str(inner))
     sources.choose = lambda *_: []
     told = []
-    with PressureMonitor(thresholds=Thresholds(poll_s_max=3600)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_max=3600)) as monitor:
         monitor.check()  # the look at the start is over: nobody else uses the hub
         hub = monitor._hub
         readings = list(hub._readings(memory_status()))
         Path(outer.directory, "cgroup.procs").write_text(str(os.getpid()))
-        remove(inner)
+        cgroups.remove(inner)
         for reading in readings:
             hub._between.read([reading])
             sight = lib.ms_gauge_read(hub._between.native.gauges, 1, 1, ffi.addressof(hub._between.native, "pace"))
@@ -456,7 +435,7 @@ def gives_its_reserve_back_beside_a_thread_that_keeps_the_gil(group):
 
     heard, is_heard = [], threading.Event()
     critical_bytes = Thresholds().begins_at(PressureLevel.CRITICAL, 128 * MIB)
-    with PressureMonitor(reserve="8 MiB") as monitor:
+    with PressureMonitor(reserve="8 MiB", thresholds=without_stalls()) as monitor:
 
         @monitor.on(PressureLevel.CRITICAL)
         def hear(event):
@@ -509,7 +488,7 @@ def writes_and_reads_a_large_file(group, path):
     join(group)
     heard = []
     (own, *_) = cgroup.memory_cgroups()
-    with PressureMonitor(thresholds=Thresholds(poll_s_min=0.01, poll_s_max=0.01)) as monitor:
+    with PressureMonitor(thresholds=without_stalls(poll_s_min=0.01, poll_s_max=0.01)) as monitor:
         monitor.on(PressureLevel.LOW, lambda event: heard.append(str(event)))
         with open(path, "wb+") as file:
             for _ in range(160):
@@ -567,7 +546,7 @@ def loses_its_cgroup(group):
     join(str(inner))
     with PressureMonitor(thresholds=NO_POLLING) as monitor:
         Path(own.directory, "cgroup.procs").write_text(str(os.getpid()))
-        remove(inner)
+        cgroups.remove(inner)
         level = monitor.check()
         paths = [s.path for s in monitor.sources if s.used and s.path]
     return {"level": level.name, "stale": [path for path in paths if "inner" in path], "left": len(paths)}
@@ -595,7 +574,7 @@ def moves_and_opens_nothing_more(group):
 def test_a_move_to_another_cgroup_costs_one_look_that_opens_and_no_second(v1_group):
     scenario.run(moves_and_opens_nothing_more, v1_group, returncode=SEALED)
     for inner in ("first", "second"):
-        remove(v1_group / inner)
+        cgroups.remove(v1_group / inner)
 
 
 def test_it_goes_on_when_its_cgroup_vanishes(v1_group):

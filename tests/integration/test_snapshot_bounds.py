@@ -16,7 +16,7 @@ import memsafe
 from memsafe._kernel import process
 from memsafe._kernel.oom import KillLog
 from memsafe.errors import KernelError
-from memsafe.snapshot import child, supervisor
+from memsafe.snapshot import child, deadline
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
 from tests.integration.copies import NO_ROOM_BYTES, copies_of, killed_beside_a_victim, write_everything
@@ -204,7 +204,8 @@ def test_a_snapshot_that_is_told_to_goes_on_at_critical(path, tmp_path):
 
 
 def begun_at_critical(path):
-    with memsafe.PressureMonitor() as monitor:
+    # However long the rest takes, the level does not fall meanwhile.
+    with memsafe.PressureMonitor(thresholds=memsafe.Thresholds(cooldown_s=3600)) as monitor:
         monitor.simulate(memsafe.PressureLevel.CRITICAL)
         try:
             memsafe.fork_snapshot(path, hello)
@@ -227,7 +228,7 @@ def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(pa
 
 def out_of_time(path, folder, critical):
     """The child is asked where it stands, goes on, and then memory runs short; it would have an hour to answer."""
-    supervisor._LAST_WORDS_S = 3600
+    deadline._LAST_WORDS_S = 3600
     app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
 
     def write(out):

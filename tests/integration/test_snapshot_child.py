@@ -23,7 +23,17 @@ import pytest
 import memsafe
 from memsafe._kernel import process
 from tests.integration import scenario
-from tests.integration.snapshots import PATIENCE_S, Gate, content, gated, hello, outcome, temporaries, unexpected
+from tests.integration.snapshots import (
+    PATIENCE_S,
+    Gate,
+    content,
+    gated,
+    hello,
+    out_of_time,
+    outcome,
+    temporaries,
+    unexpected,
+)
 
 NOBODY = 65534
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -273,7 +283,7 @@ def faulthandler_in_the_parent(path):
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("term"))
     faulthandler.register(signal.SIGTERM, file=2, chain=True)
-    got = outcome(memsafe.fork_snapshot(path, lambda out: Gate().wait(), timeout_s=0.5))
+    got = out_of_time(path, lambda out: Gate().wait(), lambda got: got["child_traceback"])
     return {**got, "heard": heard}
 
 

@@ -207,7 +207,7 @@ def forked_copy(path):
         raise SystemExit(0)
     schedule._stopped._cond.release()
     pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], PATIENCE_S / 3)[0])
+    ended = bool(select.select([pidfd], [], [], PATIENCE_S)[0])
     if not ended:
         os.kill(pid, signal.SIGKILL)
     os.close(pidfd)

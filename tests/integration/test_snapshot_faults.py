@@ -19,7 +19,6 @@ from memsafe.snapshot import supervisor
 from tests import snapshot_faults
 from tests.integration import scenario
 from tests.integration.snapshots import (
-    PATIENCE_S,
     Gate,
     content,
     gated,
@@ -182,9 +181,7 @@ def out_of_memory_in_the_thread(path, owner, name, write):
     except MemoryError:
         got = {"error": "MemoryError"}
     setattr(owner, name, real)
-    for thread in threading.enumerate():
-        if thread.name == "memsafe-snapshot":
-            thread.join(PATIENCE_S)
+    let_the_thread_end()
     return {**got, "failures": failures, "next": outcome(memsafe.fork_snapshot(path, hello))}
 
 
@@ -255,11 +252,10 @@ def closed_while_it_is_watched(path, what, strangers):
         out.progress(1, 2)
         gate.wait()
 
-    before = set(os.listdir("/proc/self/fd"))
+    before = scenario.open_files()
     job = memsafe.fork_snapshot(path, write, on_progress=lambda done, total: heard.set())
     heard.wait()
-    fresh = [fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")]
-    mine = [int(fd) for fd in fresh if what in os.readlink(f"/proc/self/fd/{fd}")]
+    mine = [fd for fd, target in scenario.open_files().items() if fd not in before and what in target]
     assert mine
     return {**closed(strangers, mine, job), "content": content(path)}
 
@@ -305,7 +301,7 @@ def image_closed(path):
     """Put another file in the place of the image while it is written."""
     gate = Gate()
     job = memsafe.fork_snapshot(path, gated(gate))
-    (image,) = (int(fd) for fd in os.listdir("/proc/self/fd") if is_image(fd, os.path.dirname(path)))
+    (image,) = (fd for fd, target in scenario.open_files().items() if target.startswith(f"{os.path.dirname(path)}/"))
     other = os.memfd_create("stranger")
     os.dup2(other, image)
     gate.open()
@@ -314,10 +310,6 @@ def image_closed(path):
     intact = os.path.sameopenfile(other, image)
     os.closerange(3, 250)
     return {**got, "intact": intact, "content": content(path)}
-
-
-def is_image(fd, folder):
-    return os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith(f"{folder}/")
 
 
 def test_another_file_in_the_place_of_the_image_is_never_put_at_the_path(path):

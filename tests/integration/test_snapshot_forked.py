@@ -1,6 +1,5 @@
 """Processes that the user forks while a snapshot runs: they have no claim on it, and keep nothing of it alive."""
 
-import contextlib
 import errno
 import json
 import mmap
@@ -54,7 +53,7 @@ def forked_meanwhile(path, when):
     def fork():
         pid = os.fork()
         if not pid:
-            os.write(write_fd, json.dumps(_names_of_open_files()).encode())
+            os.write(write_fd, json.dumps(list(scenario.open_files().values())).encode())
             os._exit(0)
         os.waitpid(pid, 0)
         return json.loads(os.read(read_fd, 1 << 16))
@@ -70,7 +69,7 @@ def forked_meanwhile(path, when):
             return own_oom_score_adj()
 
         supervisor._own_oom_score_adj = in_another_thread
-    ours = _names_of_open_files()
+    ours = scenario.open_files().values()
     job = memsafe.fork_snapshot(path, gated(gate))
     if when == "while it runs":
         found = fork()
@@ -81,14 +80,6 @@ def forked_meanwhile(path, when):
     os.close(write_fd)
     images = [name for name in found if name.startswith(os.path.dirname(path) + "/")]
     return {"size": result.size_bytes, "pipes": len(set(_pipes(found)) - set(_pipes(ours))), "images": images}
-
-
-def _names_of_open_files():
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return found
 
 
 def _pipes(names):

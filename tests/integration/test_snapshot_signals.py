@@ -1,6 +1,5 @@
 """Signals and interrupts of the caller: none reaches a child, none loses one."""
 
-import contextlib
 import ctypes
 import dis
 import functools
@@ -36,9 +35,7 @@ def interrupted(path):
         return {"raised": False}
     except KeyboardInterrupt:
         pass
-    for thread in threading.enumerate():
-        if thread.name == "memsafe-snapshot":
-            thread.join(PATIENCE_S)
+    let_the_thread_end()
     gate.close()
     return {"raised": True}
 
@@ -60,10 +57,10 @@ def interrupted_everywhere(path, step, names):
     n = 0
     while outcomes[-1:] != ["done"]:
         n += step
-        before = _open_files()
+        before = scenario.open_files()
         outcomes.append(_interrupted_at(n, path, package, names))
         let_the_thread_end()
-        left = [target for fd, target in _open_files().items() if before.get(fd) != target]
+        left = [target for fd, target in scenario.open_files().items() if before.get(fd) != target]
         if left or temporaries(path) or content(path) not in ("old", "new"):
             return {"n": n, "left": left, "temporaries": temporaries(path), "content": content(path)}
         again = outcome(memsafe.fork_snapshot(path, hello))
@@ -104,14 +101,6 @@ def _interrupted_at(n, path, package, names):
     finally:
         gate.close()
     return "done"
-
-
-def _open_files():
-    found = {}
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return found
 
 
 @pytest.mark.parametrize(("step", "names", "points"), [(7, [], 300), (1, ["fork"], 70)], ids=["anywhere", "the fork"])

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 import memsafe
-from memsafe._kernel.cgroup import memory_cgroups
 from memsafe.snapshot import Zstd
-from tests.integration import scenario
+from tests.integration import cgroups, scenario
 from tests.page_cache import skip_unless_droppable
 
 MIB = 1024 * 1024
@@ -23,32 +22,10 @@ PATIENCE_S = 60
 
 
 @pytest.fixture
-def path(tmp_path):
-    target = tmp_path / "dump.db"
-    target.write_bytes(b"old")
-    return target
-
-
-@pytest.fixture
 def folder_of_v1_cgroup(tmp_path):
     skip_unless_droppable(tmp_path)
-    groups = memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("no v1 memory cgroup here; on v2 the kernel lab looks")
-    folder = Path(groups[0].directory, f"memsafe-writer-{os.getpid()}")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup may be made: {error}")
-    yield folder
-    deadline = time.monotonic() + PATIENCE_S
-    while folder.exists():
-        try:
-            folder.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)  # the last process is being taken apart
+    with cgroups.v1_memory_group() as group:  # on v2 the kernel lab looks
+        yield group
 
 
 # The page cache.

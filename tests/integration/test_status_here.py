@@ -14,7 +14,7 @@ import pytest
 
 import memsafe
 from memsafe._kernel import machine
-from memsafe._kernel.cgroup import memory_cgroups
+from tests.integration import cgroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,16 +35,8 @@ def run_child(script: str, *args: object, procs: str | None = None) -> Any:
 @pytest.fixture
 def own_group() -> Iterator[Path]:
     """A new v1 memory cgroup below that of the tests."""
-    groups = memory_cgroups()
-    if not groups or groups[0].version != 1:
-        pytest.skip("no v1 memory cgroup here: a v2 child cannot be made below a cgroup that holds processes")
-    group = Path(groups[0].directory) / f"memsafe-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"may not make a memory cgroup: {error}")
-    yield group
-    group.rmdir()
+    with cgroups.v1_memory_group() as group:
+        yield group
 
 
 def test_nothing_here_is_unreadable() -> None:

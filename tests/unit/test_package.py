@@ -13,7 +13,7 @@ PACKAGE = Path(memsafe.__file__).parent
 
 # Lowest first; a module may import what is on its own level or below.
 LAYERS = [
-    {"errors", "sizes"},
+    {"errors", "sizes", "blocks"},
     {"_native"},
     {"_kernel"},
     {"status", "commit", "forecast"},

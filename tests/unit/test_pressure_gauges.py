@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from memsafe import EmergencyReserve, PressureMonitor, Thresholds, memory_status
+from memsafe._kernel.files import Labelled
 from memsafe._kernel.kept import KeptFiles
 from memsafe._native import ffi, lib
 from memsafe.pressure import gauges, levels
@@ -18,6 +20,7 @@ from memsafe.pressure.waiter import How, Look, Reading, Waiter, open_timer
 from memsafe.testing import FakeKernel
 
 MIB = 1024 * 1024
+PATIENCE_S = 30
 SECOND_NS = 10**9
 # A byte a nanosecond: the delay is what is left beyond what is to be told.
 EXACT = ffi.new("ms_gauge_pace *", (SECOND_NS, 0, 2**62, 0))
@@ -75,6 +78,46 @@ def read(look, *readings, pace=EXACT):
 
 
 STAT = "anon 5\ninactive_file 30\nfile 7\nactive_file 4\nslab_reclaimable 1000\n"
+
+
+def reads_of_this_thread():
+    """How often it has called read(2) and its like: proc_pid_io(5)."""
+    with open("/proc/thread-self/io", "rb", buffering=0) as file:
+        return Labelled(file.read(), file.name).count(b"syscr")
+
+
+def test_usage_that_moves_while_the_cache_is_read_is_read_again(look, files, tmp_path):
+    usage, stat = files("usage", f"{MIB:12}"), files("stat", STAT)
+    reading = reading_of(100 * MIB, 100 * MIB, 0, ((usage, b"", -1), (stat, b"inactive_file", 1)))
+    stop = threading.Event()
+
+    def move():
+        fd = os.open(tmp_path / "usage", os.O_WRONLY)
+        while not stop.is_set():
+            os.pwrite(fd, b"%12d" % (9 * MIB), 0)
+            os.pwrite(fd, b"%12d" % MIB, 0)
+        os.close(fd)
+
+    def reads_of_a_look():
+        before = reads_of_this_thread()
+        look.read([reading])
+        lib.ms_gauge_read(look.native.gauges, 1, 1, EXACT)
+        assert look.native.gauges[0].seen_bytes in {91 * MIB + 30, 99 * MIB + 30}
+        return reads_of_this_thread() - before - nothing
+
+    nothing = -reads_of_this_thread() + reads_of_this_thread()  # but for the asking itself
+    once = reads_of_a_look()
+    assert once == 3, "the usage, the cache, and the usage again"
+    mover = threading.Thread(target=move)
+    mover.start()
+    deadline_s = time.monotonic() + PATIENCE_S
+    try:
+        while (seen := reads_of_a_look()) == once:
+            assert time.monotonic() < deadline_s, "none was read again"
+        assert seen in {5, 7}
+    finally:
+        stop.set()
+        mover.join()
 
 
 def test_what_is_left_is_the_sum_of_its_terms(look, files):

@@ -73,7 +73,7 @@ def test_every_stream_hears_and_a_dropped_one_is_forgotten(monitor):
         levels = [(await anext(stream)).level for stream in (first, second)]
         del first
         gc.collect()
-        return levels, len(monitor._streams)
+        return levels, len(monitor._loops._streams)
 
     assert asyncio.run(read()) == ([LOW, LOW], 1)
 

@@ -160,9 +160,9 @@ def test_a_region_closed_by_many_threads_is_unmapped_once(monkeypatch):
 
     class Racing(memsafe.Region):
         def _detach(self):
-            meet.wait(10)  # both have seen it open
+            meet.wait(30)  # both have seen it open
             address = super()._detach()
-            meet.wait(10)
+            meet.wait(30)
             return address
 
     class Native:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -20,6 +21,7 @@ from memsafe.snapshot.sentry import Sentry
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
+IN_ACCESS = 1
 PACE = (16 << 30, 1_000_000, 10_000_000, 0)
 
 
@@ -100,7 +102,7 @@ def test_what_is_going_fast_ends_it_sooner_and_what_is_going_slowly_does_not(sle
     def fill():
         used = 0
         while not stop.is_set():
-            used += MIB // 64
+            used += MIB // 4
             usage.write_text(f"{used}".rjust(12, "0"))
             stop.wait(0.001)
 
@@ -124,6 +126,41 @@ def test_a_burst_seen_by_looks_that_are_far_apart_on_purpose_ends_nothing(sleepe
     usage.write_text(f"{70 * MIB}")
     assert not has_ended(sleeper.pidfd, 2.5 * every_s)
     assert told(native) is None
+
+
+@pytest.fixture
+def next_look(usage):
+    """Wait until the file has been read once more: inotify(7)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    assert fd >= 0 <= libc.inotify_add_watch(fd, os.fsencode(usage), IN_ACCESS), os.strerror(ctypes.get_errno())
+
+    def wait():
+        assert select.select([fd], [], [], PATIENCE_S)[0], "nobody reads it"
+        os.read(fd, 4096)
+
+    yield wait
+    os.close(fd)
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_what_goes_at_once_and_then_no_more_has_no_rate(sleeper, usage, watch, next_look, looks):
+    start, _ = watch
+    every_ns = 200_000_000
+    usage.write_text(f"{60 * MIB}")
+    native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600, pace=(16 << 30, every_ns, every_ns, 0))
+    next_look()
+    for used_mib in (85, 60, 85, 60):
+        usage.write_text(f"{used_mib * MIB}")
+        for _ in range(looks):
+            next_look()
+    assert told(native) is None
+    assert not has_ended(sleeper.pidfd, 0)
+    usage.write_text(f"{85 * MIB}")
+    next_look()
+    usage.write_text(f"{97 * MIB}")
+    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    assert told(native)[2] > 0
 
 
 def test_a_huge_page_is_taken_at_once_and_tells_no_rate(sleeper, usage, watch):

@@ -530,7 +530,7 @@ def test_close_waits_no_longer_than_told_for_a_thread_that_cannot_have_the_lock(
     schedule = SnapshotSchedule("dump.db", print, after_changes=1, take=engine.take, lock=Watched())
     schedule.note_changes()
     lock.acquire()
-    rescue = threading.Timer(PATIENCE_S / 6, lock.release)  # of a close() that would wait for ever
+    rescue = threading.Timer(PATIENCE_S, lock.release)  # of a close() that would wait for ever
     rescue.start()
     schedule.start()
     assert asked.wait(PATIENCE_S)

@@ -2,13 +2,9 @@
 
 import mmap
 import os
-import statistics
 from pathlib import Path
 
 import memsafe
-from memsafe._native import ffi, lib
-from memsafe.pressure import gauges
-from memsafe.pressure.waiter import fill_gauges, new_gauges
 from tests.kernel.guest import child
 
 MIB = 1024 * 1024
@@ -178,43 +174,3 @@ def test_an_ordinary_user_sees_the_same(group):
     plain = child.run(status, cgroup=own, user=child.ORDINARY)
     assert of_cgroups(plain) == [("memory.max", f"/{group.path.name}/own", 256 * MIB)]
     assert plain["warnings"] == []
-
-
-def churn(path):
-    """Fill the page cache with 4 MiB of a file and drop them, for ever."""
-    with open(path, "wb") as file:
-        while True:
-            file.write(bytes(4 * MIB))
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-
-
-def left_again_and_again(count):
-    """What is left below memory.max, read so often: by a look at all files, and by a gauge."""
-    (gauge,) = (each for each in gauges.of("/", memsafe.memory_status()) if each.name == "headroom.memory.max")
-    gauge.open_files()
-    readings, pace = new_gauges(), ffi.new("ms_gauge_pace *", (1, 1, 1, 0))
-    looks, native = [], []
-    for _ in range(count):
-        status = memsafe.memory_status()
-        (limit,) = (c for c in status.constraints if c.kind == "memory.max")
-        looks.append(limit.headroom_bytes + limit.active_file_bytes)
-        # To be told of all that is left: nothing is left out.
-        fill_gauges(readings, gauge.readings_until(limit.limit_bytes, -1, limit, status.swap, token=1))
-        lib.ms_gauge_read(readings, 1, 1, pace)
-        native.append(readings[0].seen_bytes)
-    gauge.close_files()
-    return [looks, native]
-
-
-def test_cache_that_comes_and_goes_is_never_taken_for_memory_that_is_gone(group, scratch):
-    own = group.child("own", memory_max=160 * MIB)
-    with child.start(churn, str(scratch / "file"), cgroup=own):
-        try:
-            told = child.run(left_again_and_again, 1000, cgroup=own)
-        finally:
-            own["cgroup.kill"] = 1
-    for left in told:
-        usual = statistics.median(left)
-        assert sum(each < usual - 2 * MIB for each in left) <= 2
