@@ -35,11 +35,13 @@ class Sum:
 
     Attributes:
         swap_path: The cgroup whose limit on swap it counts, which must not be passed already; None: it counts none.
+        held: What processes have of it that is no cache: in a file of the terms, and left out of the sum.
     """
 
     base_bytes: int
     terms: _Terms
     swap_path: str | None = None
+    held: _Terms = ()
 
 
 class Gauge(Source):
@@ -94,8 +96,12 @@ class Gauge(Source):
         *,
         token: int,
         rests: bool = False,
+        held: bool = False,
     ) -> Iterator[Reading]:
-        """Yield what is to be read to see when no more is left than *tell_bytes*, and than *give_bytes*."""
+        """Yield what is to be read to see when no more is left than *tell_bytes*, and than *give_bytes*.
+
+        With *held*, what processes have that is no cache is read too.
+        """
         # Where more is swapped out than may be by now, nothing is left of that, not less than nothing.
         spent = {limit.path for limit in swap.limits if limit.headroom_bytes == 0}
         for each in self._sums:
@@ -106,11 +112,13 @@ class Gauge(Source):
                 tell_bytes=tell_bytes,
                 give_bytes=give_bytes,
                 added_bytes=(constraint.reclaimable_bytes or 0) + constraint.active_file_bytes,
-                terms=tuple(
-                    (self._fds[path].fd, key, scale) for path, key, scale in each.terms[: 1 if is_spent else None]
-                ),
+                terms=self._opened(each.terms[: 1 if is_spent else None]),
                 rests=rests,
+                held=self._opened(each.held if held else ()),
             )
+
+    def _opened(self, terms: _Terms) -> tuple[tuple[int, bytes, int], ...]:
+        return tuple((self._fds[path].fd, key, scale) for path, key, scale in terms)
 
     def open_files(self) -> None:
         """Open what it reads: for who reads it by himself. For a waiter, open() does it.
@@ -232,16 +240,19 @@ def _sums(root: Root, limit: Limit, status: MemoryStatus, groups: dict[str, Memo
             yield Sum(limit_bytes, ((own, b"VmSize", -1024),))
         case "physical":
             available = (meminfo, b"MemAvailable", 1024)
-            yield Sum(0, (available, (meminfo, b"SwapFree", 1024)))
+            held = ((meminfo, b"AnonPages:", 1024), (meminfo, b"Shmem:", 1024))
+            yield Sum(0, (available, (meminfo, b"SwapFree", 1024)), held=held)
             for swap in status.swap.limits:
                 if swap.kind == "memory.swap.max":
                     current = _group(groups, swap.path).file("memory.swap.current")
-                    yield Sum(swap.limit_bytes, (available, (current, b"", -1)), swap.path)
+                    yield Sum(swap.limit_bytes, (available, (current, b"", -1)), swap.path, held)
         case _:
             group = _group(groups, path)
             stat, total = group.file("memory.stat"), b"" if group.version == 2 else b"total_"
             cache = ((stat, total + b"inactive_file", 1), (stat, total + b"active_file", 1))
-            yield Sum(limit_bytes, ((group.file(_USAGES[what]), b"", -1), *cache))
+            anonymous = b"anon " if group.version == 2 else b"total_rss "
+            held = ((stat, anonymous, 1), (stat, total + b"shmem ", 1))
+            yield Sum(limit_bytes, ((group.file(_USAGES[what]), b"", -1), *cache), held=held)
 
 
 _USAGES = {

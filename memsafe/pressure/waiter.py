@@ -59,6 +59,7 @@ class Reading:
         terms: A descriptor, what its line begins with (empty: the file is one number), and what to multiply it by;
             at most three, those that only add last.
         rests: The kernel tells by itself when it matters: it is not read as time passes.
+        held: Terms of what processes have and is no cache, at most two: told besides, no part of what is left.
     """
 
     token: int
@@ -68,6 +69,7 @@ class Reading:
     added_bytes: int
     terms: tuple[tuple[int, bytes, int], ...]
     rests: bool = False
+    held: tuple[tuple[int, bytes, int], ...] = ()
 
 
 def new_gauges() -> Any:
@@ -83,11 +85,14 @@ def fill_gauges(gauges: Any, readings: Iterable[Reading]) -> int:
         gauge.token, gauge.rests, gauge.seen_bytes = reading.token, reading.rests, 0
         gauge.base_bytes, gauge.added_bytes = reading.base_bytes, reading.added_bytes
         gauge.tell_bytes, gauge.give_bytes = reading.tell_bytes, reading.give_bytes
-        for index in range(lib.MS_GAUGE_TERMS):
-            gauge.terms[index].fd = -1
-        for index, (fd, key, scale) in enumerate(reading.terms):
-            gauge.terms[index] = (fd, key, scale)
+        _fill_terms(gauge.terms, reading.terms)
+        _fill_terms(gauge.held, reading.held)
     return count
+
+
+def _fill_terms(terms: Any, given: tuple[tuple[int, bytes, int], ...]) -> None:
+    for index in range(len(terms)):
+        terms[index] = given[index] if index < len(given) else (-1, b"", 0)
 
 
 class Look:

@@ -130,4 +130,5 @@ class Sentry:
                 constraint,
                 status.swap,
                 token=token,
+                held=True,
             )

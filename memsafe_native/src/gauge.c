@@ -94,6 +94,13 @@ static bool add_terms(text *file, const ms_gauge_term *term, const ms_gauge_term
     return true;
 }
 
+static void read_held(text *file, ms_gauge *gauge)
+{
+    int64_t held = 0;
+    if (gauge->held[0].fd >= 0 && add_terms(file, gauge->held, gauge->held + MS_GAUGE_HELD, &held))
+        gauge->held_bytes = held;
+}
+
 /* Returns the first of the terms that only add; *end* where there is none. */
 static const ms_gauge_term *adding_terms(const ms_gauge *gauge, const ms_gauge_term *end)
 {
@@ -110,9 +117,12 @@ static bool read_whole(text *file, ms_gauge *gauge, const ms_gauge_term *adding,
     const ms_gauge_term *end = gauge->terms + MS_GAUGE_TERMS;
     for (int reading = 1;; reading++) {
         int64_t before = *left, after = gauge->base_bytes, added = 0;
-        if (!add_terms(file, adding, end, &added) || !add_terms(file, gauge->terms, adding, &after))
+        if (!add_terms(file, adding, end, &added))
             return false;
         gauge->added_bytes = added;
+        read_held(file, gauge);
+        if (!add_terms(file, gauge->terms, adding, &after))
+            return false;
         double moved_bytes = (double)before - (double)after;
         bool agree = moved_bytes <= TORN_BYTES && moved_bytes >= -TORN_BYTES;
         *left = agree || reading < READINGS || after < before ? after : before;
@@ -125,13 +135,14 @@ static bool read_whole(text *file, ms_gauge *gauge, const ms_gauge_term *adding,
 static bool read_left(text *file, ms_gauge *gauge, int64_t *left_bytes)
 {
     const ms_gauge_term *end = gauge->terms + MS_GAUGE_TERMS, *adding = adding_terms(gauge, end);
+    bool is_apart = adding < end && adding->fd != gauge->terms->fd;
     int64_t left = gauge->base_bytes;
-    if (!add_terms(file, gauge->terms, adding, &left))
+    gauge->held_bytes = -1;
+    if (!add_terms(file, gauge->terms, is_apart ? adding : end, &left))
         return false;
-    if (adding < end && adding->fd == file->fd) {
-        if (!add_terms(file, adding, end, &left))
-            return false;
-    } else if (adding < end && !is_enough(gauge, left) && !read_whole(file, gauge, adding, &left))
+    if (!is_apart)
+        read_held(file, gauge);
+    else if (!is_enough(gauge, left) && !read_whole(file, gauge, adding, &left))
         return false;
     *left_bytes = left;
     return true;

@@ -27,7 +27,8 @@ enum {
      * huge page, a rate is noise. So what goes slowly is seen over longer than is looked ahead. */
     WINDOW_NS = 4 * 1000 * 1000,
     WINDOWS = 32,
-    GOES_ON = 4, /* at this part of the rate it still does */
+    ALARM_NS = 1000 * 1000 * 1000,
+    GOES_ON_BYTES = 64 * 4096,
     HUGE_PAGE_BYTES = 2 * 1024 * 1024,
     COUNTS_AHEAD = 10, /* of the looks before their time: the others are there to save the parent */
     COUNT_LEAST_NS = 2 * 1000 * 1000,
@@ -41,12 +42,19 @@ enum {
 typedef struct point {
     int64_t at_ns; /* 0: none yet */
     int64_t left_bytes;
+    int64_t held_bytes; /* -1: unknown */
 } point;
+
+/* In bytes a second: how fast less is left, and how fast processes take what is no cache, as far as less is left. */
+typedef struct rates {
+    double left, held;
+} rates;
 
 /* What was left before, a window apart or more; and when to look again. */
 typedef struct trail {
     int64_t next_ns;
-    point alarm; /* the first of the looks, up to the last one, that said that the rate is too high */
+    bool is_hasty; /* at the last look the rate was too high */
+    point alarm;   /* when it was so first, less than ALARM_NS ago; since then no more was left */
     unsigned newest;
     point past[WINDOWS];
 } trail;
@@ -98,27 +106,36 @@ static bool is_foreign(const ms_sentry *sentry)
 }
 
 /* How fast it has gone since, in bytes a second, at least. */
-static double rate_since(const point *before, const point *now)
+static double rate_since(const point *before, const point *now, double gone_bytes)
 {
     if (before->at_ns == 0 || now->at_ns - before->at_ns < WINDOW_NS)
         return 0;
-    double lost_bytes = (double)before->left_bytes - (double)now->left_bytes - HUGE_PAGE_BYTES;
-    return lost_bytes * NS_PER_S / (double)(now->at_ns - before->at_ns);
+    return (gone_bytes - HUGE_PAGE_BYTES) * NS_PER_S / (double)(now->at_ns - before->at_ns);
 }
 
-/* How fast it goes, in bytes a second; 0 at first. */
-static double note(trail *seen, const point *now)
+static double larger(double one, double other)
 {
-    double rate = 0;
+    return one > other ? one : other;
+}
+
+/* The highest since any look that is remembered; 0 at first. */
+static rates note(trail *seen, const point *now)
+{
+    rates highest = {0, 0};
     for (int i = 0; i < WINDOWS; i++) {
-        double since = rate_since(&seen->past[i], now);
-        rate = since > rate ? since : rate;
+        const point *before = &seen->past[i];
+        double lost_bytes = (double)before->left_bytes - (double)now->left_bytes;
+        double held_bytes = (double)now->held_bytes - (double)before->held_bytes;
+        highest.left = larger(highest.left, rate_since(before, now, lost_bytes));
+        if (before->held_bytes >= 0 && now->held_bytes >= 0)
+            highest.held =
+                larger(highest.held, rate_since(before, now, held_bytes < lost_bytes ? held_bytes : lost_bytes));
     }
     if (now->at_ns - seen->past[seen->newest].at_ns >= WINDOW_NS) {
         seen->newest = (seen->newest + 1) % WINDOWS;
         seen->past[seen->newest] = *now;
     }
-    return rate;
+    return highest;
 }
 
 /* How soon what is left must not be gone. Looks that are far apart because much is left are not late; those that have
@@ -129,17 +146,22 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
-/* Whether the rate is too high and goes on, since it was first seen to be. The kernel takes a page off the cache before
- * it takes it off the usage: while a writer that drops its cache is interrupted in between, and a busy host may hold it
- * there for long, the cache looks like memory that is gone. But then nothing more goes. */
-static bool goes_on(trail *seen, const point *now, double rate)
+/* Whether still less is left than when the alarm was raised, which it is now where it was not.
+ *
+ * The kernel takes a page off the cache before it takes it off the usage: while a writer that drops its cache is
+ * interrupted in between, and a busy host may hold it there for long, the cache looks like memory that is gone. But
+ * then nothing more goes, and in the end it is back. */
+static bool goes_on(point *alarm, const point *now)
 {
-    if (seen->alarm.at_ns == 0) {
-        seen->alarm = *now;
-        return false;
-    }
-    double lost_bytes = (double)seen->alarm.left_bytes - (double)now->left_bytes;
-    return lost_bytes * NS_PER_S * GOES_ON >= rate * (double)(now->at_ns - seen->alarm.at_ns);
+    if (alarm->at_ns == 0)
+        *alarm = *now;
+    return alarm->left_bytes - now->left_bytes >= GOES_ON_BYTES;
+}
+
+static void forget_alarm(point *alarm, const point *now)
+{
+    if (now->left_bytes > alarm->left_bytes || now->at_ns - alarm->at_ns > ALARM_NS)
+        alarm->at_ns = 0;
 }
 
 /* Whether a gauge says that the child must end, as *report has it. Sets when to look at it again. */
@@ -158,15 +180,17 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
     }
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
-    point now = {at_ns, gauge->seen_bytes};
-    double rate = note(seen, &now);
-    if (sight.told == 0 || (double)now.left_bytes >= rate * (double)notice_ns / NS_PER_S) {
-        seen->alarm.at_ns = 0;
+    const point now = {at_ns, gauge->seen_bytes, gauge->held_bytes};
+    const rates rate = note(seen, &now);
+    const double notice_s = (double)notice_ns / NS_PER_S, left_bytes = (double)now.left_bytes;
+    forget_alarm(&seen->alarm, &now);
+    seen->is_hasty = sight.told > 0 && left_bytes < rate.left * notice_s;
+    if (!seen->is_hasty)
         return false;
-    }
     seen->next_ns = at_ns + pace->least_ns;
-    *report = (ms_sentry_report){gauge->token, now.left_bytes, rate < (double)INT64_MAX ? (int64_t)rate : INT64_MAX};
-    return goes_on(seen, &now, rate);
+    *report = (ms_sentry_report){gauge->token, now.left_bytes,
+                                 rate.left < (double)INT64_MAX ? (int64_t)rate.left : INT64_MAX};
+    return left_bytes < rate.held * notice_s || goes_on(&seen->alarm, &now);
 }
 
 /* Whether a number was read from another file than was meant. */
@@ -268,18 +292,18 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
 {
     int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
     int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
-    bool is_alarmed = false;
+    bool is_hasty = false;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         lookout *post = &sentry->posts[i];
         if (post->seen.next_ns <= at_ns && is_short(sentry, post, at_ns, report) && !is_misled(post))
             return 0;
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;
-        is_alarmed |= post->seen.alarm.at_ns != 0;
+        is_hasty |= post->seen.is_hasty;
     }
     sentry->looks++;
     int64_t affordable_at_ns = affordable_ns(sentry, LOOKS_AHEAD);
-    if (!is_alarmed && next_ns < affordable_at_ns)
+    if (!is_hasty && next_ns < affordable_at_ns)
         next_ns = affordable_at_ns;
     int64_t count_at_ns = see_to_faults(sentry, at_ns);
     return next_ns < count_at_ns ? next_ns : count_at_ns;

@@ -80,6 +80,23 @@ def read(look, *readings, pace=EXACT):
 STAT = "anon 5\ninactive_file 30\nfile 7\nactive_file 4\nslab_reclaimable 1000\n"
 
 
+def test_what_is_held_is_told_besides_where_the_cache_is_read(look, files):
+    usage, stat = files("usage", "60\n"), files("stat", STAT)
+    terms = ((usage, b"", -1), (stat, b"inactive_file", 1))
+    reading = reading_of(100, 100, 0, terms, held=((stat, b"anon ", 1), (stat, b"file ", 1)))
+
+    def held_of(reading):
+        sight_of(look, reading)
+        return look.native.gauges[0].seen_bytes, look.native.gauges[0].held_bytes
+
+    assert held_of(reading) == (70, 12)
+    assert held_of(replace(reading, held=())) == (70, -1)
+    assert held_of(replace(reading, held=((stat, b"absent ", 1),))) == (70, -1)
+    assert held_of(replace(reading, tell_bytes=10)) == (40, -1), "enough is left without the cache"
+    one_file = ((stat, b"inactive_file", 1), (stat, b"active_file", 1))
+    assert held_of(replace(reading, terms=one_file)) == (134, 12)
+
+
 def reads_of_this_thread():
     """How often it has called read(2) and its like: proc_pid_io(5)."""
     with open("/proc/thread-self/io", "rb", buffering=0) as file:

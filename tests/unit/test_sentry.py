@@ -48,9 +48,9 @@ def watch(usage):
     fd = os.open(usage, os.O_RDONLY)
     wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
 
-    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1, pace=PACE):
+    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1, pace=PACE, held=()):
         gauges = new_gauges()
-        reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, ((fd, b"", -1),))
+        reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, ((fd, b"", -1),), held=held)
         orders = {
             "gauges": gauges,
             "gauge_count": fill_gauges(gauges, [reading]) if count == 1 else count,
@@ -156,11 +156,23 @@ def test_what_goes_at_once_and_then_no_more_has_no_rate(sleeper, usage, watch, n
             next_look()
     assert told(native) is None
     assert not has_ended(sleeper.pidfd, 0)
-    usage.write_text(f"{85 * MIB}")
-    next_look()
-    usage.write_text(f"{97 * MIB}")
-    assert has_ended(sleeper.pidfd, PATIENCE_S)
+    used = (f"{used_mib * MIB}" for used_mib in range(85, 99))
+    while not has_ended(sleeper.pidfd, 2 * every_ns / 1e9):
+        usage.write_text(next(used))  # it goes on
     assert told(native)[2] > 0
+
+
+def test_what_processes_are_seen_to_take_need_not_go_on(sleeper, usage, watch, next_look, tmp_path):
+    start, _ = watch
+    stat = tmp_path / "stat"
+    usage.write_text(f"{60 * MIB}")
+    stat.write_text(f"anon {50 * MIB}\n")
+    with stat.open("rb") as file:
+        start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600, held=((file.fileno(), b"anon ", 1),))
+        next_look()
+        stat.write_text(f"anon {75 * MIB}\n")
+        usage.write_text(f"{85 * MIB}")
+        assert has_ended(sleeper.pidfd, PATIENCE_S)
 
 
 def test_a_huge_page_is_taken_at_once_and_tells_no_rate(sleeper, usage, watch):
