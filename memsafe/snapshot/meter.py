@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. So there is a
 # share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does; with
-# the sentry's it stays below 1 %. Half of the readings come by the clock, the others are saved for when faults alone
+# the sentry's it stays below 1 %, but for what comes ahead of its time. Half of the readings come by the clock, the others are saved for when faults alone
 # say that a bound may be passed. Where the machine's memory says so as well, so many may come before their time: no
 # more can prove right before the bound is passed, as faults are twice the copies at the most, and so each time half of
 # what was left is gone at least.
@@ -39,6 +39,7 @@ _LOOKS_AHEAD_FOR_COPIES = 20
 _HEADROOM_BY_CLOCK = 1 / 5
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
+_FIRST_READING_AFTER_S_MAX = 3.0
 _LOOK_EVERY_S_MIN = 0.002
 _LOOK_EVERY_S_MAX = 0.1
 # The nearer a bound at the fastest plausible rate, the sooner the next look.
@@ -179,7 +180,8 @@ class Meter:
         self._max_copy_bytes = max_copy_bytes
         self._counts_copies = True
         # Of their own: what is measured seldom takes long to read, what is counted often does not.
-        self._measured, self._looked, self._counted = kept.keep(root), kept.keep(root), kept.keep(root)
+        self._walked, self._counted = kept.keep(root), kept.keep(root)
+        self._measured, self._looked = kept.keep(root), kept.keep(root)
         with self._measured.reading():
             self._starts = {(c.kind, c.path): headroom_of(c) for c in self._constraints()}
         with self._looked.reading():
@@ -203,8 +205,9 @@ class Meter:
         return self._headroom.left_bytes(self._counted_bytes) < _FILL_BYTES_PER_S * _TIGHT_S * _LOOKS_UNTIL_FULL
 
     def expect_cost(self, reading_s: float) -> None:
-        """Put the first reading by the clock off until one that takes so long is affordable."""
-        self._due_s = max(self._due_s, self._readings.due_s(-reading_s))
+        """Put the first reading by the clock off until one that takes so long is affordable, but not for too long."""
+        latest_s = time.monotonic() + _FIRST_READING_AFTER_S_MAX
+        self._due_s = max(self._due_s, min(self._readings.due_s(-reading_s), latest_s))
 
     def expected_faults(self) -> tuple[int, float] | None:
         """Return of how many faults of both processes, from their beginnings, it wants to hear, and not before when.
@@ -215,7 +218,9 @@ class Meter:
         if math.isinf(left_bytes):
             return None
         faults = self._own_faults + (self._counted_bytes + max(0, int(left_bytes))) // _PAGE_BYTES
-        return faults, self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
+        look_due_s = self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
+        # Once there were enough, it waits for the reading that they are a reason for.
+        return faults, max(look_due_s, self._bound.due_s) if left_bytes <= 0 else look_due_s
 
     def look_now(self) -> None:
         """Have the next look come at once, unless it is over."""
@@ -231,7 +236,7 @@ class Meter:
 
     def close(self) -> None:
         """Close what was kept open. Twice is a no-op."""
-        for files in (self._measured, self._looked, self._counted):
+        for files in (self._walked, self._counted, self._measured, self._looked):
             files.close()
         if self._fresh is not None:
             self._fresh.close()
@@ -273,10 +278,11 @@ class Meter:
         """
         began_s = time.thread_time()
         try:
+            # Before the walk: what is copied while that lasts may be missing from it, and is still to come.
+            faulted_bytes = self._faulted_bytes(pid)
+            taken = self._fresh.count() if self._fresh is not None else Taken(0, None)
+            copy_bytes = self._private_dirty_bytes(pid) if self._counts_copies else None
             with self._measured.reading():
-                taken = self._fresh.count() if self._fresh is not None else Taken(0, None)
-                faulted_bytes = self._faulted_bytes(pid)
-                copy_bytes = process.smaps_rollup(pid).private_dirty_bytes if self._counts_copies else None
                 short, _ = self._look_around(self._soon_bytes())
         finally:
             cost_s = time.thread_time() - began_s
@@ -322,6 +328,10 @@ class Meter:
                 return (own + process.minor_faults(pid)) * _PAGE_BYTES
         except KernelError:
             return self._counted_bytes  # it has ended; the next reading by the clock finds out
+
+    def _private_dirty_bytes(self, pid: int) -> int:
+        with self._walked.reading():  # a set of its own: it reads all of itself at once
+            return process.smaps_rollup(pid).private_dirty_bytes
 
     def _look_around(self, soon_bytes: float) -> tuple[str | None, float]:
         """Return a sentence where headroom has run short, and how far the nearest reserve is.

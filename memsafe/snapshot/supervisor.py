@@ -308,7 +308,13 @@ class Supervisor:
         resources.callback(self._sentry.rest)  # before that
         self._sentry.count_faults(self._child.pid)
         self._meter.expect_cost(pause_ns / 1e9)  # both walk all page tables
+        self._expect_faults()  # the program may be writing already
         return pause_ns
+
+    def _expect_faults(self) -> None:
+        """Be woken when copies may have passed their bound."""
+        if (expected := self._meter.expected_faults()) is not None:
+            self._sentry.expect(*expected)
 
     def _commit(self) -> int:
         assert self._file is not None  # _prepare() has opened it
@@ -431,7 +437,7 @@ class Supervisor:
             what = f"it was still running after {self._bounds.timeout_s} s{where}"
             self.run.end(self._verdicts.ended(what, child_traceback=stack or None))
         elif not self._is_complete(status) and (short := self._sentry.told()) is not None:
-            self.run.end(self._verdicts.shortage(short, self.run.copy_bytes))
+            self.run.end(self._verdicts.shortage(short, self._measured_bytes()))
 
     def _look(self) -> None:
         """Count page faults, and where these say so, or enough time has passed, copies and headroom."""
@@ -442,8 +448,7 @@ class Supervisor:
             self._end_for_shortage(short)
         elif self._meter.is_due():
             self._measure()
-        if (expected := self._meter.expected_faults()) is not None:
-            self._sentry.expect(*expected)
+        self._expect_faults()
 
     def _measure(self) -> None:
         try:
@@ -474,10 +479,14 @@ class Supervisor:
 
     def _end_for_shortage(self, what: str) -> None:
         """End the child, and let no Python thread go on until its memory is back."""
-        self.run.end(self._verdicts.shortage(what, self.run.copy_bytes))
+        self.run.end(self._verdicts.shortage(what, self._measured_bytes()))
         if self.run.state is SnapshotState.ENDING:
             with suppress(OSError):  # the job's thread knows another way
                 _native.fork_end(self._child.pidfd.fd if self._child.pidfd.is_ours() else -1, _ALL_WAIT_MS)
+
+    def _measured_bytes(self) -> int | None:
+        """Return what the copies took when last measured; None: they never were."""
+        return None if self.run.peak_copy_bytes is None else self.run.copy_bytes
 
     def _count_copies(self, copy_bytes: int) -> None:
         self.run.report_copies(copy_bytes)
@@ -511,7 +520,7 @@ class Supervisor:
         if status is None or (status.si_code != os.CLD_EXITED and status.si_status == signal.SIGKILL):
             evidence = self._kill_watch.evidence(self._child.pid)
             if evidence is not None:
-                return self._verdicts.shot(evidence, self.run.copy_bytes)
+                return self._verdicts.shot(evidence, self._measured_bytes())
         return self._verdicts.died(status)
 
 

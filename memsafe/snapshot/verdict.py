@@ -36,9 +36,9 @@ class Verdicts:
         """It was ended because of *what* its copies took, *copy_bytes* when last measured."""
         return SnapshotOverrunError(self._ended(what), copy_bytes=copy_bytes, max_copy_bytes=self._max_copy_bytes)
 
-    def shortage(self, what: str, copy_bytes: int) -> SnapshotOverrunError:
-        """It was ended because memory ran short."""
-        return self.overrun(f"{what}; {format_size(copy_bytes)} of copies when last measured", copy_bytes)
+    def shortage(self, what: str, copy_bytes: int | None) -> SnapshotOverrunError:
+        """It was ended because memory ran short; its copies may never have been measured."""
+        return self.overrun(f"{what}; {_copies(copy_bytes)}", copy_bytes or 0)
 
     def not_begun(self) -> SnapshotFailedError:
         """There never was a child."""
@@ -66,12 +66,12 @@ class Verdicts:
             child_traceback=report.traceback,
         )
 
-    def shot(self, evidence: str, copy_bytes: int) -> OOMKilledError:
+    def shot(self, evidence: str, copy_bytes: int | None) -> OOMKilledError:
         """The OOM killer chose it, as *evidence* says."""
         return OOMKilledError(
             self._failed(
-                f"the kernel's OOM killer ended the child ({evidence}); copies when last measured: "
-                f"{format_size(copy_bytes)}. Give the group more memory, or pass max_copy"
+                f"the kernel's OOM killer ended the child ({evidence}); {_copies(copy_bytes)}. Give the group more "
+                "memory, or pass max_copy"
             )
         )
 
@@ -81,6 +81,12 @@ class Verdicts:
 
     def _failed(self, what: str) -> str:
         return f"the snapshot of {self._path} failed, the file there is as it was: {what}"
+
+
+def _copies(copy_bytes: int | None) -> str:
+    if copy_bytes is None:
+        return "its copies were not measured yet"
+    return f"{format_size(copy_bytes)} of copies when last measured"
 
 
 def where_it_stood(stack: str, witnesses: str) -> str:

@@ -20,9 +20,9 @@ typedef struct ms_gauge {
     int64_t seen_bytes;  /* private: what was left when it was read last; 0 at first */
     int32_t rests;       /* not 0: the kernel itself tells when it matters; read only with all of them */
     ms_gauge_term terms[MS_GAUGE_TERMS];
-    ms_gauge_term held[MS_GAUGE_HELD]; /* what processes have and is no cache, where somebody wants to know; no part of
-                                        * what is left */
-    int64_t held_bytes;                /* out: the sum of held; -1: it was not read this time */
+    ms_gauge_term held[MS_GAUGE_HELD]; /* what processes have and is no cache, where somebody wants to know: no part of
+                                        * what is left, but then all terms are read each time */
+    int64_t held_bytes;                /* out: the sum of held; -1: nobody wants to know, or it cannot be read */
 } ms_gauge;
 
 /* How often to read: again before what is left could fall to tell_bytes at this rate, within bounds. While less is

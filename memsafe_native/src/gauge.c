@@ -94,10 +94,15 @@ static bool add_terms(text *file, const ms_gauge_term *term, const ms_gauge_term
     return true;
 }
 
+static bool wants_held(const ms_gauge *gauge)
+{
+    return gauge->held[0].fd >= 0;
+}
+
 static void read_held(text *file, ms_gauge *gauge)
 {
     int64_t held = 0;
-    if (gauge->held[0].fd >= 0 && add_terms(file, gauge->held, gauge->held + MS_GAUGE_HELD, &held))
+    if (wants_held(gauge) && add_terms(file, gauge->held, gauge->held + MS_GAUGE_HELD, &held))
         gauge->held_bytes = held;
 }
 
@@ -142,7 +147,7 @@ static bool read_left(text *file, ms_gauge *gauge, int64_t *left_bytes)
         return false;
     if (!is_apart)
         read_held(file, gauge);
-    else if (!is_enough(gauge, left) && !read_whole(file, gauge, adding, &left))
+    else if ((wants_held(gauge) || !is_enough(gauge, left)) && !read_whole(file, gauge, adding, &left))
         return false;
     *left_bytes = left;
     return true;

@@ -27,8 +27,8 @@ enum {
      * huge page, a rate is noise. So what goes slowly is seen over longer than is looked ahead. */
     WINDOW_NS = 4 * 1000 * 1000,
     WINDOWS = 32,
+    BATCH_BYTES = 64 * 4096,
     ALARM_NS = 1000 * 1000 * 1000,
-    GOES_ON_BYTES = 64 * 4096,
     HUGE_PAGE_BYTES = 2 * 1024 * 1024,
     COUNTS_AHEAD = 10, /* of the looks before their time: the others are there to save the parent */
     COUNT_LEAST_NS = 2 * 1000 * 1000,
@@ -67,7 +67,7 @@ typedef struct lookout {
 
 /* Page faults of both processes, counted for somebody who waits until there have been so many. */
 typedef struct tally {
-    int stat_fd;      /* of the child's */
+    ms_owned stat;    /* of the child's */
     int64_t expected; /* INT64_MAX: nobody waits */
     int64_t not_before_ns, next_ns;
     int64_t counted, counted_at_ns; /* 0: not yet */
@@ -146,16 +146,19 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
-/* Whether still less is left than when the alarm was raised, which it is now where it was not.
+/* Whether since the alarm, which is raised now where it was not, so much more has gone that at this rate the rest would
+ * be gone in time.
  *
  * The kernel takes a page off the cache before it takes it off the usage: while a writer that drops its cache is
  * interrupted in between, and a busy host may hold it there for long, the cache looks like memory that is gone. But
  * then nothing more goes, and in the end it is back. */
-static bool goes_on(point *alarm, const point *now)
+static bool goes_on(point *alarm, const point *now, double notice_s)
 {
     if (alarm->at_ns == 0)
         *alarm = *now;
-    return alarm->left_bytes - now->left_bytes >= GOES_ON_BYTES;
+    double lost_bytes = (double)alarm->left_bytes - (double)now->left_bytes;
+    double since_s = (double)(now->at_ns - alarm->at_ns) / NS_PER_S;
+    return lost_bytes >= BATCH_BYTES && (double)now->left_bytes * since_s < lost_bytes * notice_s;
 }
 
 static void forget_alarm(point *alarm, const point *now)
@@ -178,19 +181,20 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
         *report = (ms_sentry_report){.token = gauge->token, .left_bytes = sight.left_bytes};
         return true;
     }
+    seen->is_hasty = false;
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
     const point now = {at_ns, gauge->seen_bytes, gauge->held_bytes};
     const rates rate = note(seen, &now);
     const double notice_s = (double)notice_ns / NS_PER_S, left_bytes = (double)now.left_bytes;
-    forget_alarm(&seen->alarm, &now);
     seen->is_hasty = sight.told > 0 && left_bytes < rate.left * notice_s;
-    if (!seen->is_hasty)
-        return false;
-    seen->next_ns = at_ns + pace->least_ns;
+    bool is_sure = seen->is_hasty && (left_bytes < rate.held * notice_s || goes_on(&seen->alarm, &now, notice_s));
+    forget_alarm(&seen->alarm, &now);
+    if (seen->is_hasty)
+        seen->next_ns = at_ns + pace->least_ns;
     *report = (ms_sentry_report){gauge->token, now.left_bytes,
                                  rate.left < (double)INT64_MAX ? (int64_t)rate.left : INT64_MAX};
-    return left_bytes < rate.held * notice_s || goes_on(&seen->alarm, &now);
+    return is_sure;
 }
 
 /* Whether a number was read from another file than was meant. */
@@ -218,11 +222,11 @@ static void wake(const ms_sentry *sentry)
     }
 }
 
-/* Returns the minor faults of the process whose stat it is; -1 where it tells none. */
-static int64_t faults_of(int stat_fd)
+/* Returns the minor faults of the process whose stat it is; -1 where it tells none, or is another file by now. */
+static int64_t faults_of(const ms_owned *stat)
 {
     char text[STAT_BYTES];
-    ssize_t size = pread(stat_fd, text, sizeof text - 1, 0);
+    ssize_t size = ms_is_ours(stat) ? pread(stat->fd, text, sizeof text - 1, 0) : -1;
     if (size <= 0)
         return -1;
     text[size] = '\0';
@@ -253,7 +257,7 @@ static void count_faults(ms_sentry *sentry, int64_t at_ns)
 {
     struct rusage own;
     tally *faults = &sentry->faults;
-    int64_t childs = faults_of(faults->stat_fd);
+    int64_t childs = faults_of(&faults->stat);
     faults->next_ns = at_ns + sentry->orders.pace.most_ns;
     if (childs < 0 || getrusage(RUSAGE_SELF, &own) < 0) /* it has ended; who polls its pidfd knows */
         return;
@@ -442,10 +446,11 @@ void ms_sentry_rest(ms_sentry *sentry)
 
 void ms_sentry_expect(ms_sentry *sentry, int stat_fd, int64_t faults, int64_t not_before_ns)
 {
-    if (is_foreign(sentry))
+    ms_owned stat;
+    if (is_foreign(sentry) || ms_own(stat_fd, &stat) < 0)
         return;
     pthread_mutex_lock(&sentry->lock);
-    sentry->faults.stat_fd = stat_fd;
+    sentry->faults.stat = stat;
     sentry->faults.expected = faults;
     sentry->faults.not_before_ns = not_before_ns;
     sentry->faults.next_ns = 0;

@@ -40,7 +40,8 @@ static ms_sentry *open_sentry(int wake_fd)
                       .base_bytes = LIMIT_BYTES,
                       .tell_bytes = LIMIT_BYTES / 2,
                       .give_bytes = 1,
-                      .terms = {{usage_fd, "", -1}, {.fd = -1}}};
+                      .terms = {{usage_fd, "", -1}, {.fd = -1}},
+                      .held = {{.fd = -1}}};
     ms_sentry_orders orders = {.gauges = &gauge,
                                .gauge_count = 1,
                                .notice_ns = 1000,

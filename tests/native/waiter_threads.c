@@ -59,7 +59,8 @@ static void take_all(void)
     ms_kept_set kept = {files, 4, answers, text, sizeof text, INT64_MAX / 4};
     /* A gauge that has nothing to tell: the timer goes on in the waiter's thread, and is set anew by each look. */
     int timer_fd = ms_timer_open(), meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-    ms_gauge gauge = {.tell_bytes = -1, .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}}};
+    ms_gauge gauge = {
+        .tell_bytes = -1, .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}}, .held = {{.fd = -1}}};
     ms_waiter_look look = {.rest_ns = 1000,
                            .timer_fd = timer_fd,
                            .timer_ns = 3600000000000,
@@ -117,7 +118,8 @@ static void *give(void *argument)
     ms_gauge gauge = {.token = TOKEN,
                       .tell_bytes = INT64_MAX,
                       .give_bytes = INT64_MAX,
-                      .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}}};
+                      .terms = {{meminfo_fd, "MemAvailable", 1024}, {.fd = -1}},
+                      .held = {{.fd = -1}}};
     ms_waiter_look look = {.timer_fd = timer_fd,
                            .timer_ns = 3600000000000,
                            .gauges = &gauge,

@@ -48,9 +48,10 @@ def watch(usage):
     fd = os.open(usage, os.O_RDONLY)
     wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
 
-    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1, pace=PACE, held=()):
+    def start(pidfd, *, give_mib, tell_mib, notice_s=0.05, count=1, pace=PACE, cache=(), held=()):
         gauges = new_gauges()
-        reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, ((fd, b"", -1),), held=held)
+        terms = ((fd, b"", -1), *cache)
+        reading = Reading(7, 100 * MIB, tell_mib * MIB, give_mib * MIB, 0, terms, held=held)
         orders = {
             "gauges": gauges,
             "gauge_count": fill_gauges(gauges, [reading]) if count == 1 else count,
@@ -148,12 +149,15 @@ def test_what_goes_at_once_and_then_no_more_has_no_rate(sleeper, usage, watch, n
     start, _ = watch
     every_ns = 200_000_000
     usage.write_text(f"{60 * MIB}")
-    native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600, pace=(16 << 30, every_ns, every_ns, 0))
+    native = start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=4, pace=(16 << 30, every_ns, every_ns, 0))
     next_look()
     for used_mib in (85, 60, 85, 60):
         usage.write_text(f"{used_mib * MIB}")
         for _ in range(looks):
             next_look()
+        # What a processor may take of the usage at a time is no sign.
+        usage.write_text(f"{used_mib * MIB + MIB // 4}")
+        next_look()
     assert told(native) is None
     assert not has_ended(sleeper.pidfd, 0)
     used = (f"{used_mib * MIB}" for used_mib in range(85, 99))
@@ -166,11 +170,13 @@ def test_what_processes_are_seen_to_take_need_not_go_on(sleeper, usage, watch, n
     start, _ = watch
     stat = tmp_path / "stat"
     usage.write_text(f"{60 * MIB}")
-    stat.write_text(f"anon {50 * MIB}\n")
+    stat.write_text(f"anon {50 * MIB}\ninactive_file 0\n")
     with stat.open("rb") as file:
-        start(sleeper.pidfd, give_mib=1, tell_mib=80, notice_s=3600, held=((file.fileno(), b"anon ", 1),))
+        cache = ((file.fileno(), b"inactive_file", 1),)
+        held = ((file.fileno(), b"anon ", 1),)
+        start(sleeper.pidfd, give_mib=1, tell_mib=20, notice_s=3600, cache=cache, held=held)
         next_look()
-        stat.write_text(f"anon {75 * MIB}\n")
+        stat.write_text(f"anon {75 * MIB}\ninactive_file 0\n")
         usage.write_text(f"{85 * MIB}")
         assert has_ended(sleeper.pidfd, PATIENCE_S)
 

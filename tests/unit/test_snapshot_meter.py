@@ -156,14 +156,57 @@ def test_without_a_bound_it_waits_for_no_faults(machine, now):
 
 def test_the_first_reading_by_the_clock_waits_until_one_as_slow_as_the_fork_is_affordable(machine, now):
     meter = Meter(machine.root, None)
-    meter.expect_cost(0.035)
-    now.s += 9.9
+    meter.expect_cost(0.007)
+    now.s += 1.9
     assert not meter.is_due()
     now.s += 0.2
     assert meter.is_due()
 
 
-def test_headroom_is_read_now_and_then_whatever_the_faults_say(machine, now):
+def test_it_does_not_wait_for_ever_where_the_fork_was_slow(machine, now):
+    meter = Meter(machine.root, None)
+    meter.expect_cost(3600)
+    now.s += 2.9
+    assert not meter.is_due()
+    now.s += 0.2
+    assert meter.is_due()
+
+
+def test_once_there_were_enough_faults_it_waits_for_the_reading_that_they_are_a_reason_for(
+    machine, now, newborn, elsewhere
+):
+    meter = Meter(machine.root, process.smaps_rollup().private_dirty_bytes + 64 * MIB)
+    meter.measure(os.getpid())
+    meter._bound.due_s = now.s + 5
+    _, not_before_s = meter.expected_faults()
+    assert not_before_s <= now.s
+    elsewhere.bytes += 1024 * MIB
+    touch(80 * MIB)
+    meter.runs_short(os.getpid())
+    assert not meter.is_due()
+    _, not_before_s = meter.expected_faults()
+    assert not_before_s == now.s + 5
+
+
+def test_what_is_copied_while_the_child_is_walked_is_still_to_come(machine, now, newborn, elsewhere, monkeypatch):
+    meter = Meter(machine.root, process.smaps_rollup().private_dirty_bytes + 64 * MIB)
+    walk = process.smaps_rollup
+
+    def walked(pid):
+        told = walk(pid)
+        elsewhere.bytes += 80 * MIB
+        touch(80 * MIB)
+        return told
+
+    meter.measure(os.getpid())
+    monkeypatch.setattr(process, "smaps_rollup", walked)
+    meter.measure(os.getpid())
+    now.s += 0.009
+    meter.runs_short(os.getpid())
+    assert meter.is_due()
+
+
+def test_headroom_is_read_now_and_then_whatever_the_faults_say(machine, now, newborn):
     meter = Meter(machine.root, None)
     machine.cgroup("/app").usage = 1012 * MIB
     meter._counted_s = -1e9
