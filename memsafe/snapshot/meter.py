@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # Reading smaps_rollup holds the child's page tables; reading it all the time made saves ten times slower. So there is a
 # share of one core for readings, over all of a snapshot's life, and one for all else that the job's thread does; with
-# the sentry's it stays below 1 %, but for what comes ahead of its time. Half of the readings come by the clock, the others are saved for when faults alone
-# say that a bound may be passed. Where the machine's memory says so as well, so many may come before their time: no
-# more can prove right before the bound is passed, as faults are twice the copies at the most, and so each time half of
-# what was left is gone at least.
+# the sentry's it stays below 1 %, but for what comes ahead of its time. Half of the readings come by the clock, the
+# others are saved for when faults alone say that a bound may be passed. Where the machine's memory says so as well, so
+# many may come before their time: no more can prove right before the bound is passed, as faults are twice the copies at
+# the most, and so each time half of what was left is gone at least.
 _READINGS_SHARE = 7 / 2000
 _READINGS_BY_CLOCK = 1 / 2
 _READINGS_AHEAD = 8
