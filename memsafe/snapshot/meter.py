@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _READINGS_SHARE = 7 / 2000
 _READINGS_BY_CLOCK = 1 / 2
 _READINGS_AHEAD = 8
-_READING_SPACE = 2  # between two readings, in what one costs
+_SPACE = 2  # between two readings, in what one costs; half of it where both witnesses say that a bound is passed
 # Looks come before their time while headroom goes, each when half of what is left would be gone at this rate. These are
 # made up for later by looking half as often, not by a pause in which nobody looks. Copies are waited for by the sentry,
 # which counts their faults at a quarter of the cost, and fewer looks come early for them.
@@ -39,7 +39,7 @@ _LOOKS_AHEAD_FOR_COPIES = 20
 _HEADROOM_BY_CLOCK = 1 / 5
 # Not in the first moments, unless in doubt: a reading may take as long as memory does to fill, and looks come first.
 _FIRST_AFTER_S = 0.1
-_FIRST_READING_AFTER_S_MAX = 3.0
+_FIRST_READING_AFTER_S_MAX = 10.0
 _LOOK_EVERY_S_MIN = 0.002
 _LOOK_EVERY_S_MAX = 0.1
 # The nearer a bound at the fastest plausible rate, the sooner the next look.
@@ -117,7 +117,7 @@ class _Headroom:
         """Note what was read, and what that has cost the share."""
         self.slack_bytes, self._faulted_bytes = slack_bytes, faulted_bytes
         now_s = time.monotonic()
-        self.due_s = max(now_s + _READING_SPACE * cost_s, self._share.due_s(_READINGS_AHEAD * cost_s))
+        self.due_s = max(now_s + _SPACE * cost_s, self._share.due_s(_READINGS_AHEAD * cost_s))
         self.by_clock_s = now_s + cost_s / (_LOOKS_SHARE * _HEADROOM_BY_CLOCK)
 
 
@@ -162,9 +162,9 @@ class _Bound:
         """Note what was read after so much had been taken, and what that has cost the share."""
         self._slack_bytes, self._base, self._base_faulted_bytes = slack_bytes, taken, faulted_bytes
         self.hear(faulted_bytes, taken)
-        spaced_s = time.monotonic() + _READING_SPACE * cost_s
-        self.due_s = max(spaced_s, self._share.due_s(_READINGS_AHEAD * cost_s))
-        self._saved_due_s = max(spaced_s, self._share.due_s())
+        now_s = time.monotonic()
+        self.due_s = max(now_s + _SPACE / 2 * cost_s, self._share.due_s(_READINGS_AHEAD * cost_s))
+        self._saved_due_s = max(now_s + _SPACE * cost_s, self._share.due_s())
 
 
 class Meter:
@@ -212,15 +212,19 @@ class Meter:
     def expected_faults(self) -> tuple[int, float] | None:
         """Return of how many faults of both processes, from their beginnings, it wants to hear, and not before when.
 
-        None where no copies are bounded: of headroom the sentry knows more, and nobody should stand in its way.
+        None where no copies are bounded: of headroom the sentry knows more, and nobody should stand in its way. And
+        where there were enough already: then it looks by itself when the reading may come that they are a reason for.
         """
         left_bytes = self._bound.left_bytes(self._counted_bytes)
-        if math.isinf(left_bytes):
+        if left_bytes <= 0:
+            self.next_look_s = min(self.next_look_s, max(self._bound.due_s, self._look_for_copies_due_s()))
+        if left_bytes <= 0 or math.isinf(left_bytes):
             return None
-        faults = self._own_faults + (self._counted_bytes + max(0, int(left_bytes))) // _PAGE_BYTES
-        look_due_s = self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
-        # Once there were enough, it waits for the reading that they are a reason for.
-        return faults, max(look_due_s, self._bound.due_s) if left_bytes <= 0 else look_due_s
+        faults = self._own_faults + (self._counted_bytes + int(left_bytes)) // _PAGE_BYTES
+        return faults, self._look_for_copies_due_s()
+
+    def _look_for_copies_due_s(self) -> float:
+        return self._looks.due_s(_LOOKS_AHEAD_FOR_COPIES * self._looks.mean_s)
 
     def look_now(self) -> None:
         """Have the next look come at once, unless it is over."""
