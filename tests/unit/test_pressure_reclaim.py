@@ -298,13 +298,14 @@ def test_a_reclaimer_is_asked_again_while_what_it_gives_shows_and_is_eaten_up(ma
     held.release()
 
 
-def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, budget, monkeypatch):
+def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machine, clock, monkeypatch):
     collections = []
     monkeypatch.setattr("memsafe.pressure.responder.give_back", lambda *, collects=True: collections.append(collects))
     monkeypatch.setattr("memsafe.pressure.monitor._QUIET_S", 3600.0)
-    cache = Cache(budget, "30 MiB")
-    leave(machine, 15 * MIB)
-    with monitored(machine, clock, budget) as monitor:
+    with Budget("64 MiB", name="db") as budget, monitored(machine, clock, budget) as monitor:
+        cache = Cache(budget, "30 MiB")
+        monitor.check()  # the look at the start is over: from here on it looks when it is told to
+        leave(machine, 15 * MIB)
         monitor.check()
         assert cache.asked
         assert True not in collections
@@ -312,7 +313,7 @@ def test_garbage_is_collected_in_a_quiet_moment_not_while_memory_fills_up(machin
         assert collections.count(True) == 1
         monitor.check()
         assert collections.count(True) == 1
-    cache.held.release()
+        cache.held.release()
 
 
 def test_where_nothing_else_helps_garbage_is_collected_at_once(machine, clock, budget, monkeypatch):

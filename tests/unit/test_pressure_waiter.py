@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,12 @@ def readable(fd: int, timeout_s: float = 0) -> bool:
 
 
 def tasks_named(name: str) -> list[Path]:
-    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == name]
+    named = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended since it was listed
+            if (task / "comm").read_text().strip() == name:
+                named.append(task)
+    return named
 
 
 def collect(waiter: Waiter, token: int, count: int) -> int:
