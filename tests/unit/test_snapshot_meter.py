@@ -225,7 +225,7 @@ def test_woken_it_looks_at_once_unless_it_was_stopped(machine, now):
     assert meter.next_look_s == math.inf
 
 
-def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine, newborn):
+def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine, now, newborn):
     meter = Meter(machine.root, None)
     machine.cgroup("/app").usage = 1012 * MIB
     assert not short_after(meter, MIB), "not read: so little cannot have eaten half a GiB"
