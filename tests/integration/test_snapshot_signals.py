@@ -60,7 +60,7 @@ def interrupted_everywhere(path, step, names):
         before = scenario.open_files()
         outcomes.append(_interrupted_at(n, path, package, names))
         let_the_thread_end()
-        left = [target for fd, target in scenario.open_files().items() if before.get(fd) != target]
+        left = scenario.opened_since(before)
         if left or temporaries(path) or content(path) not in ("old", "new"):
             return {"n": n, "left": left, "temporaries": temporaries(path), "content": content(path)}
         again = outcome(memsafe.fork_snapshot(path, hello))
