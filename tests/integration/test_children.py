@@ -102,9 +102,9 @@ def making():
         pytest.skip(str(error))
     probe.remove()
     folder = Path(probe.cgroup.directory).parent
-    descriptors = os.listdir("/proc/self/fd")
+    before = scenario.open_files()
     yield folder
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert scenario.opened_since(before) == []
     assert list(folder.glob(f"memsafe-child-{os.getpid()}-*")) == []
 
 

@@ -628,11 +628,11 @@ def test_a_stall_trigger_is_armed_and_used():
 def test_a_trigger_that_the_kernel_refuses_leaves_no_descriptor():
     path = psi.system_path()
     os.close(armed(path))
-    before = os.listdir("/proc/self/fd")
+    before = scenario.open_files()
     with pytest.raises(KernelError, match="write 'some 3000000 2000000'") as refused:
         notify.arm_stall_trigger(path, "some", 3_000_000)
     assert refused.value.errno == errno.EINVAL
-    assert os.listdir("/proc/self/fd") == before
+    assert scenario.opened_since(before) == []
 
 
 def loses_a_trigger(group, how):

@@ -18,6 +18,7 @@ import pytest
 from memsafe._native import check, ffi, lib
 from memsafe.pressure.waiter import Reading, fill_gauges, new_gauges
 from memsafe.snapshot.sentry import Sentry
+from tests.integration.scenario import open_files, opened_since
 
 MIB = 1024 * 1024
 PATIENCE_S = 30
@@ -374,7 +375,7 @@ def test_while_it_counts_the_child_is_still_ended(counting, sleeper, usage):
 
 
 def test_what_it_opens_is_closed():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files()
     sentry = Sentry("/", -1)
     assert sentry.told() is None
     sentry.expect(0, 0)  # of nobody yet
@@ -382,4 +383,4 @@ def test_what_it_opens_is_closed():
     sentry.expect(0, 0)
     for _ in range(2):
         sentry.close()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
