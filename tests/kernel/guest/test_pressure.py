@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -453,8 +454,13 @@ def test_of_a_removed_cgroup_its_trigger_tells_once_and_its_memory_events_never(
 
 def switches_of(name):
     """How often the thread of that name has slept."""
-    (task,) = (each for each in Path("/proc/self/task").iterdir() if (each / "comm").read_text().strip() == name)
-    (line,) = (each for each in (task / "status").read_text().splitlines() if each.startswith("voluntary"))
+    told = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended since it was listed
+            if (task / "comm").read_text().strip() == name:
+                told.append((task / "status").read_text())
+    (status,) = told
+    (line,) = (each for each in status.splitlines() if each.startswith("voluntary"))
     return int(line.split()[1])
 
 
