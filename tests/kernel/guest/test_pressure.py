@@ -136,15 +136,18 @@ def test_low_is_heard_before_memory_high_throttles(group):
 def watch_beside(code, *args, deaf=False):
     """Run *code* in a process of its own, watched; every level that is announced, until it has ended.
 
-    A deaf monitor judges no limits: only what the kernel says by itself raises a level.
+    A deaf monitor judges no limits: only what the kernel says by itself raises a level, which is waited for.
     """
-    heard = []
+    heard, told = [], threading.Event()
     if deaf:
         judge = levels.judge
         levels.judge = lambda status, *others: judge(dataclasses.replace(status, constraints=()), *others)
     with memsafe.PressureMonitor() as monitor:
         monitor.on(PressureLevel.LOW, lambda event: heard.append([event.level.name, event.source, event.detail]))
+        monitor.on(PressureLevel.LOW, lambda event: told.set())
         done = subprocess.run([sys.executable, "-c", code, *args], check=False)
+        if deaf:  # of several events within 10 ms all but the first are told late (CGROUP_FILE_NOTIFY_MIN_INTV)
+            told.wait(PATIENCE_S)
         monitor.check()
     return {"status": done.returncode, "heard": heard}
 
