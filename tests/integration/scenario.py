@@ -10,7 +10,7 @@ import threading
 import traceback
 from pathlib import Path
 
-TIMEOUT_S = 100  # less than pytest gives a test
+TIMEOUT_S = 250  # less than pytest gives a test
 
 
 class Result(dict):
