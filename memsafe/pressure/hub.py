@@ -165,10 +165,13 @@ class Hub:
             status_once(self._root)
 
     def provide(self, status: MemoryStatus | None = None) -> None:
-        """Hold memory for the next looks, if there is plenty: by *status*, or without one by the last."""
+        """Hold memory for the next looks, if there is plenty: by *status*, or without one by the last.
+
+        And by the gauges, now: since the look, however long ago, memory may have filled up.
+        """
         if status is not None:
             self._has_plenty = _has_plenty(status)
-        if self._has_plenty:
+        if self._has_plenty and not self._between.has_told():
             self._reserve.take()
 
     def choose(self, status: MemoryStatus) -> bool:

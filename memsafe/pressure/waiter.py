@@ -110,6 +110,7 @@ class Look:
         self._reserve = reserve
         # Made now, as all that is needed under memory pressure.
         self._gauges = new_gauges()
+        self._once = ffi.new("ms_gauge_pace *", (1, 1, 1, 0))  # when to read again is nobody's question
         self.native: Any = ffi.new(
             "ms_waiter_look *",
             {
@@ -137,6 +138,10 @@ class Look:
     def read(self, readings: Iterable[Reading]) -> None:
         """Let these gauges, as far as there is room for them, be read from when the timer is set the next time."""
         self.native.gauge_count = fill_gauges(self._gauges, readings)
+
+    def has_told(self) -> bool:
+        """Whether any of these gauges has something to tell by now: read at once, all of them, with the GIL."""
+        return bool(lib.ms_gauge_read(self._gauges, self.native.gauge_count, 1, self._once).told)
 
     @property
     def gave(self) -> tuple[int, int] | None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds
+from memsafe import Budget, PressureLevel, PressureMonitor, Thresholds, memory_status
 from memsafe.pressure.hub import Hub
 from memsafe.pressure.reserve import RESERVE_BYTES, BlockReserve
+from memsafe.pressure.waiter import Reading
 from memsafe.testing import FakeKernel
 from tests.unit.small_machine import MIB, leave
 
@@ -97,6 +98,24 @@ def test_waking_up_for_anything_but_a_look_leaves_it_as_it_was(machine, provided
             monitor._hub.wake()
             monitor.simulate(PressureLevel.NORMAL)
             assert provided.get(timeout=30) is holds
+
+
+def test_it_is_not_taken_where_memory_has_filled_up_since_the_look(machine, tmp_path):
+    left = tmp_path / "left"
+    left.write_text("1000")
+    leave(machine, 64 * MIB)
+    status = memory_status(root=machine.root)
+    with open(left) as file:
+        hub = Hub(machine.root, Thresholds())
+        hub._between.read([Reading(1, 0, 100, 10, 0, ((file.fileno(), b"", 1),))])
+        for provide in (lambda: hub.provide(status), hub.provide):
+            for left_bytes, holds in ((1000, True), (100, False)):
+                left.write_text(str(left_bytes))
+                hub.draw()
+                hub.draw()
+                provide()
+                assert (held_bytes(hub._reserve) > 0) is holds
+        hub.close()
 
 
 def test_each_thread_that_looks_is_made_ready_when_it_begins(machine, monkeypatch):

@@ -81,6 +81,7 @@ SAME = {
     "a descriptor that is not open": (["true"], {"stdin": 1_000_000}),
     "a descriptor to pass that is not open": (["true"], {"pass_fds": [987]}),
     "a negative descriptor to pass": (["true"], {"pass_fds": [-1]}),
+    "an iterator of no descriptors to pass": (["true"], {"pass_fds": iter([])}),
     "NUL in an argument": (["true", "a\0b"], {}),
     "NUL in env": (["true"], {"env": {"A": "a\0b"}}),
     "NUL in cwd": (["true"], {"cwd": "/tmp\0"}),
@@ -287,7 +288,8 @@ def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_
     assert run_in_a_child(code, cwd=Path(__file__).parents[2]).strip() == "True []"
 
 
-def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path):
+@pytest.mark.parametrize("reaper", ["we", "the kernel"])
+def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path, reaper):
     """It hangs in a FIFO meanwhile, as above; nobody would have its pid."""
     os.mkfifo(tmp_path / "cgroup.procs")
     code = f"""
@@ -295,6 +297,8 @@ def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path):
         def interrupt(*_):
             raise KeyboardInterrupt
         signal.signal(signal.SIGUSR1, interrupt)
+        if {reaper!r} == "the kernel":
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         def interfere():
             while not psutil.Process().children():
                 pass

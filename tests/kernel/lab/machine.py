@@ -68,7 +68,6 @@ class Machine:
         require()
         self.console: list[str] = []
         self.overdue = False
-        self.allow(BOOT_S)
         with ExitStack() as stack:
             CACHE.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="boot-")))
@@ -87,6 +86,7 @@ class Machine:
             os.close(write_fd)
             stack.enter_context(self._qemu)
             stack.callback(self.kill)
+            self.allow(BOOT_S)  # from now: until here it may have waited for another's archive
             self._resources = stack.pop_all()
 
     def __enter__(self) -> Self:
