@@ -10,7 +10,7 @@ import threading
 import traceback
 from pathlib import Path
 
-TIMEOUT_S = 100  # less than pytest gives a test
+TIMEOUT_S = 250  # less than pytest gives a test
 
 
 class Result(dict):
@@ -97,7 +97,9 @@ def _main(file, name, args):
         sys.stderr.flush()
         os._exit(99)
     report = {"returned": returned, "left": _left_behind(before)}
-    print("\n" + json.dumps(report), flush=True)
+    sys.stdout.flush()
+    with open(1, "w", closefd=False) as out:  # PYTHONUNBUFFERED has print() lose what an interrupted write left over
+        print("\n" + json.dumps(report), file=out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def run_child(script: str, *args: object, procs: str | None = None) -> Any:
     """Run *script* in a process of its own, in the cgroup of *procs*, and return the JSON that it prints."""
     join = f"open({procs!r}, 'w').write(str(__import__('os').getpid()))\n" if procs else ""
     done = subprocess.run(
-        [sys.executable, "-c", join + script, *map(str, args)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", join + script, *map(str, args)], capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

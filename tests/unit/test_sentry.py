@@ -139,9 +139,12 @@ def next_look(usage):
     fd = libc.inotify_init1(os.O_CLOEXEC)
     assert fd >= 0 <= libc.inotify_add_watch(fd, os.fsencode(usage), IN_ACCESS), os.strerror(ctypes.get_errno())
 
-    def wait():
-        assert select.select([fd], [], [], PATIENCE_S)[0], "nobody reads it"
-        os.read(fd, 4096)
+    def wait(pidfd=fd):
+        """Return at once where the process of *pidfd* has ended: nobody looks any more."""
+        ready = select.select([fd, pidfd], [], [], PATIENCE_S)[0]
+        assert ready, "nobody reads it"
+        if fd in ready:
+            os.read(fd, 4096)
 
     yield wait
     os.close(fd)
@@ -164,8 +167,10 @@ def test_what_goes_at_once_and_then_no_more_has_no_rate(sleeper, usage, watch, n
     assert told(native) is None
     assert not has_ended(sleeper.pidfd, 0)
     used = (f"{used_mib * MIB}" for used_mib in range(85, 99))
-    while not has_ended(sleeper.pidfd, 2 * every_ns / 1e9):
+    while not has_ended(sleeper.pidfd, 0):
         usage.write_text(next(used))  # it goes on
+        for _ in range(2):  # the first may have been under way
+            next_look(sleeper.pidfd)
     assert told(native)[2] > 0
 
 

@@ -453,7 +453,7 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250)
     assert done.stdout.splitlines() == [
         "File too large",
         "an earlier write of this image failed: [Errno 27] File too large",
