@@ -19,7 +19,8 @@
 
 enum {
     DUTY = 400,         /* one part in so many of a core, */
-    LOOKS_AHEAD = 500,  /* and so many looks before their time: half a second, however slow the machine is */
+    LOOKS_AHEAD = 500,  /* and so many looks before their time: half a second, however slow the machine is. */
+    SPARSE = 2,         /* What was spent beyond is made up for by looks so much further apart, not by a pause. */
     TEARDOWN_FORKS = 4, /* to give the child's memory back takes a few times what it took to fork, on any machine */
     LATE_LOOKS = 2,     /* what has kept a look waiting will keep the child's end waiting too, */
     LATE_MOST_NS = 1000 * 1000 * 1000, /* unless that was a debugger, or Ctrl-Z */
@@ -53,8 +54,9 @@ typedef struct rates {
 /* What was left before, a window apart or more; and when to look again. */
 typedef struct trail {
     int64_t next_ns;
-    bool is_hasty; /* at the last look the rate was too high */
-    point alarm;   /* when it was so first, less than ALARM_NS ago; since then no more was left */
+    int64_t latest_ns; /* when it can wait no longer, be it affordable or not */
+    bool is_hasty;     /* at the last look the rate was too high */
+    point alarm;       /* when it was so first, less than ALARM_NS ago; since then no more was left */
     unsigned newest;
     point past[WINDOWS];
 } trail;
@@ -146,6 +148,13 @@ static int64_t notice(const ms_sentry *sentry, const trail *past, int64_t at_ns)
     return sentry->notice_ns + LATE_LOOKS * (late_ns < LATE_MOST_NS ? late_ns : LATE_MOST_NS);
 }
 
+/* When half of the time will be over until the rate would be too high for what is left. */
+static int64_t halfway_to_haste(int64_t at_ns, double left_bytes, double rate, double notice_s)
+{
+    double half_s = rate > 0 ? (left_bytes / rate - notice_s) / 2 : 1;
+    return half_s < 1 ? at_ns + (int64_t)(half_s * NS_PER_S) : INT64_MAX; /* in a second much else may be */
+}
+
 /* Whether since the alarm, which is raised now where it was not, so much more has gone that at this rate the rest would
  * be gone in time.
  *
@@ -182,6 +191,7 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
         return true;
     }
     seen->is_hasty = false;
+    seen->latest_ns = INT64_MAX;
     if (gauge->seen_bytes == INT64_MAX) /* it cannot be read */
         return false;
     const point now = {at_ns, gauge->seen_bytes, gauge->held_bytes};
@@ -190,6 +200,7 @@ static bool is_short(ms_sentry *sentry, lookout *post, int64_t at_ns, ms_sentry_
     seen->is_hasty = sight.told > 0 && left_bytes < rate.left * notice_s;
     bool is_sure = seen->is_hasty && (left_bytes < rate.held * notice_s || goes_on(&seen->alarm, &now, notice_s));
     forget_alarm(&seen->alarm, &now);
+    seen->latest_ns = halfway_to_haste(at_ns, left_bytes, rate.left, notice_s);
     if (seen->is_hasty)
         seen->next_ns = at_ns + pace->least_ns;
     *report = (ms_sentry_report){gauge->token, now.left_bytes,
@@ -206,12 +217,17 @@ static bool is_misled(const lookout *post)
     return false;
 }
 
-/* Returns when there will have been time enough for what was spent but for so many looks, waking up included. */
-static int64_t affordable_ns(const ms_sentry *sentry, int64_t ahead)
+/* Returns when there will have been time enough for what was spent but for so many looks, waking up included. What one
+ * look cost too much, as a host that took the processor away makes it seem, must not put off the others for long. */
+static int64_t affordable_ns(const ms_sentry *sentry, int64_t at_ns, int64_t ahead)
 {
     int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
     int64_t looks = sentry->looks;
-    return looks <= ahead ? 0 : sentry->began_ns + spent_ns / looks * (looks - ahead) * DUTY;
+    if (looks <= ahead)
+        return 0;
+    int64_t space_ns = spent_ns / looks * DUTY;
+    int64_t due_ns = sentry->began_ns + space_ns * (looks - ahead), latest_ns = at_ns + SPARSE * space_ns;
+    return due_ns < latest_ns ? due_ns : latest_ns;
 }
 
 static void wake(const ms_sentry *sentry)
@@ -287,7 +303,7 @@ static int64_t see_to_faults(ms_sentry *sentry, int64_t at_ns)
     if (next_count_ns(&sentry->faults) <= at_ns)
         count_faults(sentry, at_ns);
     int64_t next_ns = next_count_ns(&sentry->faults);
-    int64_t affordable_at_ns = affordable_ns(sentry, COUNTS_AHEAD);
+    int64_t affordable_at_ns = affordable_ns(sentry, at_ns, COUNTS_AHEAD);
     return next_ns > affordable_at_ns ? next_ns : affordable_at_ns;
 }
 
@@ -295,7 +311,7 @@ static int64_t see_to_faults(ms_sentry *sentry, int64_t at_ns)
 static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
 {
     int64_t at_ns = clock_ns(CLOCK_MONOTONIC);
-    int64_t next_ns = at_ns + sentry->orders.pace.most_ns;
+    int64_t next_ns = at_ns + sentry->orders.pace.most_ns, latest_ns = INT64_MAX;
     bool is_hasty = false;
     for (int i = 0; i < sentry->orders.gauge_count; i++) {
         lookout *post = &sentry->posts[i];
@@ -303,10 +319,14 @@ static int64_t look(ms_sentry *sentry, ms_sentry_report *report)
             return 0;
         if (post->seen.next_ns < next_ns)
             next_ns = post->seen.next_ns;
+        if (post->seen.latest_ns < latest_ns)
+            latest_ns = post->seen.latest_ns;
         is_hasty |= post->seen.is_hasty;
     }
     sentry->looks++;
-    int64_t affordable_at_ns = affordable_ns(sentry, LOOKS_AHEAD);
+    int64_t affordable_at_ns = affordable_ns(sentry, at_ns, LOOKS_AHEAD);
+    if (affordable_at_ns > latest_ns)
+        affordable_at_ns = latest_ns;
     if (!is_hasty && next_ns < affordable_at_ns)
         next_ns = affordable_at_ns;
     int64_t count_at_ns = see_to_faults(sentry, at_ns);

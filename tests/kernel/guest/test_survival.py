@@ -4,6 +4,9 @@ import pytest
 
 from tests import survival
 
+# The program without a monitor may stand still for its patience of 46 s; and a busy machine takes its time.
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.mark.parametrize("high", ["off", "on"])
 def test_with_a_monitor_it_survives_and_without_it_does_not(tmp_path, high):
