@@ -9,18 +9,13 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memsafe.errors import (
-    SnapshotCancelledError,
-    SnapshotFailedError,
-    SnapshotInProgressError,
-    SnapshotRefusedError,
-)
+from memsafe.errors import SnapshotCancelledError, SnapshotFailedError, SnapshotInProgressError
 from memsafe.snapshot.fork import EXIT_WAIT_S, end_at_exit, fork_snapshot
 from memsafe.snapshot.job import lock_timeout
+from memsafe.snapshot.standing import Standing, is_deferral
 from memsafe.snapshot.writer import check_request
 
 if TYPE_CHECKING:
@@ -31,6 +26,7 @@ if TYPE_CHECKING:
 
     from memsafe.snapshot.atomic import StrPath
     from memsafe.snapshot.job import SnapshotJob, SnapshotResult
+    from memsafe.snapshot.standing import News, SnapshotForecast
     from memsafe.snapshot.writer import SnapshotWriter
 
 _log = logging.getLogger("memsafe.snapshot")
@@ -41,35 +37,12 @@ _LOOK_RATIO = 0.01
 _LOOK_S = 0.2
 _LOOK_S_MAX = 1.0
 
-_RUNS_REMEMBERED = 5
-
 
 class SavePoint(NamedTuple):
     """When an image is due: so long after the last one, if at least so much was changed since."""
 
     every_s: float
     after_changes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotForecast:
-    """What the next snapshot will take, by the last few that succeeded.
-
-    Attributes:
-        runs: How many those are.
-        duration_s, size_bytes, pause_s: Their medians.
-        copy_bytes: The most that any of them copied, as a bound must hold for the worst; None where none was measured.
-    """
-
-    runs: int
-    duration_s: float
-    size_bytes: int
-    pause_s: float
-    copy_bytes: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
 
 
 class SnapshotSchedule:
@@ -156,17 +129,11 @@ class SnapshotSchedule:
         self._on_end = on_end
         self._clock = clock
         self._retry_s, self._retry_max_s = retry_s, retry_max_s
-        self._runs: tuple[SnapshotResult, ...] = ()
-        self._last_error: Exception | None = None
-        self._consecutive_failures = 0
-        self._deferred_by: Exception | None = None
         # By thread, so that each adds to its own: with or without the GIL no lock is needed.
         self._noted: defaultdict[int, int] = defaultdict(int)
         self._counted = changes
-        self._saved_changes = self._job_changes = self._changes()
-        self._saved_at_s = clock()
-        self._not_before_s = self._saved_at_s
-        self._job: SnapshotJob | None = None
+        now_s = clock()
+        self._standing = Standing(saved_changes=self._changes(), saved_at_s=now_s, not_before_s=now_s)
         self._beginning = False
         self._lock = threading.RLock()  # guards what is above; re-entered when a signal handler saves
         self._stopped = threading.Event()
@@ -193,37 +160,34 @@ class SnapshotSchedule:
     @property
     def job(self) -> SnapshotJob | None:
         """The snapshot that is running, or None."""
-        self._settle()
-        return self._job
+        return self._settled().job
 
     @property
     def changes_since(self) -> int:
         """Changes that the last image does not have."""
-        self._settle()
-        return self._changes() - self._saved_changes
+        standing = self._settled()  # before the count, which is never less than what the last image has
+        return self._changes() - standing.saved_changes
 
     @property
     def last_result(self) -> SnapshotResult | None:
         """Of the last snapshot that succeeded, or None."""
-        self._settle()
-        return self._runs[-1] if self._runs else None
+        runs = self._settled().runs
+        return runs[-1] if runs else None
 
     @property
     def last_error(self) -> Exception | None:
         """What ended the last snapshot that failed, or kept it from beginning; None after a success."""
-        self._settle()
-        return self._last_error
+        return self._settled().last_error
 
     @property
     def consecutive_failures(self) -> int:
         """How many failed since the last success."""
-        self._settle()
-        return self._consecutive_failures
+        return self._settled().consecutive_failures
 
     @property
     def deferred_by(self) -> Exception | None:
         """Why the last attempt was put off; None after one that was not."""
-        return self._deferred_by
+        return self._settled().deferred_by
 
     @property
     def next_attempt_in_s(self) -> float | None:
@@ -231,29 +195,19 @@ class SnapshotSchedule:
 
         None where no time can be told: one is running, there are too few changes for any save point, or it was closed.
         """
-        if self._is_foreign() or self._stopped.is_set() or self.job is not None or self._beginning:
+        standing = self._settled()
+        if self._is_foreign() or self._stopped.is_set() or standing.job is not None or self._beginning:
             return None
-        now_s, changes = self._clock(), self.changes_since
-        left_s = [self._left_s(point, now_s) for point in self._points if changes >= point.after_changes]
-        return max(0.0, min(left_s), self._not_before_s - now_s) if left_s else None
+        now_s, changes = self._clock(), self._changes() - standing.saved_changes
+        due_s = [standing.saved_at_s + point.every_s for point in self._points if changes >= point.after_changes]
+        return max(0.0, max(min(due_s), standing.not_before_s) - now_s) if due_s else None
 
     def forecast(self) -> SnapshotForecast | None:
         """Return what the next snapshot will take, by the last five that succeeded; None before the first.
 
         fork_snapshot's own assessment goes by the last one alone: ``assess_fork(duration_s=forecast.duration_s)``.
         """
-        self._settle()
-        runs = self._runs
-        if not runs:
-            return None
-        copies = [run.peak_copy_bytes for run in runs if run.peak_copy_bytes is not None]
-        return SnapshotForecast(
-            runs=len(runs),
-            duration_s=_median([run.duration_s for run in runs]),
-            size_bytes=_median([run.size_bytes for run in runs]),
-            pause_s=_median([run.pause_s for run in runs]),
-            copy_bytes=max(copies, default=None),
-        )
+        return self._settled().forecast()
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of that as plain data; exceptions as their text."""
@@ -281,9 +235,8 @@ class SnapshotSchedule:
         """Tell that an image as of now was made, or loaded, by other means: that counts as a success."""
         if self._is_foreign():
             return
-        changes = self._changes()
-        with self._lock:
-            self._succeeded(changes)
+        changes, now_s = self._changes(), self._clock()
+        self._update(lambda standing: standing.saved(changes, now_s))
 
     def save_now(self) -> SnapshotJob:
         """Begin a snapshot now, whatever the save points and earlier failures say, and return its job.
@@ -304,7 +257,7 @@ class SnapshotSchedule:
             job = self._begin()
         except Exception as error:
             self._take_in(error)
-            self._tell(error)
+            self._tell()
             raise
         job.add_done_callback(self._ended)
         return job
@@ -316,9 +269,11 @@ class SnapshotSchedule:
         if self.next_attempt_in_s == 0:
             with suppress(Exception):  # taken in, and logged
                 self.save_now()
-        now_s = self._clock()
-        look_s = [max(self._left_s(point, now_s), point.every_s * _LOOK_RATIO) for point in self._points]
-        return min(max(min(look_s, default=_LOOK_S_MAX), self._not_before_s - now_s, _LOOK_S), _LOOK_S_MAX)
+        self._tell()  # of what an interrupt has kept back
+        standing, now_s = self._standing, self._clock()
+        left_s = standing.saved_at_s - now_s
+        look_s = [max(left_s + point.every_s, point.every_s * _LOOK_RATIO) for point in self._points]
+        return min(max(min(look_s, default=_LOOK_S_MAX), standing.not_before_s - now_s, _LOOK_S), _LOOK_S_MAX)
 
     # What drives it.
 
@@ -358,7 +313,7 @@ class SnapshotSchedule:
             if self._thread.is_alive():
                 path = os.fsdecode(self.path)
                 raise TimeoutError(f"the schedule of snapshots of {path} has not ended after {timeout_s} s")
-        if (job := self._job) is not None:
+        if (job := self._standing.job) is not None:
             if cancel:
                 job.cancel()
             with suppress(SnapshotFailedError):
@@ -400,7 +355,7 @@ class SnapshotSchedule:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        if (job := self._job) is not None:
+        if (job := self._standing.job) is not None:
             with suppress(SnapshotFailedError):
                 await job
 
@@ -426,66 +381,63 @@ class SnapshotSchedule:
     def _begin(self) -> SnapshotJob:
         try:
             with self._state_lock:
-                self._job_changes = self._changes()
-                job = self._job = self._take(self.path, self._write, **self._arguments)
+                changes = self._changes()
+                job = self._take(self.path, self._write, **self._arguments)
+                self._update(lambda standing: standing.began(job, changes))
         finally:
             self._beginning = False
-        self._deferred_by = None
         return job
 
-    def _ended(self, job: SnapshotJob) -> None:
-        """Take in how *job* ended, and tell; on its thread."""
-        self._settle()
-        try:
-            outcome: SnapshotResult | Exception = job.wait(0)
-        except Exception as error:
-            outcome = error
-        self._tell(outcome)
+    def _ended(self, _: SnapshotJob) -> None:
+        """Take in how a job ended, and tell; on its thread."""
+        self._settled()
+        self._tell()
 
-    def _settle(self) -> None:
-        """Take in how the job ended, if it did: whoever waited for it may be here before its callbacks are called."""
-        if self._is_foreign():
-            return  # nobody may be left to release the lock
+    def _settled(self) -> Standing:
+        """Return how it stands, with how the job ended, if it did: who waited for it may be here before its callbacks.
+
+        Whoever is interrupted here leaves it to the next one.
+        """
+        job = self._standing.job
+        if job is not None and job.done() and not self._is_foreign():
+            outcome, now_s = _outcome_of(job), self._clock()
+            self._update(lambda standing: standing.ended(job, outcome, now_s, self._wait_s))
+        return self._standing
+
+    def _update(self, change: Callable[[Standing], Standing]) -> Standing:
+        """Change how it stands in one step, and return how it stood. *change* may be called more than once."""
         with self._lock:
-            job = self._job
-            if job is None or not job.done():
-                return
-            self._job = None
-            try:
-                self._runs = (*self._runs, job.wait(0))[-_RUNS_REMEMBERED:]
-            except Exception as error:
-                self._take_in(error)
-            else:
-                self._succeeded(self._job_changes)
+            while True:
+                before = self._standing
+                after = change(before)
+                if self._standing is before:  # else a signal handler came in between
+                    self._standing = after
+                    return before
 
-    def _succeeded(self, changes: int) -> None:
-        self._last_error = self._deferred_by = None
-        self._consecutive_failures = 0
-        self._saved_changes = max(changes, self._saved_changes)
-        self._saved_at_s = self._not_before_s = self._clock()
+    def _wait_s(self, failures: int) -> float:
+        """Return how long to wait after so many failures in a row."""
+        return min(self._retry_s * 2.0 ** min(failures - 1, 64), self._retry_max_s)
 
     def _take_in(self, error: Exception) -> None:
-        """Decide what follows from an attempt without an image."""
-        with self._lock:
-            wait_s = self._retry_s
-            if _is_deferral(error):
-                self._deferred_by = error
-            elif not isinstance(error, SnapshotCancelledError):
-                self._last_error = error
-                self._consecutive_failures += 1
-                wait_s = min(self._retry_s * 2.0 ** min(self._consecutive_failures - 1, 64), self._retry_max_s)
-            self._not_before_s = self._clock() + wait_s
+        """Decide what follows from an attempt that did not begin."""
+        now_s = self._clock()
+        self._update(lambda standing: standing.failed(error, now_s, self._wait_s))
 
-    def _tell(self, outcome: SnapshotResult | Exception) -> None:
-        """Log what went wrong, and tell the owner; no lock is held."""
-        path = os.fsdecode(self.path)
+    def _tell(self) -> None:
+        """Tell the owner what he was not told yet, each piece once; no lock is held."""
+        while self._standing.untold and not self._is_foreign():
+            for news in self._update(Standing.told).untold[:1]:  # none: another thread tells it
+                self._tell_of(news)
+
+    def _tell_of(self, news: News) -> None:
+        path, outcome = os.fsdecode(self.path), news.outcome
         if isinstance(outcome, SnapshotCancelledError):
             return
         if isinstance(outcome, Exception):
-            if _is_deferral(outcome) or self._exiting:
+            if is_deferral(outcome) or self._exiting:
                 _log.info("the snapshot of %s is put off: %s", path, outcome)
                 return
-            _log.warning("%d snapshots of %s failed in a row, now: %s", self._consecutive_failures, path, outcome)
+            _log.warning("%d snapshots of %s failed in a row, now: %s", news.failures, path, outcome)
         if self._on_end is not None:
             try:
                 self._on_end(outcome)
@@ -496,9 +448,6 @@ class SnapshotSchedule:
 
     def _changes(self) -> int:
         return sum(list(self._noted.values())) + (self._counted() if self._counted is not None else 0)
-
-    def _left_s(self, point: SavePoint, now_s: float) -> float:
-        return self._saved_at_s + point.every_s - now_s
 
     def _is_foreign(self) -> bool:
         return self._pid != os.getpid()
@@ -516,15 +465,9 @@ class SnapshotSchedule:
             raise RuntimeError("the schedule is driven already")
 
 
-_Number = TypeVar("_Number", int, float)
-
-
-def _median(numbers: list[_Number]) -> _Number:
-    return sorted(numbers)[len(numbers) // 2]  # of an even number the upper one: a forecast errs upwards
-
-
-def _is_deferral(error: Exception) -> bool:
-    """Whether *error* means that another time will do."""
-    if isinstance(error, SnapshotRefusedError):
-        return error.assessment.decision == "defer"
-    return isinstance(error, SnapshotInProgressError)
+def _outcome_of(job: SnapshotJob) -> SnapshotResult | Exception:
+    """Return the result of a job that is done, or what ended it."""
+    try:
+        return job.wait(0)
+    except Exception as error:
+        return error

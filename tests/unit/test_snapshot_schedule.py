@@ -1,6 +1,7 @@
 """Save points by a manual clock, with an engine that is driven by hand: no process is forked, nothing sleeps."""
 
 import asyncio
+import itertools
 import json
 import logging
 import sys
@@ -16,8 +17,8 @@ from memsafe.errors import (
     SnapshotInProgressError,
     SnapshotRefusedError,
 )
+from memsafe.snapshot import SavePoint, SnapshotForecast, SnapshotSchedule
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
-from memsafe.snapshot.schedule import SavePoint, SnapshotForecast, SnapshotSchedule
 
 PATIENCE_S = 30
 
@@ -287,6 +288,18 @@ def test_what_is_put_off_is_tried_later_and_is_no_failure(make, clock, engine, e
     engine.succeed()
 
 
+def test_a_failure_after_what_was_put_off_was_not_put_off(make, clock, engine):
+    schedule = make(after_changes=1, retry_s=5)
+    schedule.note_changes()
+    engine.refusal = put_off = refused("defer")
+    schedule.tick()
+    assert schedule.deferred_by is put_off
+    clock.now_s += 5
+    engine.refusal = OSError("no such folder")
+    schedule.tick()
+    assert (schedule.deferred_by, schedule.last_error) == (None, engine.refusal)
+
+
 @pytest.mark.parametrize("error", [refused("refuse"), OSError("no such folder"), TypeError("write is no function")])
 def test_what_cannot_begin_is_a_failure_and_the_schedule_goes_on(make, clock, engine, error):
     told = []
@@ -321,6 +334,92 @@ def test_an_interrupt_in_the_beginning_leaves_the_next_one_possible(make, engine
     engine.refusal = None
     assert schedule.save_now() is schedule.job
     assert schedule.consecutive_failures == 0
+
+
+# Interrupts, and other threads.
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+class Moment:
+    """Does something at the n-th place in the schedule's code where handlers run: calls, and what follows them."""
+
+    def __init__(self, number, act):
+        self.number, self.act = number, act
+        self.has_come = False
+
+    def __enter__(self):
+        left = self.number
+
+        def profile(frame, event, argument):
+            nonlocal left
+            if event in {"call", "return", "c_return"} and "/memsafe/snapshot/s" in frame.f_code.co_filename:
+                left -= 1
+                if not left:
+                    sys.setprofile(None)
+                    self.has_come = True
+                    self.act()
+
+        sys.setprofile(profile)
+
+    def __exit__(self, kind, error, traceback):
+        sys.setprofile(None)
+        return kind is Interrupted
+
+
+def interrupt():
+    raise Interrupted
+
+
+def moments(act=interrupt):
+    """Yield a Moment for each place, until the last one has passed."""
+    for number in itertools.count(1):
+        moment = Moment(number, act)
+        yield moment
+        if not moment.has_come:
+            assert number > 5
+            return
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_how_it_ended_is_taken_in_once_wherever_who_looks_is_interrupted(make, engine, failed):
+    for moment in moments():
+        told = []
+        schedule = make(points=(), on_end=told.append)
+        schedule.note_changes()
+        schedule.save_now()
+        engine.runs[-1].future._done_callbacks.clear()  # who looks comes before them
+        engine.fail() if failed else engine.succeed()
+        with moment:
+            assert schedule.job is None
+        assert schedule.consecutive_failures == schedule.changes_since == failed
+        assert (schedule.last_result is None) == (schedule.last_error is not None) == bool(failed)
+        assert schedule.job is None
+        schedule.tick()
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("handler", ["looks", "saves"])
+def test_a_signal_handler_that_comes_while_somebody_looks_takes_nothing_in_twice_and_loses_nothing(
+    make, engine, handler
+):
+    schedules, got = [], []
+
+    def handle():
+        got.append(schedules[-1].save_now() if handler == "saves" else schedules[-1].job)
+
+    for moment in moments(handle):
+        got.clear()
+        schedules.append(make(points=()))
+        schedules[-1].save_now()
+        engine.runs[-1].future._done_callbacks.clear()
+        engine.fail()
+        with moment:
+            assert schedules[-1].last_error is not None
+        assert schedules[-1].consecutive_failures == 1
+        assert [schedules[-1].job] == (got or [None])
 
 
 # By hand.
