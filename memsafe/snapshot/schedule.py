@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -36,6 +37,8 @@ _log = logging.getLogger("memsafe.snapshot")
 _LOOK_RATIO = 0.01
 _LOOK_S = 0.2
 _LOOK_S_MAX = 1.0
+
+_BEGINNING_LOOK_S = 0.005  # how often to look whether a snapshot has begun: a matter of milliseconds
 
 
 class SavePoint(NamedTuple):
@@ -134,9 +137,10 @@ class SnapshotSchedule:
         self._counted = changes
         now_s = clock()
         self._standing = Standing(saved_changes=self._changes(), saved_at_s=now_s, not_before_s=now_s)
-        self._beginning = False
+        self._attempt: _Attempt | None = None
+        self._closed = False
         self._lock = threading.RLock()  # guards what is above; re-entered when a signal handler saves
-        self._stopped = threading.Event()
+        self._stopped = threading.Event()  # wakes the thread
         self._exiting = False
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
@@ -196,7 +200,7 @@ class SnapshotSchedule:
         None where no time can be told: one is running, there are too few changes for any save point, or it was closed.
         """
         standing = self._settled()
-        if self._is_foreign() or self._stopped.is_set() or standing.job is not None or self._beginning:
+        if self._is_foreign() or self._closed or standing.job is not None or self._attempt is not None:
             return None
         now_s, changes = self._clock(), self._changes() - standing.saved_changes
         due_s = [standing.saved_at_s + point.every_s for point in self._points if changes >= point.after_changes]
@@ -247,16 +251,9 @@ class SnapshotSchedule:
             Exception: What *take* raised; it counts as one of the schedule's failures.
         """
         self._check_usable()
-        with self._lock:
-            if self.job is not None or self._beginning:
-                raise SnapshotInProgressError(
-                    f"a snapshot of {os.fsdecode(self.path)} was asked for, but the schedule's last is still running"
-                )
-            self._beginning = True
         try:
             job = self._begin()
-        except Exception as error:
-            self._take_in(error)
+        except Exception:
             self._tell()
             raise
         job.add_done_callback(self._ended)
@@ -264,7 +261,7 @@ class SnapshotSchedule:
 
     def tick(self) -> float:
         """Begin a snapshot if one is due, and return the seconds after which to look again. Failures are not raised."""
-        if self._is_foreign() or self._stopped.is_set():
+        if self._is_foreign() or self._closed:
             return _LOOK_S_MAX
         if self.next_attempt_in_s == 0:
             with suppress(Exception):  # taken in, and logged
@@ -300,31 +297,57 @@ class SnapshotSchedule:
             timeout_s: Seconds to wait at most.
 
         Raises:
-            TimeoutError: It is still running, and goes on; or the thread has not ended: it waits for *lock*, say, and
-                begins its snapshot yet. Call again to wait again.
+            TimeoutError: It is still running, and goes on; or a thread that was about to begin one has not ended that:
+                it waits for *lock*, say. Call again to wait again.
         """
         if self._is_foreign():
             return
-        began_s = time.monotonic()
-        self._stopped.set()
+        until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self._stop()
         atexit.unregister(self._end_at_exit)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(lock_timeout(timeout_s))
-            if self._thread.is_alive():
-                path = os.fsdecode(self.path)
-                raise TimeoutError(f"the schedule of snapshots of {path} has not ended after {timeout_s} s")
+        if not self._nobody_begins(until_s):
+            path = os.fsdecode(self.path)
+            raise TimeoutError(f"the schedule of snapshots of {path} has not ended after {timeout_s} s")
         if (job := self._standing.job) is not None:
             if cancel:
                 job.cancel()
             with suppress(SnapshotFailedError):
-                job.wait(None if timeout_s is None else max(0.0, began_s + timeout_s - time.monotonic()))
+                job.wait(max(0.0, until_s - time.monotonic()))
+
+    def _stop(self) -> None:
+        """Begin nothing more."""
+        with self._lock:  # whoever gets it later to begin one sees this; of who had it before there is an attempt
+            is_first, self._closed = not self._closed, True
+        if is_first:  # not in a signal handler that has interrupted this call: it would wait for the Event's own lock
+            self._stopped.set()
+
+    def _nobody_begins(self, until_s: float) -> bool:
+        """Wait until no other thread can begin a snapshot any more; return whether that is so by then."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(lock_timeout(max(0.0, until_s - time.monotonic())))
+            if thread.is_alive():
+                return False
+        while self._is_begun_elsewhere():
+            if (left_s := until_s - time.monotonic()) <= 0:
+                return False
+            time.sleep(min(left_s, _BEGINNING_LOOK_S))
+        return True
+
+    def _is_begun_elsewhere(self) -> bool:
+        """Whether another thread is just beginning a snapshot.
+
+        To be looked at, not waited for: if that thread is interrupted, it wakes nobody.
+        """
+        attempt = self._attempt
+        return attempt is not None and attempt.thread != get_ident()
 
     def _end_at_exit(self) -> None:
         """Begin nothing more. A snapshot that the thread is just beginning is ended by whoever takes it."""
         if self._is_foreign() or self._thread is None:
             return  # a lock that a forked child's copy has may never be released
         self._exiting = True  # which is no failure of anybody's
-        self._stopped.set()
+        self._stop()
         self._thread.join(EXIT_WAIT_S)
 
     def __enter__(self) -> Self:
@@ -351,22 +374,24 @@ class SnapshotSchedule:
             return
         import asyncio
 
-        self._stopped.set()
+        self._stop()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        while self._is_begun_elsewhere():
+            await asyncio.sleep(_BEGINNING_LOOK_S)
         if (job := self._standing.job) is not None:
             with suppress(SnapshotFailedError):
                 await job
 
     def _drive(self) -> None:
-        while not self._stopped.wait(self._tick_safely()):
-            pass
+        while not self._closed:
+            self._stopped.wait(self._tick_safely())
 
     async def _drive_on_loop(self) -> None:
         import asyncio
 
-        while not self._stopped.is_set():
+        while not self._closed:
             await asyncio.sleep(self._tick_safely())
 
     def _tick_safely(self) -> float:
@@ -379,13 +404,41 @@ class SnapshotSchedule:
     # Attempts.
 
     def _begin(self) -> SnapshotJob:
+        attempt = _Attempt()
+        try:
+            self._claim(attempt)
+            return self._take_image()
+        finally:  # without a call in it, which could be interrupted
+            if self._attempt is attempt:
+                self._attempt = None
+
+    def _claim(self, attempt: _Attempt) -> None:
+        """Have no other one begin until *attempt* is over.
+
+        Raises:
+            SnapshotInProgressError: There is another one, or its snapshot.
+        """
+        with self._lock:
+            self._settled()
+            if self._standing.job is None and self._attempt is None:
+                self._attempt = attempt
+                return
+        raise SnapshotInProgressError(
+            f"a snapshot of {os.fsdecode(self.path)} was asked for, but the schedule's last is still running"
+        )
+
+    def _take_image(self) -> SnapshotJob:
         try:
             with self._state_lock:
                 changes = self._changes()
+                self._check_usable()  # once more: close() has either seen the attempt, or is seen here
                 job = self._take(self.path, self._write, **self._arguments)
                 self._update(lambda standing: standing.began(job, changes))
-        finally:
-            self._beginning = False
+        except _ClosedError:
+            raise
+        except Exception as error:
+            self._take_in(error)
+            raise
         return job
 
     def _ended(self, _: SnapshotJob) -> None:
@@ -457,12 +510,23 @@ class SnapshotSchedule:
             raise RuntimeError(
                 f"this schedule belongs to process {self._pid}: a forked child's copy takes no snapshots"
             )
-        if self._stopped.is_set():
-            raise RuntimeError("the schedule is closed")
+        if self._closed:
+            raise _ClosedError("the schedule is closed")
 
     def _check_not_driven(self) -> None:
         if self._thread is not None or self._task is not None:
             raise RuntimeError("the schedule is driven already")
+
+
+class _Attempt:
+    """A snapshot that *thread* is just beginning."""
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+
+class _ClosedError(RuntimeError):
+    """The schedule begins nothing more, which is no failure."""
 
 
 def _outcome_of(job: SnapshotJob) -> SnapshotResult | Exception:

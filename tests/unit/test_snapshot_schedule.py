@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -401,6 +402,78 @@ def test_how_it_ended_is_taken_in_once_wherever_who_looks_is_interrupted(make, e
         assert len(told) == 1
 
 
+@pytest.mark.parametrize("driven_by", ["save_now", "tick"])
+@pytest.mark.parametrize("refusal", [None, OSError("no such folder"), SnapshotInProgressError("another's")])
+def test_the_next_one_is_possible_wherever_the_beginning_of_one_is_interrupted(make, engine, driven_by, refusal):
+    for moment in moments():
+        told = []
+        schedule = make(after_changes=1, on_end=told.append)
+        schedule.note_changes()
+        engine.refusal = refusal
+        with moment, suppress(OSError, SnapshotInProgressError):
+            getattr(schedule, driven_by)()
+        engine.refusal = None
+        if has_begun := schedule.job is not None:
+            engine.succeed()
+        assert schedule.save_now() is schedule.job
+        engine.succeed()
+        schedule.tick()
+        assert len([outcome for outcome in told if outcome == result()]) == 1 + has_begun
+
+
+@pytest.mark.parametrize("handler", ["closes", "saves"])
+def test_a_signal_handler_may_close_or_save_while_one_begins(make, engine, handler):
+    schedules, got = [], []
+
+    def handle():
+        try:
+            got.append(schedules[-1].close(timeout_s=0) if handler == "closes" else schedules[-1].save_now())
+        except (TimeoutError, SnapshotInProgressError):
+            got.append(None)
+
+    for moment in moments(handle):
+        schedule = make(points=())
+        schedules.append(schedule)
+        before = len(engine.runs)
+        with moment, suppress(SnapshotInProgressError, RuntimeError):
+            schedule.save_now()
+        assert len(engine.runs) - before == (schedule.job is not None)
+        if schedule.job is not None:
+            engine.succeed()
+        assert schedule._attempt is None
+
+
+def test_nothing_begins_after_another_thread_has_closed_wherever_the_beginning_of_one_stands(make, engine):
+    schedules, ends = [], []
+
+    def close():
+        if not schedules[-1]._lock.acquire(blocking=False):
+            return  # the other one has it, and who closes waits for that
+        schedules[-1]._lock.release()
+        try:
+            schedules[-1].close(timeout_s=0)
+            ends.append(("closed", len(engine.runs)))
+        except TimeoutError:
+            ends.append(("not ended", len(engine.runs)))
+
+    def close_elsewhere():
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+
+    for moment in moments(close_elsewhere):
+        schedules.append(make(points=()))
+        with moment, suppress(RuntimeError):
+            schedules[-1].save_now()
+        if ends and ends[-1][0] == "closed":
+            assert len(engine.runs) == ends[-1][1]
+            assert schedules[-1].job is None
+        elif schedules[-1].job is not None:
+            engine.succeed()
+        schedules[-1].close(timeout_s=0)
+        ends.clear()
+
+
 @pytest.mark.parametrize("handler", ["looks", "saves"])
 def test_a_signal_handler_that_comes_while_somebody_looks_takes_nothing_in_twice_and_loses_nothing(
     make, engine, handler
@@ -635,15 +708,99 @@ def test_close_waits_no_longer_than_told_for_a_thread_that_cannot_have_the_lock(
     assert asked.wait(PATIENCE_S)
     with pytest.raises(TimeoutError, match="has not ended"):
         schedule.close(timeout_s=0)
-    assert not engine.runs
     rescue.cancel()
     lock.release()
-    assert engine.began.wait(PATIENCE_S)
+    schedule.close(timeout_s=PATIENCE_S)
+    assert engine.calls == []  # it was closed by then
+    assert schedule.consecutive_failures == 0
+
+
+def test_close_waits_for_what_another_thread_is_just_beginning(make, engine, monkeypatch):
+    inside, go_on = threading.Event(), threading.Event()
+    take = engine.take
+
+    def slow(*args, **arguments):
+        inside.set()
+        assert go_on.wait(PATIENCE_S)
+        return take(*args, **arguments)
+
+    schedule = make(points=())
+    monkeypatch.setattr(schedule, "_take", slow)
+    saving = threading.Thread(target=schedule.save_now)
+    saving.start()
+    assert inside.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError, match="has not ended"):
+        schedule.close(timeout_s=0)
+    go_on.set()
+    saving.join()
     with pytest.raises(TimeoutError, match="still running"):
-        schedule.close(timeout_s=PATIENCE_S / 60)
+        schedule.close(timeout_s=0)
     engine.succeed()
-    schedule.close()
+    schedule.close(timeout_s=PATIENCE_S)
     assert schedule.last_result == result()
+
+
+def test_an_event_loop_waits_for_what_another_thread_is_just_beginning(make, engine, monkeypatch):
+    inside, take = threading.Event(), engine.take
+
+    def slow(*args, **arguments):
+        inside.set()
+        while not schedule._closed:
+            time.sleep(0.001)
+        job = take(*args, **arguments)
+        engine.succeed()
+        return job
+
+    schedule = make(points=())
+    monkeypatch.setattr(schedule, "_take", slow)
+
+    async def main():
+        async with schedule:
+            saving = asyncio.get_running_loop().run_in_executor(None, schedule.save_now)
+            assert inside.wait(PATIENCE_S)
+        assert schedule.last_result == result()
+        await saving
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("within", ["lock", "changes"])
+def test_a_schedule_that_is_closed_from_within_the_beginning_begins_nothing(make, engine, within):
+    armed = []
+
+    def close():
+        if armed:
+            armed.pop().close(timeout_s=PATIENCE_S)
+        return 0
+
+    class Lock:
+        def __enter__(self):
+            close()
+
+        def __exit__(self, *_):
+            pass
+
+    schedule = make(points=(), **{within: Lock() if within == "lock" else close})
+    armed.append(schedule)
+    with pytest.raises(RuntimeError, match="closed"):
+        schedule.save_now()
+    assert (armed, engine.calls, schedule.consecutive_failures) == ([], [], 0)
+
+
+def test_a_schedule_may_be_closed_from_within_take_and_on_end(make, engine, monkeypatch):
+    take = engine.take
+
+    def closing(*args, **arguments):
+        schedule.close(timeout_s=PATIENCE_S)
+        return take(*args, **arguments)
+
+    schedule = make(points=(), on_end=lambda outcome: schedule.close(timeout_s=PATIENCE_S))
+    monkeypatch.setattr(schedule, "_take", closing)
+    schedule.save_now()
+    engine.succeed()
+    assert schedule.last_result == result()
+    with pytest.raises(RuntimeError, match="closed"):
+        schedule.save_now()
 
 
 def test_close_cancels_if_told_to(make, engine):
