@@ -490,7 +490,10 @@ class SnapshotSchedule:
             if is_deferral(outcome) or self._exiting:
                 _log.info("the snapshot of %s is put off: %s", path, outcome)
                 return
-            _log.warning("%d snapshots of %s failed in a row, now: %s", news.failures, path, outcome)
+            if news.failures == 1:
+                _log.warning("the snapshot of %s failed: %s", path, outcome)
+            else:
+                _log.warning("%d snapshots of %s failed in a row, the last one: %s", news.failures, path, outcome)
         if self._on_end is not None:
             try:
                 self._on_end(outcome)

@@ -600,8 +600,21 @@ def test_the_owner_hears_of_successes_and_failures_and_a_failing_owner_is_logged
         engine.fail()
     assert isinstance(told[1], SnapshotFailedError)
     assert schedule.last_result == result()
-    assert "1 snapshots of dump.db failed in a row, now: the disk is full" in caplog.text
+    assert "the snapshot of dump.db failed: the disk is full" in caplog.text
     assert "the owner broke" in caplog.text
+
+
+def test_the_log_says_how_many_failed_in_a_row(make, engine, caplog):
+    schedule = make(points=())
+    with caplog.at_level(logging.WARNING, "memsafe.snapshot"):
+        for _ in range(3):
+            schedule.save_now()
+            engine.fail()
+    assert caplog.messages == [
+        "the snapshot of dump.db failed: the disk is full",
+        "2 snapshots of dump.db failed in a row, the last one: the disk is full",
+        "3 snapshots of dump.db failed in a row, the last one: the disk is full",
+    ]
 
 
 def test_who_waited_for_the_job_sees_what_came_of_it(make, engine):
