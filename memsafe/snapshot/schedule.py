@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import math
 import os
@@ -84,7 +85,8 @@ class SnapshotSchedule:
         path: Where the next image goes.
 
     Raises:
-        TypeError: *path* is no path; *write* cannot be called, or is a coroutine or generator function.
+        TypeError: *path* is no path; *write* cannot be called, or is a coroutine or generator function; *take* cannot be
+            called, or not with *arguments*.
         ValueError: Neither *every_s*, *after_changes* nor *points* is given, or they make no sense.
 
     Example:
@@ -119,6 +121,7 @@ class SnapshotSchedule:
         **arguments: Any,
     ) -> None:
         check_request(path, write)
+        _check_call(take, path, write, arguments)
         if (points is None) == (every_s is None and after_changes is None):
             raise ValueError("either every_s, after_changes or both, or points: there must be something to go by")
         if not 0 < retry_s <= retry_max_s:
@@ -530,6 +533,18 @@ class _Attempt:
 
 class _ClosedError(RuntimeError):
     """The schedule begins nothing more, which is no failure."""
+
+
+def _check_call(take: Callable[..., object], path: StrPath, write: object, arguments: dict[str, Any]) -> None:
+    """Raise TypeError where *take* does not take *arguments*: not when the first image is due, if it can be seen now."""
+    try:
+        signature = inspect.signature(take)
+    except ValueError:  # some functions of C have none
+        return
+    try:
+        signature.bind(path, write, **arguments)
+    except TypeError as error:
+        raise TypeError(f"{take!r} cannot be called as take(path, write, **arguments): {error}") from None
 
 
 def _outcome_of(job: SnapshotJob) -> SnapshotResult | Exception:

@@ -234,6 +234,18 @@ def test_what_makes_no_sense_is_refused(make, arguments):
         make(**arguments)
 
 
+def test_arguments_that_the_engine_does_not_take_are_refused_at_once():
+    with pytest.raises(TypeError, match="max_copi"):
+        SnapshotSchedule("dump.db", print, every_s=1, max_copi="1 MiB")
+    with pytest.raises(TypeError, match="not a callable"):
+        SnapshotSchedule("dump.db", print, every_s=1, take=17)
+    SnapshotSchedule("dump.db", print, every_s=1, max_copy="1 MiB")
+
+
+def test_an_engine_that_does_not_tell_its_arguments_is_taken_at_its_word():
+    SnapshotSchedule("dump.db", print, every_s=1, take=min, max_copi=1)
+
+
 # Failures.
 
 
