@@ -9,12 +9,12 @@ import math
 import os
 import threading
 import time
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memsafe.errors import SnapshotCancelledError, SnapshotFailedError, SnapshotInProgressError
+from memsafe.snapshot.changes import ChangeCount
 from memsafe.snapshot.fork import EXIT_WAIT_S, end_at_exit, fork_snapshot
 from memsafe.snapshot.job import lock_timeout
 from memsafe.snapshot.standing import Standing, is_deferral
@@ -72,7 +72,8 @@ class SnapshotSchedule:
         after_changes: Changes since the last image; without *every_s* one is due as soon as there are so many.
         points: Pairs of both, in their place: ``[(3600, 1), (300, 100), (60, 10_000)]`` is Redis's default. None at
             all: only save_now() takes images.
-        changes: Returns how many changes there were in all, for a program that counts them itself.
+        changes: Returns how many changes there were in all, for a program that counts them itself. When it returns
+            less than before, it has begun anew from 0, and what it had come to still counts.
         lock: Held while a snapshot begins.
         retry_s, retry_max_s: Seconds to wait after a failure.
         on_end: Called with the SnapshotResult of each snapshot that succeeded, and the exception of each that failed,
@@ -85,8 +86,8 @@ class SnapshotSchedule:
         path: Where the next image goes.
 
     Raises:
-        TypeError: *path* is no path; *write* cannot be called, or is a coroutine or generator function; *take* cannot be
-            called, or not with *arguments*.
+        TypeError: *path* is no path; *write* cannot be called, or is a coroutine or generator function; *take* cannot
+            be called, or not with *arguments*.
         ValueError: Neither *every_s*, *after_changes* nor *points* is given, or they make no sense.
 
     Example:
@@ -135,11 +136,9 @@ class SnapshotSchedule:
         self._on_end = on_end
         self._clock = clock
         self._retry_s, self._retry_max_s = retry_s, retry_max_s
-        # By thread, so that each adds to its own: with or without the GIL no lock is needed.
-        self._noted: defaultdict[int, int] = defaultdict(int)
-        self._counted = changes
+        self._changes = ChangeCount(changes)
         now_s = clock()
-        self._standing = Standing(saved_changes=self._changes(), saved_at_s=now_s, not_before_s=now_s)
+        self._standing = Standing(saved_changes=self._changes.total(), saved_at_s=now_s, not_before_s=now_s)
         self._attempt: _Attempt | None = None
         self._closed = False
         self._lock = threading.RLock()  # guards what is above; re-entered when a signal handler saves
@@ -173,7 +172,7 @@ class SnapshotSchedule:
     def changes_since(self) -> int:
         """Changes that the last image does not have."""
         standing = self._settled()  # before the count, which is never less than what the last image has
-        return self._changes() - standing.saved_changes
+        return self._changes.total() - standing.saved_changes
 
     @property
     def last_result(self) -> SnapshotResult | None:
@@ -205,7 +204,7 @@ class SnapshotSchedule:
         standing = self._settled()
         if self._is_foreign() or self._closed or standing.job is not None or self._attempt is not None:
             return None
-        now_s, changes = self._clock(), self._changes() - standing.saved_changes
+        now_s, changes = self._clock(), self._changes.total() - standing.saved_changes
         due_s = [standing.saved_at_s + point.every_s for point in self._points if changes >= point.after_changes]
         return max(0.0, max(min(due_s), standing.not_before_s) - now_s) if due_s else None
 
@@ -236,13 +235,13 @@ class SnapshotSchedule:
 
     def note_changes(self, count: int = 1) -> None:
         """Tell of *count* changes. Wakes nobody; from any thread, and from signal handlers."""
-        self._noted[get_ident()] += count
+        self._changes.noted[get_ident()] += count
 
     def note_saved(self) -> None:
         """Tell that an image as of now was made, or loaded, by other means: that counts as a success."""
         if self._is_foreign():
             return
-        changes, now_s = self._changes(), self._clock()
+        changes, now_s = self._changes.total(), self._clock()
         self._update(lambda standing: standing.saved(changes, now_s))
 
     def save_now(self) -> SnapshotJob:
@@ -433,7 +432,7 @@ class SnapshotSchedule:
     def _take_image(self) -> SnapshotJob:
         try:
             with self._state_lock:
-                changes = self._changes()
+                changes = self._changes.total()
                 self._check_usable()  # once more: close() has either seen the attempt, or is seen here
                 job = self._take(self.path, self._write, **self._arguments)
                 self._update(lambda standing: standing.began(job, changes))
@@ -505,9 +504,6 @@ class SnapshotSchedule:
 
     # Small things.
 
-    def _changes(self) -> int:
-        return sum(list(self._noted.values())) + (self._counted() if self._counted is not None else 0)
-
     def _is_foreign(self) -> bool:
         return self._pid != os.getpid()
 
@@ -536,7 +532,7 @@ class _ClosedError(RuntimeError):
 
 
 def _check_call(take: Callable[..., object], path: StrPath, write: object, arguments: dict[str, Any]) -> None:
-    """Raise TypeError where *take* does not take *arguments*: not when the first image is due, if it can be seen now."""
+    """Raise TypeError where *take* does not take *arguments*: now, and not when the first image is due."""
     try:
         signature = inspect.signature(take)
     except ValueError:  # some functions of C have none

@@ -19,6 +19,7 @@ from memsafe.errors import (
     SnapshotRefusedError,
 )
 from memsafe.snapshot import SavePoint, SnapshotForecast, SnapshotSchedule
+from memsafe.snapshot.changes import ChangeCount
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
 
 PATIENCE_S = 30
@@ -242,8 +243,17 @@ def test_arguments_that_the_engine_does_not_take_are_refused_at_once():
     SnapshotSchedule("dump.db", print, every_s=1, max_copy="1 MiB")
 
 
-def test_an_engine_that_does_not_tell_its_arguments_is_taken_at_its_word():
-    SnapshotSchedule("dump.db", print, every_s=1, take=min, max_copi=1)
+def test_an_engine_that_does_not_tell_its_arguments_is_taken_at_its_word(engine, monkeypatch):
+    class Opaque:
+        @property
+        def __signature__(self):
+            raise ValueError("no signature found")
+
+        def __call__(self, *args, **arguments):
+            return engine.take(*args, **arguments)
+
+    SnapshotSchedule("dump.db", print, points=(), take=Opaque(), max_copi=1).save_now()
+    assert engine.calls[0][2] == {"max_copi": 1}
 
 
 # Failures.
@@ -555,6 +565,50 @@ def test_what_the_program_counts_itself_is_asked_for(make, clock, engine):
     schedule.note_changes()
     assert schedule.changes_since == 3
     assert schedule.next_attempt_in_s == 0
+
+
+def test_a_count_that_begins_anew_takes_nothing_back_and_goes_on_from_there(make, clock, engine):
+    counter = SimpleNamespace(changes=1000)
+    schedule = make(after_changes=300, changes=lambda: counter.changes)
+    counter.changes = 1200
+    assert schedule.changes_since == 200
+    counter.changes = 0  # a flush
+    assert schedule.changes_since == 200
+    counter.changes = 150
+    assert schedule.changes_since == 350
+    schedule.tick()
+    counter.changes = 5  # another one, while the image is taken
+    engine.succeed()
+    assert schedule.changes_since == 5
+    counter.changes = 2000
+    assert schedule.changes_since == 2000
+    schedule.note_saved()
+    assert schedule.changes_since == 0
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_a_count_that_another_thread_reads_meanwhile_is_not_taken_for_one_that_began_anew(flushes):
+    """What was read first may be used last."""
+    ways, counter = [], SimpleNamespace(changes=10)
+
+    def read():
+        count = counter.changes
+        if ways:
+            ways.pop()()
+        return count
+
+    count = ChangeCount(read)
+    assert count.total() == 10
+
+    def meanwhile():
+        counter.changes = 0 if flushes else 20
+        assert count.total() == (10 if flushes else 20)
+        counter.changes += 3
+
+    ways.append(meanwhile)
+    counter.changes = 12
+    assert count.total() == (13 if flushes else 23)
+    assert count.total() == (13 if flushes else 23)
 
 
 def test_changes_of_many_threads_add_up(make):
