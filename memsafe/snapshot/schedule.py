@@ -284,12 +284,17 @@ class SnapshotSchedule:
         """
         self._check_usable()
         end_at_exit()  # registered before this schedule's own, so that it is called after that: nothing begins then
-        with self._lock:
-            self._check_not_driven()
-            thread = threading.Thread(target=self._drive, name="memsafe-schedule", daemon=True)
+        thread = threading.Thread(target=self._drive, name="memsafe-schedule", daemon=True)
+        try:
+            with self._lock:
+                self._check_not_driven()
+                self._thread = thread
+            atexit.register(self._end_at_exit)
             thread.start()
-            self._thread = thread
-        atexit.register(self._end_at_exit)
+        except BaseException:
+            if self._thread is thread:
+                self._thread = None  # by which one that runs already ends at its next look
+            raise
 
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> None:
         """Begin no more snapshots, and wait for the one that is running. Not to be called with *lock* held.
@@ -326,7 +331,7 @@ class SnapshotSchedule:
     def _nobody_begins(self, until_s: float) -> bool:
         """Wait until no other thread can begin a snapshot any more; return whether that is so by then."""
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not threading.current_thread() and thread.is_alive():
             thread.join(lock_timeout(max(0.0, until_s - time.monotonic())))
             if thread.is_alive():
                 return False
@@ -346,11 +351,12 @@ class SnapshotSchedule:
 
     def _end_at_exit(self) -> None:
         """Begin nothing more. A snapshot that the thread is just beginning is ended by whoever takes it."""
-        if self._is_foreign() or self._thread is None:
+        if self._is_foreign() or (thread := self._thread) is None:
             return  # a lock that a forked child's copy has may never be released
         self._exiting = True  # which is no failure of anybody's
         self._stop()
-        self._thread.join(EXIT_WAIT_S)
+        if thread.is_alive():
+            thread.join(EXIT_WAIT_S)
 
     def __enter__(self) -> Self:
         self.start()
@@ -365,8 +371,9 @@ class SnapshotSchedule:
         import asyncio
 
         self._check_usable()
-        self._check_not_driven()
-        self._task = asyncio.get_running_loop().create_task(self._drive_on_loop(), name="memsafe-schedule")
+        with self._lock:
+            self._check_not_driven()
+            self._task = asyncio.get_running_loop().create_task(self._drive_on_loop(), name="memsafe-schedule")
         return self
 
     async def __aexit__(
@@ -387,13 +394,14 @@ class SnapshotSchedule:
                 await job
 
     def _drive(self) -> None:
-        while not self._closed:
+        while self._thread is threading.current_thread() and not self._closed:
             self._stopped.wait(self._tick_safely())
 
     async def _drive_on_loop(self) -> None:
         import asyncio
 
-        while not self._closed:
+        await asyncio.sleep(0)  # an eager task is here before __aenter__() has it, with the lock held
+        while self._task is asyncio.current_task() and not self._closed:
             await asyncio.sleep(self._tick_safely())
 
     def _tick_safely(self) -> float:

@@ -496,6 +496,64 @@ def test_nothing_begins_after_another_thread_has_closed_wherever_the_beginning_o
         ends.clear()
 
 
+def test_a_start_that_is_interrupted_leaves_no_thread_and_can_be_made_again(make):
+    for moment in moments():
+        schedule = make(after_changes=1)
+        with moment:
+            schedule.start()
+        with suppress(RuntimeError):  # where it was interrupted when all was done, or not at all
+            schedule.start()
+        assert schedule._thread.is_alive()
+        schedule.close(timeout_s=PATIENCE_S)
+        assert not schedule._thread.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-schedule":
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_a_thread_whose_start_was_interrupted_when_it_ran_already_ends(make, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise Interrupted
+
+    schedule = make(after_changes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(Interrupted):
+            schedule.start()
+    first = [thread for thread in threading.enumerate() if thread.name == "memsafe-schedule"]
+    with schedule:  # another one
+        for thread in first:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_a_schedule_whose_thread_cannot_be_started_is_not_driven(make, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    schedule = make(after_changes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            schedule.start()
+    with schedule:
+        pass
+
+
+def test_a_signal_handler_may_close_while_a_thread_is_being_started(make):
+    schedules = []
+    for moment in moments(lambda: schedules[-1].close(timeout_s=PATIENCE_S)):
+        schedules.append(make(after_changes=1))
+        with moment, suppress(RuntimeError):
+            schedules[-1].start()
+        schedules[-1].close(timeout_s=PATIENCE_S)
+        assert schedules[-1]._thread is None or not schedules[-1]._thread.is_alive()
+
+
 @pytest.mark.parametrize("handler", ["looks", "saves"])
 def test_a_signal_handler_that_comes_while_somebody_looks_takes_nothing_in_twice_and_loses_nothing(
     make, engine, handler
