@@ -217,14 +217,16 @@ class SnapshotSchedule:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of that as plain data; exceptions as their text."""
-        result, error, deferred_by, forecast = self.last_result, self.last_error, self.deferred_by, self.forecast()
+        standing = self._settled()
+        result, forecast = standing.runs[-1] if standing.runs else None, standing.forecast()
+        error, deferred_by = standing.last_error, standing.deferred_by
         return {
             "path": os.fsdecode(self.path),
             "points": [list(point) for point in self._points],
-            "running": self.job is not None,
-            "changes_since": self.changes_since,
+            "running": standing.job is not None,
+            "changes_since": self._changes.total() - standing.saved_changes,
             "next_attempt_in_s": self.next_attempt_in_s,
-            "consecutive_failures": self.consecutive_failures,
+            "consecutive_failures": standing.consecutive_failures,
             "last_error": str(error) if error is not None else None,
             "deferred_by": str(deferred_by) if deferred_by is not None else None,
             "last_result": result.as_dict() if result is not None else None,
