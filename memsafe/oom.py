@@ -79,6 +79,8 @@ class Adjusted(int):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with _changing:
+            if not self._offset:
+                return  # writing what is there anyway may not be permitted
             wanted = score_adj(root=self._root) - self._offset
             self._offset = 0
             set_score_adj(min(max(wanted, kernel.SCORE_ADJ_MIN), kernel.SCORE_ADJ_MAX), root=self._root)

@@ -144,7 +144,7 @@ def _trial(path: Path, fault: Fault, n: int) -> dict[str, object]:
     outcome = _snapshot(path)
     number = _ask()
     problems = _problems(path, outcome, number)
-    left = [target for fd, target in scenario.open_files().items() if before.get(fd) != target]
+    left = scenario.opened_since(before)
     if call_names().get(number) in ("fstat", "newfstatat"):
         # Whose number it is cannot be told: kept.c rather loses a descriptor than closes a stranger's.
         left = [target for target in left if not target.startswith(("/proc/", "/sys/"))]

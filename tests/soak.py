@@ -106,8 +106,10 @@ class Soak:
             raise
 
     def running(self, number: int) -> bool:
+        """Go on until the time is over, and everything that is to happen has, however slow the machine is."""
         self.progress[number] += 1
-        return time.monotonic() < self.until_s and not self.failures
+        is_over = time.monotonic() >= self.until_s and all(self.counts[what] for what in EXPECTED)
+        return not is_over and not self.failures
 
     # ------------------------------------------------------------------------------------------------ threads
 
@@ -267,6 +269,9 @@ STEPS = (
     *["reserve"] * 4, *["reserve_and_wait"] * 4, *["grow"] * 2, "resize", "split_and_merge", "move", "charge", "query",
     *["fill_a_cache"] * 4, "change_a_limit", "lose",
 )  # fmt: skip
+
+
+EXPECTED = ("task", "reclaim", "reserve_and_wait", "query", "move", "overdraft")
 
 
 def main() -> int:

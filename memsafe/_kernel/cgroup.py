@@ -55,6 +55,25 @@ class Cgroup:
         """Return the path of its file *name*."""
         return f"{self.directory}/{name}"
 
+    def is_frozen(self) -> bool:
+        """Whether what joins it stands still: it or an ancestor is frozen, or is about to be.
+
+        Raises:
+            KernelError: A file that says so is there and cannot be read.
+        """
+        if self.version == 1:
+            return files.read_optional(self.file("freezer.state")) not in {None, b"THAWED\n"}
+        # A task that the kernel cannot stop now keeps "frozen" at 0, which says nothing of the next one.
+        if files.read_count(self.file("cgroup.freeze")):
+            return True
+        events = self._flat("cgroup.events")
+        return events is not None and events.get(b"frozen") == 1
+
+    def _flat(self, name: str) -> Flat | None:
+        path = self.file(name)
+        text = files.read_optional(path)
+        return None if text is None else Flat(text, path)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryCgroup(Cgroup):
@@ -121,11 +140,6 @@ class MemoryCgroup(Cgroup):
     def memsw_usage_bytes(self) -> int | None:
         """Return what v1 counts of memory and swap together."""
         return files.read_count(self.file("memory.memsw.usage_in_bytes")) if self.version == 1 else None
-
-    def _flat(self, name: str) -> Flat | None:
-        path = self.file(name)
-        text = files.read_optional(path)
-        return None if text is None else Flat(text, path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from memsafe.snapshot.atomic import AtomicFile
 from memsafe.snapshot.fork import fork_snapshot
 from memsafe.snapshot.job import SnapshotJob, SnapshotProgress, SnapshotResult, SnapshotState
-from memsafe.snapshot.schedule import SavePoint, SnapshotForecast, SnapshotSchedule
+from memsafe.snapshot.schedule import SavePoint, SnapshotSchedule
+from memsafe.snapshot.standing import SnapshotForecast
 from memsafe.snapshot.writer import SnapshotWriter, Zstd
 
 __all__ = [

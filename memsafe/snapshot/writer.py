@@ -413,8 +413,9 @@ class _Compressed(io.RawIOBase):
 class SnapshotWriter(io.BufferedWriter):
     """A buffered binary file with progress(). Closing it is allowed and ends nothing.
 
-    It is seekable, unless a checksum or compression was asked for: then seek() raises io.UnsupportedOperation, and so
-    does fileno(), through which others would write past them. tell() counts what was written, before compression.
+    It is seekable, unless a checksum or compression was asked for: then seek() raises io.UnsupportedOperation. fileno()
+    always does: what others write through it would be paced, checked and kept out of the page cache by nobody. tell()
+    counts what was written, before compression.
     """
 
     def __init__(self, image: ImageFile, report: Callable[[int, int], None]) -> None:
@@ -442,9 +443,8 @@ class SnapshotWriter(io.BufferedWriter):
         return super().truncate(size)
 
     def fileno(self) -> int:
-        """Return the descriptor."""
-        self._check_seekable("fileno")
-        return super().fileno()
+        """Raise io.UnsupportedOperation, as io.BytesIO does: NumPy and others then use write()."""
+        raise io.UnsupportedOperation("fileno: an image is written by write(), and synced by the snapshot itself")
 
     def finish(self) -> Written:
         """Have everything on disk. For the engine, when `write` has returned.

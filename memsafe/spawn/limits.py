@@ -15,7 +15,7 @@ from memsafe._kernel import child_cgroup
 from memsafe._kernel.oom import JOIN_TEXT, KillLog, check_score_adj, join_path, score_adj_path
 from memsafe._native import lib
 from memsafe.errors import KernelError, UnsupportedError
-from memsafe.sizes import Size, parse_size
+from memsafe.sizes import Size, format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,8 +59,7 @@ class Limits:
         self._groups: tuple[MemoryCgroup, ...] = ()
         if cgroup is not None:
             folders = [cgroup] if isinstance(cgroup, (str, bytes, os.PathLike)) else cgroup
-            paths = (os.path.abspath(os.fsdecode(folder)) for folder in folders)  # noqa: PTH100
-            self._groups = tuple(map(child_cgroup.at, paths))
+            self._groups = tuple(child_cgroup.at(_folder(each)) for each in folders)
         if oom_score_adj is not None:
             check_score_adj(oom_score_adj)
             self.writes.append((os.fsencode(score_adj_path()), b"%d" % oom_score_adj))
@@ -97,6 +96,10 @@ class Limits:
             self._join()
 
     def _join(self) -> None:
+        for group in self._groups:
+            if group.is_frozen():
+                detail = "frozen: the child would stand still before its program begins, and this process with it"
+                raise KernelError(errno.EBUSY, f"join {group.directory}", detail)
         self._groups = tuple(sorted(self._groups, key=lambda group: -group.version))  # the birthplace comes first
         self._kills_before = _kills(self._groups)
         self.writes[:0] = [(os.fsencode(join_path(group.directory)), JOIN_TEXT) for group in self._groups]
@@ -139,6 +142,12 @@ class Limits:
             return None
         return any(grew) and (self.made is not None or returncode == -signal.SIGKILL)
 
+    def scarcity(self) -> str | None:
+        """Return what a limit of the child's has to do with it where there was no memory for its program."""
+        if self._memory_bytes is None:
+            return None
+        return f"the child's memory_limit, {format_size(self._memory_bytes)}, holds before its program begins"
+
     def error(self, code: int, step: int, at: int) -> KernelError:
         """Return what to raise when the kernel refused the *at*-th limit of *step*."""
         if step == lib.MS_SPAWN_WRITE:
@@ -152,6 +161,12 @@ class Limits:
         else:
             call, needs = f"nice({self.nice})", "less than this process has needs CAP_SYS_NICE"
         return KernelError(code, call, f"by the child, which was not started; {needs}")
+
+
+def _folder(cgroup: StrOrBytesPath) -> str:
+    if not os.fspath(cgroup):
+        raise ValueError("a cgroup's folder must not be empty: that would be the current directory")
+    return os.path.abspath(os.fsdecode(cgroup))  # noqa: PTH100
 
 
 def _kills(groups: tuple[MemoryCgroup, ...]) -> list[int | None]:

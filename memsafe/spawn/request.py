@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from memsafe._native import environment, ffi, lib
@@ -96,8 +98,8 @@ class _Plan:
     def _take_given(self, given: Mapping[str, Any]) -> None:
         if given["cwd"] is not None:
             self._point("cwd", _pack([os.fsencode(given["cwd"])])[0])
-        if given["pass_fds"]:
-            keep_fds = _kept_fds(given["pass_fds"])
+        keep_fds = _kept_fds(given["pass_fds"])
+        if keep_fds:
             self._point("keep_fds", ffi.new("int[]", keep_fds))
             self.native.keep_fds_count = len(keep_fds)
         if given["gids"] is not None:
@@ -134,8 +136,9 @@ def start(program: Program, given: Mapping[str, Any], limits: Limits) -> int:
         return int(result.pid)
     except BaseException:  # with a child, it comes from a signal's handler
         if result.pid:
-            os.kill(result.pid, signal.SIGKILL)
-            os.waitpid(result.pid, 0)
+            with suppress(ProcessLookupError, ChildProcessError):  # it has ended, and somebody else has reaped it
+                os.kill(result.pid, signal.SIGKILL)
+                os.waitpid(result.pid, 0)
         raise
 
 
@@ -146,13 +149,16 @@ def _error(code: int, step: int, at: int, program: Program, given: Mapping[str, 
     if step == lib.MS_SPAWN_CHDIR:
         return OSError(code, os.strerror(code), given["cwd"])
     if step == lib.MS_SPAWN_EXEC:
-        return OSError(code, os.strerror(code), program.executable)
+        error = OSError(code, os.strerror(code), program.executable)
+        if code == errno.ENOMEM and (note := limits.scarcity()) is not None:
+            error.add_note(note)
+        return error
     return OSError(code, os.strerror(code))
 
 
 def _kept_fds(fds: Iterable[Any]) -> list[int]:
     kept = sorted({int(fd) for fd in fds})
-    if not 0 <= kept[0] <= kept[-1] <= _INT_MAX:
+    if kept and not 0 <= kept[0] <= kept[-1] <= _INT_MAX:
         raise ValueError("bad value(s) in fds_to_keep")
     return kept
 

@@ -125,8 +125,11 @@ class FakeCgroup(Part):
         parent = self._parent()
         if parent is not None:
             parent._appear()
+        folders = list(self._folders())
+        if any(self._tree.at(folder).is_file() for folder, _ in folders):
+            raise ValueError(f"a file of the cgroup above has that name already: {self.path!r}")
         self._exists = True
-        for folder, texts in self._folders():
+        for folder, texts in folders:
             self._tree.add_folder(folder, texts)
         self._render()
 

@@ -123,9 +123,11 @@ class Server:
     def rss_bytes(self) -> int:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
-    def saving_child(self) -> psutil.Process | None:
-        """Return the child that saves, if there is one."""
-        return next(iter(psutil.Process(self.process.pid).children()), None)
+    def stopped_child(self) -> psutil.Process:
+        """Return the child that saves, once it stands still: see SAVES_STOP. It goes on when it is resumed."""
+        child = until(lambda: next(iter(psutil.Process(self.process.pid).children()), None), "there is a saving child")
+        until(lambda: child.status() == psutil.STATUS_STOPPED, "it stands still")
+        return child
 
     def bgsave(self) -> None:
         """Begin a save in the background; what else runs here may have memsafe put it off for a moment."""
@@ -175,6 +177,16 @@ from examples.memkv import server
 from memsafe import PressureMonitor, Thresholds
 thresholds = Thresholds(cooldown_s=3600, stall_headroom_ratio=0)
 server.PressureMonitor = partial(PressureMonitor, thresholds=thresholds)
+"""
+# A child that saves stops itself before it writes: it is not done before a slow test has looked at it.
+SAVES_STOP = """
+import os, signal
+from examples.memkv.persistence import Persistence
+write = Persistence._write_in_child
+def stop_and_write(self, out):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    write(self, out)
+Persistence._write_in_child = stop_and_write
 """
 _BE_MEMKV = """
 import runpy

@@ -10,7 +10,7 @@ import threading
 import traceback
 from pathlib import Path
 
-TIMEOUT_S = 100  # less than pytest gives a test
+TIMEOUT_S = 250  # less than pytest gives a test
 
 
 class Result(dict):
@@ -58,6 +58,14 @@ def open_files():
     return found
 
 
+def opened_since(before):
+    """What this process has open now that it had not *before*, when open_files() was asked.
+
+    What it had then and has no more is nobody's leak: garbage of an earlier test may be collected at any time.
+    """
+    return [target for fd, target in open_files().items() if before.get(fd) != target]
+
+
 def _children():
     try:
         return [os.waitpid(-1, os.WNOHANG)[0]]
@@ -70,8 +78,7 @@ def _left_behind(before):
         if thread.name == "memsafe-snapshot":
             thread.join(TIMEOUT_S)
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    descriptors = [target for fd, target in open_files().items() if fd not in before]
-    found = {"threads": threads, "descriptors": descriptors, "children": _children()}
+    found = {"threads": threads, "descriptors": opened_since(before), "children": _children()}
     return {name: what for name, what in found.items() if what}
 
 
@@ -90,7 +97,9 @@ def _main(file, name, args):
         sys.stderr.flush()
         os._exit(99)
     report = {"returned": returned, "left": _left_behind(before)}
-    print("\n" + json.dumps(report), flush=True)
+    sys.stdout.flush()
+    with open(1, "w", closefd=False) as out:  # PYTHONUNBUFFERED has print() lose what an interrupted write left over
+        print("\n" + json.dumps(report), file=out)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ def outcome(job):
         return describe(error)
 
 
-def out_of_time(path, write, came_so_far):
+def out_of_time(path, write, came_so_far, **keywords):
     """The outcome of a snapshot that its *timeout_s* ends, with that: the first in which its child *came_so_far*.
 
     One second is plenty, but on a busy machine. *came_so_far* judges an outcome.
     """
     for timeout_s in (1, 5, 20):
-        got = outcome(memsafe.fork_snapshot(path, write, timeout_s=timeout_s))
+        got = outcome(memsafe.fork_snapshot(path, write, timeout_s=timeout_s, **keywords))
         if came_so_far(got):
             break
     return {**got, "timeout_s": timeout_s}

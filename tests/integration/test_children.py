@@ -75,6 +75,44 @@ def test_a_cgroup_that_is_gone_is_an_error_and_nothing_starts(memory_cgroup, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(params=[("freezer.state", "FROZEN", "THAWED"), ("cgroup.freeze", "1", "0")], ids=["v1", "v2"])
+def freezing(request):
+    """A cgroup below that of the tests, the file that freezes it, and what to write to it."""
+    name, frozen, thawed = request.param
+    directory = cgroup.unified_directory() if name == "cgroup.freeze" else None
+    if name == "freezer.state" and (located := cgroup.locate("freezer")).version == 1 and located.cgroups:
+        directory = located.cgroups[0].directory
+    if directory is None:
+        pytest.skip(f"no hierarchy with {name} holds this process")
+    with cgroups.below(directory) as group:
+        yield group, group / name, frozen, thawed
+
+
+@pytest.mark.cgroup
+def test_no_child_is_started_in_a_frozen_cgroup_where_both_would_stand_still(freezing, tmp_path):
+    group, state, frozen, thawed = freezing
+    inner = group / "inner"
+    inner.mkdir()
+    try:
+        state.write_text(frozen)
+        for folder in (group, inner):
+            with pytest.raises(memsafe.KernelError, match="frozen") as refused:
+                memsafe.Popen(["touch", tmp_path / "started"], cgroup=folder)
+            assert refused.value.errno == errno.EBUSY
+        state.write_text(thawed)
+        memsafe.run(["true"], cgroup=inner, check=True)
+    finally:
+        state.write_text(thawed)
+        cgroups.remove(inner)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cgroup_at_all_is_not_the_current_directory():
+    for empty in ("", b"", [""]):
+        with pytest.raises(ValueError, match="current directory"):
+            memsafe.run(["true"], cgroup=empty)
+
+
 @pytest.mark.cgroup
 def test_kills_counts_what_the_oom_killer_ends_in_our_cgroup(memory_cgroup):
     folder, limit = memory_cgroup
@@ -102,9 +140,9 @@ def making():
         pytest.skip(str(error))
     probe.remove()
     folder = Path(probe.cgroup.directory).parent
-    descriptors = os.listdir("/proc/self/fd")
+    before = scenario.open_files()
     yield folder
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert scenario.opened_since(before) == []
     assert list(folder.glob(f"memsafe-child-{os.getpid()}-*")) == []
 
 
@@ -130,6 +168,13 @@ def test_a_child_that_passes_it_is_killed_and_told_from_one_that_crashed(making)
     assert (done.returncode, done.oom_killed) == (-signal.SIGKILL, True)
     killed = memsafe.run(["sh", "-c", "kill -9 $$"], memory_limit="128 MiB")
     assert (killed.returncode, killed.oom_killed) == (-signal.SIGKILL, False)
+
+
+@pytest.mark.cgroup
+def test_a_limit_too_small_to_begin_with_is_named_where_there_is_no_memory_for_the_program(making):
+    with pytest.raises(OSError, match="Cannot allocate memory: 'true'") as refused:
+        memsafe.run(["true"], memory_limit="4 KiB", memory_limit_by="cgroup")
+    assert refused.value.__notes__ == ["the child's memory_limit, 4 KiB, holds before its program begins"]
 
 
 @pytest.mark.cgroup

@@ -423,7 +423,7 @@ def in_another_python(script, *arguments, **env):
         capture_output=True,
         text=True,
         env={**os.environ, **env},
-        timeout=60,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -80,7 +80,7 @@ def run(script):
         [sys.executable, "-c", BEGIN + script + "\nprint('done', flush=True)\nos._exit(0)\n"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )

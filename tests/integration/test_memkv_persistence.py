@@ -17,6 +17,7 @@ from examples.memkv import rdb
 from tests.integration.memkv_process import (
     MIB,
     ROOT,
+    SAVES_STOP,
     WITHIN_S,
     Server,
     free_port,
@@ -32,6 +33,13 @@ from tests.integration.memkv_process import (
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     with memkv(tmp_path, limit="256 MiB") as server:
+        yield server
+
+
+@pytest.fixture
+def stopping_server(tmp_path: Path) -> Iterator[Server]:
+    """One whose children that save stop themselves at first."""
+    with memkv(tmp_path, limit="256 MiB", before=SAVES_STOP) as server:
         yield server
 
 
@@ -95,30 +103,30 @@ def test_what_was_saved_is_there_after_a_restart(tmp_path: Path, command: str) -
         assert values_of(server.client) == values
 
 
-def test_bgsave_saves_one_moment_while_writes_go_on(server: Server) -> None:
-    client = server.client
+def test_bgsave_saves_one_moment_while_writes_go_on(stopping_server: Server) -> None:
+    server, client = stopping_server, stopping_server.client
     large(client)
     client.set("counter", 0)
     server.bgsave()
-    during = 0
+    child = server.stopped_child()
+    during = client.incr("counter")
+    child.resume()
     while server.info("rdb_bgsave_in_progress"):
         during = client.incr("counter")
     assert server.info("rdb_last_bgsave_status") == "ok"
     saved = {key: value for key, value, _ in rdb.read(server.dump)}
     assert saved[b"counter"] == b"0"
     assert len(saved) == 65
-    assert during > 0
     assert server.info("rdb_changes_since_last_save") == during
 
 
-def test_info_tells_of_the_save_as_clients_poll_it(server: Server) -> None:
-    client = server.client
+def test_info_tells_of_the_save_as_clients_poll_it(stopping_server: Server) -> None:
+    server, client = stopping_server, stopping_server.client
     large(client, 32 * MIB)
     before = client.lastsave()
     assert client.info("persistence")["rdb_saves"] == 0
     server.bgsave()
-    child = until(server.saving_child, "there is a saving child")
-    child.suspend()
+    child = server.stopped_child()
     told = client.info("everything")
     assert told["rdb_bgsave_in_progress"] == 1
     assert told["rdb_current_bgsave_time_sec"] >= 0
@@ -142,8 +150,7 @@ def test_info_tells_of_the_save_as_clients_poll_it(server: Server) -> None:
 def test_save_points_save_unasked(server: Server) -> None:
     client = server.client
     client.config_set("save", "1 10")
-    for i in range(20):
-        client.set(f"key:{i}", i)
+    client.mset({f"key:{i}": i for i in range(20)})  # at once: one that saves a part of them would be the first
     until(lambda: server.info("rdb_saves") == 1, "the save point is reached")
     assert len(list(rdb.read(server.dump))) == 20
     client.config_set("save", "")
@@ -172,15 +179,17 @@ def test_shutdown_saves_when_told_to(server: Server) -> None:
     assert [key for key, _, _ in rdb.read(server.dump)] == [b"a"]
 
 
-def test_flushall_calls_off_the_save_that_runs(server: Server) -> None:
-    client = server.client
+def test_flushall_calls_off_the_save_that_runs(stopping_server: Server) -> None:
+    server, client = stopping_server, stopping_server.client
     large(client)
     server.bgsave()
+    server.stopped_child()
     client.flushall()
     assert server.info("rdb_bgsave_in_progress") == 0
     assert psutil.Process(server.process.pid).children() == []
     assert client.set("a", 1)
     server.bgsave()
+    server.stopped_child().resume()
     server.until_saved()
     assert [key for key, _, _ in rdb.read(server.dump)] == [b"a"]
 
@@ -218,15 +227,14 @@ def test_a_dump_of_redis_server_is_served(tmp_path: Path) -> None:
 # ---- what goes wrong while saving
 
 
-def test_a_saving_child_that_is_killed_leaves_the_old_dump(server: Server) -> None:
-    client = server.client
+def test_a_saving_child_that_is_killed_leaves_the_old_dump(stopping_server: Server) -> None:
+    server, client = stopping_server, stopping_server.client
     client.set("first", 1)
     client.save()
     old = server.dump.read_bytes()
     large(client)
     server.bgsave()
-    child = until(server.saving_child, "there is a saving child")
-    child.kill()
+    server.stopped_child().kill()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "err"
     assert "SIGKILL" in str(server.info("memsafe_last_save_error"))
@@ -244,6 +252,7 @@ def test_a_saving_child_that_is_killed_leaves_the_old_dump(server: Server) -> No
     with pytest.raises(redis.ResponseError, match="MISCONF"):
         client.set("more", "v")
     server.bgsave()
+    server.stopped_child().resume()
     server.until_saved()
     assert server.info("rdb_last_bgsave_status") == "ok"
     assert client.set("more", "v")

@@ -109,7 +109,7 @@ def fork_in_the_midst_of_a_change():
     pid = os.fork()
     if not pid:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)  # instead of waiting for ever
+        signal.alarm(60)  # instead of waiting for ever
         memsafe.oom.kernel.write_score_adj = write_score_adj
         with memsafe.oom.adjust_by(2):
             os._exit(memsafe.oom.score_adj() - base)

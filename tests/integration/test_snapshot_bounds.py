@@ -20,7 +20,7 @@ from memsafe.snapshot import child, deadline
 from memsafe.testing import FakeKernel
 from tests.integration import scenario
 from tests.integration.copies import NO_ROOM_BYTES, copies_of, killed_beside_a_victim, write_everything
-from tests.integration.snapshots import MIB, PATIENCE_S, Gate, describe, gated, hello, outcome
+from tests.integration.snapshots import MIB, PATIENCE_S, Gate, describe, gated, hello, out_of_time, outcome
 
 # What is counted.
 
@@ -93,7 +93,7 @@ def headroom_gone(path, folder, readable):
         process.smaps_rollup = refuse_to_read
     app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
     gate = Gate()
-    job = memsafe.fork_snapshot(path, gated(gate), timeout_s=PATIENCE_S / 3, root=folder)
+    job = memsafe.fork_snapshot(path, gated(gate), root=folder)
     app.usage = 1020 * MIB
     got = outcome(job)
     gate.close()
@@ -226,7 +226,7 @@ def test_at_critical_none_is_begun_and_a_monitor_that_was_closed_says_nothing(pa
 # While a child that is out of time is asked where it stands.
 
 
-def out_of_time(path, folder, critical):
+def asked_where_it_stands(path, folder, critical):
     """The child is asked where it stands, goes on, and then memory runs short; it would have an hour to answer."""
     deadline._LAST_WORDS_S = 3600
     app = FakeKernel(folder).cgroup("/app", limit=1024 * MIB, usage=512 * MIB).join()
@@ -245,12 +245,14 @@ def out_of_time(path, folder, critical):
             app.usage = 1020 * MIB
 
     with monitor if critical else contextlib.nullcontext():
-        return outcome(memsafe.fork_snapshot(path, write, on_progress=on_progress, timeout_s=2, root=folder))
+        # A child that cannot be asked yet is out of time, and no more.
+        asked = {"on_progress": on_progress, "root": folder}
+        return out_of_time(path, write, lambda got: got["error"] != "SnapshotFailedError", **asked)
 
 
 @pytest.mark.parametrize("critical", [False, True])
 def test_bounds_hold_while_a_child_is_asked_where_it_stands(path, tmp_path, critical):
-    got = scenario.run(out_of_time, path, tmp_path / "machine", critical)
+    got = scenario.run(asked_where_it_stands, path, tmp_path / "machine", critical)
     assert got["error"] == "SnapshotOverrunError"
     assert ("CRITICAL" if critical else "4 MiB are left") in got["message"]
     assert path.read_bytes() == b"old"

@@ -152,7 +152,7 @@ def killed(path, stage):
             out.flush()
             die()
         out.flush()
-        os.fsync(out.fileno())
+        os.fsync(out.raw.fileno())
         if stage == "after fsync":
             die()
 

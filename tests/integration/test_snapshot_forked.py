@@ -161,7 +161,7 @@ def forked_by_write(path):
         if os.fork() == 0:
             finished.wait()
             try:
-                os.write(out.fileno(), b"more")
+                os.write(out.raw.fileno(), b"more")
             except OSError:
                 said[0] = 1
             told.open()

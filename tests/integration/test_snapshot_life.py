@@ -110,7 +110,7 @@ class Life(RuleBasedStateMachine):
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
         self.child.close()
-        assert set(os.listdir("/proc/self/fd")) == self.descriptors
+        assert scenario.opened_since(self.before) == []
         assert self.job.done()
         assert not self.job.cancel()
         self.job = self.child = None
@@ -127,7 +127,7 @@ class Life(RuleBasedStateMachine):
     # It begins.
 
     def fork(self, **keywords):
-        self.descriptors = set(os.listdir("/proc/self/fd"))
+        self.before = scenario.open_files()
         self.child = Child()
         self.written, self.reported = "", None
         self.job = memsafe.fork_snapshot(self.path, self.child, keep_fds=self.child.kept, **keywords)

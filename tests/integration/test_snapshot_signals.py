@@ -60,7 +60,7 @@ def interrupted_everywhere(path, step, names):
         before = scenario.open_files()
         outcomes.append(_interrupted_at(n, path, package, names))
         let_the_thread_end()
-        left = [target for fd, target in scenario.open_files().items() if before.get(fd) != target]
+        left = scenario.opened_since(before)
         if left or temporaries(path) or content(path) not in ("old", "new"):
             return {"n": n, "left": left, "temporaries": temporaries(path), "content": content(path)}
         again = outcome(memsafe.fork_snapshot(path, hello))
@@ -131,14 +131,15 @@ def storm(path, rounds):
     thread = threading.Thread(target=keep_signalling)
     thread.start()
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    outcomes = [outcome(memsafe.fork_snapshot(path, write)) for _ in range(rounds)]
+    outcomes = []
+    while len(outcomes) < rounds or len(heard) <= rounds:  # a busy machine may send many of them as one
+        outcomes.append(outcome(memsafe.fork_snapshot(path, write)))
     signal.setitimer(signal.ITIMER_REAL, 0)
     stop.set()
     thread.join()
-    return {"sizes": [got.get("result", got).get("size_bytes", got) for got in outcomes], "heard": len(heard)}
+    return {"sizes": [got.get("result", got).get("size_bytes", got) for got in outcomes]}
 
 
 def test_snapshots_go_on_in_a_storm_of_signals_and_none_of_them_reaches_a_child(path):
     got = scenario.run(storm, path, 40)
     assert set(got["sizes"]) == {3}
-    assert got["heard"] > 40

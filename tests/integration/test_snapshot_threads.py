@@ -24,7 +24,7 @@ import memsafe
 from memsafe._kernel import kept
 from memsafe.snapshot import standstill
 from tests.integration import scenario
-from tests.integration.snapshots import MIB, PATIENCE_S, content, hello, out_of_time, outcome, unexpected
+from tests.integration.snapshots import MIB, PATIENCE_S, Gate, content, hello, out_of_time, outcome, unexpected
 
 HALF_MADE = """
 import half_made_state
@@ -242,14 +242,22 @@ class Log(logging.Handler):
 
 
 def stands_still(path):
-    """A standstill of a few milliseconds is told here."""
-    standstill.STANDSTILL_S, standstill.LOOK_EVERY_S = 0.1, 0.01
-    log = Log()
-    with asking_for_a_lock_that_is_held() as write:
+    """A standstill of a few milliseconds is told here, once the child has come as far as the lock."""
+    standstill.LOOK_EVERY_S = 0.01
+    log, begun = Log(), Gate()
+    with asking_for_a_lock_that_is_held() as asks_for_the_lock:
+
+        def write(out):
+            begun.open()
+            asks_for_the_lock(out)
+
         job = memsafe.fork_snapshot(path, write)
+        begun.wait()
+        standstill.STANDSTILL_S = 0.1
         log.filled.wait(PATIENCE_S)
         running = not job.done()
         job.cancel()
+        begun.close()
         return {**outcome(job), "running": running, "lines": log.lines}
 
 

@@ -26,7 +26,7 @@ def run_child(script: str, *args: object, procs: str | None = None) -> Any:
     """Run *script* in a process of its own, in the cgroup of *procs*, and return the JSON that it prints."""
     join = f"open({procs!r}, 'w').write(str(__import__('os').getpid()))\n" if procs else ""
     done = subprocess.run(
-        [sys.executable, "-c", join + script, *map(str, args)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", join + script, *map(str, args)], capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -376,10 +376,11 @@ import json, memsafe, os, resource, subprocess, time
 from memsafe._kernel import tasks
 from memsafe._kernel.cgroup import placement
 if os.getuid() == 0:
+    user = 60000 + os.getpid() % 5000  # another one than that of the same test beside this one
     os.setgroups([])
-    os.setresgid(61234, 61234, 61234)
-    os.setresuid(61234, 61234, 61234)
-waiting = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+waiting = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
 found = []
 for limit in (3, 4):
     resource.setrlimit(resource.RLIMIT_NPROC, (limit, resource.getrlimit(resource.RLIMIT_NPROC)[1]))

@@ -1,4 +1,6 @@
-"""Fixtures of the tests of the pressure monitor."""
+"""Fixtures: a machine and its monitor, and a collector that waits to be called."""
+
+import gc
 
 import pytest
 
@@ -23,3 +25,12 @@ def monitor(machine, clock):
     with monitored(machine, clock) as running:
         running.check()  # the look at the start is over: the test may write its files in peace
         yield running
+
+
+@pytest.fixture
+def no_collector():
+    """Garbage is collected when the test says so, and what earlier tests left is gone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -59,20 +59,12 @@ def interrupt_at(calls):
     sys.settrace(trace)
 
 
-@pytest.fixture
-def no_collector():
-    """Else __del__ may run at any moment, and what is raised there goes to nobody."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def forget_last(errors):
     errors[-1] = None
     gc.collect()
 
 
-@pytest.mark.usefixtures("no_collector")
+@pytest.mark.usefixtures("no_collector")  # else __del__ may run at any moment, and what is raised there goes to nobody
 @pytest.mark.parametrize("call", ["reserve", "grow", "reclaim"])
 def test_an_interrupt_at_any_moment_loses_nothing_though_its_traceback_is_kept(call):
     kept = []

@@ -40,6 +40,7 @@ def test_a_cycle_through_reclaimer_and_reservation_is_collected():
     assert budget() is None
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_lost_cycle_with_bytes_warns_once_and_gives_back():
     root = Budget(100, name="root")
     holder = []
@@ -72,6 +73,7 @@ def test_a_budget_that_is_collected_gives_its_charges_back():
     assert root.used_bytes == 0
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_lost_tree_is_reported_once():
     def lose():
         root = Budget(100, name="root")

@@ -181,6 +181,25 @@ def test_oom_kills_are_counted_in_both_versions(tree: ProcTree, version: int, na
     assert memory_cgroups(tree.root)[0].oom_kills() == 3
 
 
+@pytest.mark.parametrize(
+    ("version", "shown", "frozen"),
+    [
+        (1, {"freezer.state": "THAWED\n"}, False),
+        (1, {"freezer.state": "FREEZING\n"}, True),
+        (1, {"freezer.state": "FROZEN\n"}, True),
+        (1, {}, False),
+        (2, {"cgroup.freeze": "0\n", "cgroup.events": "populated 0\nfrozen 0\n"}, False),
+        (2, {"cgroup.freeze": "1\n", "cgroup.events": "populated 1\nfrozen 0\n"}, True),
+        (2, {"cgroup.freeze": "0\n", "cgroup.events": "populated 0\nfrozen 1\n"}, True),
+        (2, {}, False),
+    ],
+)
+def test_a_frozen_cgroup_is_told(tmp_path, version: int, shown: dict[str, str], frozen: bool) -> None:
+    for name, text in shown.items():
+        (tmp_path / name).write_text(text)
+    assert cgroup.Cgroup(version, "/", str(tmp_path)).is_frozen() == frozen
+
+
 def test_the_unified_directory_is_found_beside_v1(tree: ProcTree) -> None:
     tree.v1("/m")
     tree.write("/proc/self/cgroup", "4:memory:/m\n0::/u\n")

@@ -7,6 +7,7 @@ import pytest
 from memsafe._kernel import oom
 from memsafe._kernel.oom import KillLog, KillWatch
 from memsafe.testing import FakeKernel
+from tests.integration.scenario import open_files, opened_since
 
 MIB = 1024**2
 FIRST_NAMESPACE = "pid:[4026531836]"
@@ -190,8 +191,8 @@ def test_a_watch_that_cannot_begin_leaves_no_descriptor(machine, monkeypatch):
     def fails(root):
         raise MemoryError
 
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     monkeypatch.setattr(oom, "_kills", fails)
     with pytest.raises(MemoryError):
         KillWatch(machine.root)
-    assert os.listdir("/proc/self/fd") == before
+    assert opened_since(before) == []

@@ -103,6 +103,15 @@ def test_adjust_by_goes_from_what_was_inherited_and_never_exempts(tmp_path, befo
     assert oom.score_adj(root=tmp_path) == before
 
 
+def test_a_block_that_changed_nothing_writes_nothing_at_its_end(tmp_path, monkeypatch):
+    machine_at(tmp_path, 1000)
+    written = []
+    monkeypatch.setattr(oom.kernel, "write_score_adj", lambda *args: written.append(args))
+    with oom.adjust_by(100, root=tmp_path):
+        pass
+    assert written == []
+
+
 def test_an_offset_that_is_no_int_is_refused(tmp_path):
     machine_at(tmp_path, 0)
     with pytest.raises(TypeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from memsafe.errors import KernelError
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
+from tests.integration.scenario import open_files, opened_since
 from tests.unit.small_machine import LOW, MIB, leave, listen, monitored
 
 
@@ -109,14 +109,14 @@ def refuse_the_second(start=threading.Thread.start):
 )
 def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, fails):
     threads = threading.active_count()
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     monitor = monitored(machine, clock)
     with monkeypatch.context() as broken:
         broken.setattr(what, fails)
         with pytest.raises(RuntimeError, match="new thread"):
             monitor.start()
     assert threading.active_count() == threads
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
     monitor.close()
     with monitor:
         monitor.simulate(LOW)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import threading
 import weakref
@@ -12,6 +11,7 @@ import pytest
 
 from memsafe import PressureMonitor
 from memsafe.pressure.monitor import critical_event
+from tests.integration.scenario import open_files, opened_since
 from tests.unit.small_machine import CRITICAL, LOW, NORMAL, QUIET, listen, monitored, run
 
 # --- start and close ------------------------------------------------------------------------------------------------
@@ -84,14 +84,14 @@ def test_it_starts_again_with_its_callbacks_and_afresh(monitor):
 
 
 def test_a_callback_may_close_the_monitor(machine, clock):
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     with monitored(machine, clock) as monitor:
         thread = monitor._thread
         monitor.on(LOW, lambda event: monitor.close())
         monitor.simulate(LOW)
         thread.join(30)
     assert not thread.is_alive()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
 
 
 def test_closing_releases_those_who_wait_and_says_what_was_not_done(monitor):
@@ -192,7 +192,7 @@ def test_a_snapshot_may_ask_for_critical_while_other_threads_make_monitors(monit
 
 
 def test_fifty_monitors_in_one_process_hear_each_their_own():
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     monitors = [PressureMonitor(thresholds=QUIET).start() for _ in range(50)]
     heard = []
     for number, monitor in enumerate(monitors):
@@ -205,11 +205,11 @@ def test_fifty_monitors_in_one_process_hear_each_their_own():
     assert [monitor.check() for monitor in monitors[1::2]] == [LOW] * 25
     for monitor in monitors:
         monitor.close()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
 
 
 def test_threads_that_start_and_stop_one_monitor_at_once_leave_it_whole(machine):
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     monitor = PressureMonitor(root=machine.root, thresholds=QUIET)
     failures, gate = [], threading.Barrier(6)
 
@@ -230,7 +230,7 @@ def test_threads_that_start_and_stop_one_monitor_at_once_leave_it_whole(machine)
     with monitor:
         monitor.simulate(LOW)
         assert [thread.name for thread in threading.enumerate()].count("memsafe-pressure") == 1
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
 
 
 def test_one_that_is_dropped_while_it_runs_goes_on_until_its_callback_closes_it(machine):

@@ -134,6 +134,7 @@ def test_a_lost_region_warns_and_is_unmapped():
     assert budget.used_bytes == 0
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_region_lost_in_a_cycle_with_its_views_is_unmapped():
     def resident_bytes():
         with open("/proc/self/statm") as statm:

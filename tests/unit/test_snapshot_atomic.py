@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from memsafe.snapshot import AtomicFile, atomic
+from tests.integration.scenario import open_files, opened_since
 
 TMPFILE = os.O_TMPFILE
 
@@ -298,12 +299,12 @@ def test_a_file_that_another_one_takes_for_a_left_over_before_it_is_locked_is_ma
 
 def test_where_somebody_removes_every_file_at_once_that_is_told(path, monkeypatch):
     without_tmpfile(monkeypatch)
-    descriptors = os.listdir("/proc/self/fd")
+    before = open_files()
     monkeypatch.setattr(fcntl, "flock", lambda *_: os.unlink(path.parent / names(path)[0]))
     with pytest.raises(OSError, match="removed at once by somebody else"):
         AtomicFile(path)
     assert names(path) == []
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert opened_since(before) == []
 
 
 def test_where_every_name_is_taken_that_is_told(kind, path, monkeypatch):
@@ -319,12 +320,12 @@ def test_where_every_name_is_taken_that_is_told(kind, path, monkeypatch):
 
 
 def test_no_descriptor_is_left_open(kind, path):
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     replace(path)
     for bad in (path.parent, path.parent / "none" / "x"):
         with pytest.raises(OSError):  # noqa: PT011 - of two kinds
             AtomicFile(bad)
-    assert os.listdir("/proc/self/fd") == before
+    assert opened_since(before) == []
 
 
 class Faults:
@@ -352,7 +353,7 @@ class Faults:
 
 @pytest.mark.parametrize("for_good", [False, True])
 def test_whatever_fails_there_is_the_old_file_or_the_new_one_and_nothing_else(kind, path, for_good):
-    descriptors = os.listdir("/proc/self/fd")
+    before = open_files()
     outcomes = []
     for nth in range(1, 100):
         path.write_bytes(b"old")
@@ -368,7 +369,7 @@ def test_whatever_fails_there_is_the_old_file_or_the_new_one_and_nothing_else(ki
         # Only the folder's own fsync comes after the rename.
         assert path.read_bytes() in ((b"new",) if outcomes[-1] == "new" else (b"old", b"new"))
         assert names(path) == ["dump.db"]
-        assert os.listdir("/proc/self/fd") == descriptors
+        assert opened_since(before) == []
         if not faults.failed:
             break
     assert outcomes[-1] == "new"

@@ -3,7 +3,6 @@
 import math
 import mmap
 import os
-from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from memsafe._kernel import machine as memory, process
 from memsafe.errors import KernelError
 from memsafe.snapshot.meter import Meter
 from memsafe.testing import FakeKernel
+from tests.integration.scenario import open_files, opened_since
 
 MIB = 1024 * 1024
 
@@ -225,7 +225,7 @@ def test_woken_it_looks_at_once_unless_it_was_stopped(machine, now):
     assert meter.next_look_s == math.inf
 
 
-def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine, newborn):
+def test_faults_that_could_eat_the_headroom_have_it_read_without_a_bound(machine, now, newborn):
     meter = Meter(machine.root, None)
     machine.cgroup("/app").usage = 1012 * MIB
     assert not short_after(meter, MIB), "not read: so little cannot have eaten half a GiB"
@@ -343,16 +343,14 @@ def test_a_stopped_meter_is_never_due(machine):
 
 
 def test_what_it_reads_stays_open_until_it_is_closed():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files()
     meter = Meter("/", None)
     for _ in range(2):
         assert meter.measure(os.getpid()).copy_bytes > 0
-    kept = [Path("/proc/self/fd", number) for number in set(os.listdir("/proc/self/fd")) - before]
-    names = [os.readlink(path) for path in kept if path.is_symlink()]  # the listing's own is gone by now
-    assert f"/proc/{os.getpid()}/smaps_rollup" in names
+    assert f"/proc/{os.getpid()}/smaps_rollup" in opened_since(before)
     for _ in range(2):
         meter.close()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
 
 
 def test_minor_faults_are_read_behind_any_process_name(machine):

@@ -1,10 +1,12 @@
 """Save points by a manual clock, with an engine that is driven by hand: no process is forked, nothing sleeps."""
 
 import asyncio
+import itertools
 import json
 import logging
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -16,8 +18,9 @@ from memsafe.errors import (
     SnapshotInProgressError,
     SnapshotRefusedError,
 )
+from memsafe.snapshot import SavePoint, SnapshotForecast, SnapshotSchedule
+from memsafe.snapshot.changes import ChangeCount
 from memsafe.snapshot.job import SnapshotJob, SnapshotResult, SnapshotRun
-from memsafe.snapshot.schedule import SavePoint, SnapshotForecast, SnapshotSchedule
 
 PATIENCE_S = 30
 
@@ -232,6 +235,27 @@ def test_what_makes_no_sense_is_refused(make, arguments):
         make(**arguments)
 
 
+def test_arguments_that_the_engine_does_not_take_are_refused_at_once():
+    with pytest.raises(TypeError, match="max_copi"):
+        SnapshotSchedule("dump.db", print, every_s=1, max_copi="1 MiB")
+    with pytest.raises(TypeError, match="not a callable"):
+        SnapshotSchedule("dump.db", print, every_s=1, take=17)
+    SnapshotSchedule("dump.db", print, every_s=1, max_copy="1 MiB")
+
+
+def test_an_engine_that_does_not_tell_its_arguments_is_taken_at_its_word(engine, monkeypatch):
+    class Opaque:
+        @property
+        def __signature__(self):
+            raise ValueError("no signature found")
+
+        def __call__(self, *args, **arguments):
+            return engine.take(*args, **arguments)
+
+    SnapshotSchedule("dump.db", print, points=(), take=Opaque(), max_copi=1).save_now()
+    assert engine.calls[0][2] == {"max_copi": 1}
+
+
 # Failures.
 
 
@@ -287,6 +311,18 @@ def test_what_is_put_off_is_tried_later_and_is_no_failure(make, clock, engine, e
     engine.succeed()
 
 
+def test_a_failure_after_what_was_put_off_was_not_put_off(make, clock, engine):
+    schedule = make(after_changes=1, retry_s=5)
+    schedule.note_changes()
+    engine.refusal = put_off = refused("defer")
+    schedule.tick()
+    assert schedule.deferred_by is put_off
+    clock.now_s += 5
+    engine.refusal = OSError("no such folder")
+    schedule.tick()
+    assert (schedule.deferred_by, schedule.last_error) == (None, engine.refusal)
+
+
 @pytest.mark.parametrize("error", [refused("refuse"), OSError("no such folder"), TypeError("write is no function")])
 def test_what_cannot_begin_is_a_failure_and_the_schedule_goes_on(make, clock, engine, error):
     told = []
@@ -321,6 +357,222 @@ def test_an_interrupt_in_the_beginning_leaves_the_next_one_possible(make, engine
     engine.refusal = None
     assert schedule.save_now() is schedule.job
     assert schedule.consecutive_failures == 0
+
+
+# Interrupts, and other threads.
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+class Moment:
+    """Does something at the n-th place in the schedule's code where handlers run: calls, and what follows them."""
+
+    def __init__(self, number, act):
+        self.number, self.act = number, act
+        self.has_come = False
+
+    def __enter__(self):
+        left = self.number
+
+        def profile(frame, event, argument):
+            nonlocal left
+            if event in {"call", "return", "c_return"} and "/memsafe/snapshot/s" in frame.f_code.co_filename:
+                left -= 1
+                if not left:
+                    sys.setprofile(None)
+                    self.has_come = True
+                    self.act()
+
+        sys.setprofile(profile)
+
+    def __exit__(self, kind, error, traceback):
+        sys.setprofile(None)
+        return kind is Interrupted
+
+
+def interrupt():
+    raise Interrupted
+
+
+def moments(act=interrupt):
+    """Yield a Moment for each place, until the last one has passed."""
+    for number in itertools.count(1):
+        moment = Moment(number, act)
+        yield moment
+        if not moment.has_come:
+            assert number > 5
+            return
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_how_it_ended_is_taken_in_once_wherever_who_looks_is_interrupted(make, engine, failed):
+    for moment in moments():
+        told = []
+        schedule = make(points=(), on_end=told.append)
+        schedule.note_changes()
+        schedule.save_now()
+        engine.runs[-1].future._done_callbacks.clear()  # who looks comes before them
+        engine.fail() if failed else engine.succeed()
+        with moment:
+            assert schedule.job is None
+        assert schedule.consecutive_failures == schedule.changes_since == failed
+        assert (schedule.last_result is None) == (schedule.last_error is not None) == bool(failed)
+        assert schedule.job is None
+        schedule.tick()
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("driven_by", ["save_now", "tick"])
+@pytest.mark.parametrize("refusal", [None, OSError("no such folder"), SnapshotInProgressError("another's")])
+def test_the_next_one_is_possible_wherever_the_beginning_of_one_is_interrupted(make, engine, driven_by, refusal):
+    for moment in moments():
+        told = []
+        schedule = make(after_changes=1, on_end=told.append)
+        schedule.note_changes()
+        engine.refusal = refusal
+        with moment, suppress(OSError, SnapshotInProgressError):
+            getattr(schedule, driven_by)()
+        engine.refusal = None
+        if has_begun := schedule.job is not None:
+            engine.succeed()
+        assert schedule.save_now() is schedule.job
+        engine.succeed()
+        schedule.tick()
+        assert len([outcome for outcome in told if outcome == result()]) == 1 + has_begun
+
+
+@pytest.mark.parametrize("handler", ["closes", "saves"])
+def test_a_signal_handler_may_close_or_save_while_one_begins(make, engine, handler):
+    schedules, got = [], []
+
+    def handle():
+        try:
+            got.append(schedules[-1].close(timeout_s=0) if handler == "closes" else schedules[-1].save_now())
+        except (TimeoutError, SnapshotInProgressError):
+            got.append(None)
+
+    for moment in moments(handle):
+        schedule = make(points=())
+        schedules.append(schedule)
+        before = len(engine.runs)
+        with moment, suppress(SnapshotInProgressError, RuntimeError):
+            schedule.save_now()
+        assert len(engine.runs) - before == (schedule.job is not None)
+        if schedule.job is not None:
+            engine.succeed()
+        assert schedule._attempt is None
+
+
+def test_nothing_begins_after_another_thread_has_closed_wherever_the_beginning_of_one_stands(make, engine):
+    schedules, ends = [], []
+
+    def close():
+        if not schedules[-1]._lock.acquire(blocking=False):
+            return  # the other one has it, and who closes waits for that
+        schedules[-1]._lock.release()
+        try:
+            schedules[-1].close(timeout_s=0)
+            ends.append(("closed", len(engine.runs)))
+        except TimeoutError:
+            ends.append(("not ended", len(engine.runs)))
+
+    def close_elsewhere():
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+
+    for moment in moments(close_elsewhere):
+        schedules.append(make(points=()))
+        with moment, suppress(RuntimeError):
+            schedules[-1].save_now()
+        if ends and ends[-1][0] == "closed":
+            assert len(engine.runs) == ends[-1][1]
+            assert schedules[-1].job is None
+        elif schedules[-1].job is not None:
+            engine.succeed()
+        schedules[-1].close(timeout_s=0)
+        ends.clear()
+
+
+def test_a_start_that_is_interrupted_leaves_no_thread_and_can_be_made_again(make):
+    for moment in moments():
+        schedule = make(after_changes=1)
+        with moment:
+            schedule.start()
+        with suppress(RuntimeError):  # where it was interrupted when all was done, or not at all
+            schedule.start()
+        assert schedule._thread.is_alive()
+        schedule.close(timeout_s=PATIENCE_S)
+        assert not schedule._thread.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "memsafe-schedule":
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_a_thread_whose_start_was_interrupted_when_it_ran_already_ends(make, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise Interrupted
+
+    schedule = make(after_changes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(Interrupted):
+            schedule.start()
+    first = [thread for thread in threading.enumerate() if thread.name == "memsafe-schedule"]
+    with schedule:  # another one
+        for thread in first:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_a_schedule_whose_thread_cannot_be_started_is_not_driven(make, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    schedule = make(after_changes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            schedule.start()
+    with schedule:
+        pass
+
+
+def test_a_signal_handler_may_close_while_a_thread_is_being_started(make):
+    schedules = []
+    for moment in moments(lambda: schedules[-1].close(timeout_s=PATIENCE_S)):
+        schedules.append(make(after_changes=1))
+        with moment, suppress(RuntimeError):
+            schedules[-1].start()
+        schedules[-1].close(timeout_s=PATIENCE_S)
+        assert schedules[-1]._thread is None or not schedules[-1]._thread.is_alive()
+
+
+@pytest.mark.parametrize("handler", ["looks", "saves"])
+def test_a_signal_handler_that_comes_while_somebody_looks_takes_nothing_in_twice_and_loses_nothing(
+    make, engine, handler
+):
+    schedules, got = [], []
+
+    def handle():
+        got.append(schedules[-1].save_now() if handler == "saves" else schedules[-1].job)
+
+    for moment in moments(handle):
+        got.clear()
+        schedules.append(make(points=()))
+        schedules[-1].save_now()
+        engine.runs[-1].future._done_callbacks.clear()
+        engine.fail()
+        with moment:
+            assert schedules[-1].last_error is not None
+        assert schedules[-1].consecutive_failures == 1
+        assert [schedules[-1].job] == (got or [None])
 
 
 # By hand.
@@ -371,6 +623,50 @@ def test_what_the_program_counts_itself_is_asked_for(make, clock, engine):
     schedule.note_changes()
     assert schedule.changes_since == 3
     assert schedule.next_attempt_in_s == 0
+
+
+def test_a_count_that_begins_anew_takes_nothing_back_and_goes_on_from_there(make, clock, engine):
+    counter = SimpleNamespace(changes=1000)
+    schedule = make(after_changes=300, changes=lambda: counter.changes)
+    counter.changes = 1200
+    assert schedule.changes_since == 200
+    counter.changes = 0  # a flush
+    assert schedule.changes_since == 200
+    counter.changes = 150
+    assert schedule.changes_since == 350
+    schedule.tick()
+    counter.changes = 5  # another one, while the image is taken
+    engine.succeed()
+    assert schedule.changes_since == 5
+    counter.changes = 2000
+    assert schedule.changes_since == 2000
+    schedule.note_saved()
+    assert schedule.changes_since == 0
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_a_count_that_another_thread_reads_meanwhile_is_not_taken_for_one_that_began_anew(flushes):
+    """What was read first may be used last."""
+    ways, counter = [], SimpleNamespace(changes=10)
+
+    def read():
+        count = counter.changes
+        if ways:
+            ways.pop()()
+        return count
+
+    count = ChangeCount(read)
+    assert count.total() == 10
+
+    def meanwhile():
+        counter.changes = 0 if flushes else 20
+        assert count.total() == (10 if flushes else 20)
+        counter.changes += 3
+
+    ways.append(meanwhile)
+    counter.changes = 12
+    assert count.total() == (13 if flushes else 23)
+    assert count.total() == (13 if flushes else 23)
 
 
 def test_changes_of_many_threads_add_up(make):
@@ -428,8 +724,21 @@ def test_the_owner_hears_of_successes_and_failures_and_a_failing_owner_is_logged
         engine.fail()
     assert isinstance(told[1], SnapshotFailedError)
     assert schedule.last_result == result()
-    assert "1 snapshots of dump.db failed in a row, now: the disk is full" in caplog.text
+    assert "the snapshot of dump.db failed: the disk is full" in caplog.text
     assert "the owner broke" in caplog.text
+
+
+def test_the_log_says_how_many_failed_in_a_row(make, engine, caplog):
+    schedule = make(points=())
+    with caplog.at_level(logging.WARNING, "memsafe.snapshot"):
+        for _ in range(3):
+            schedule.save_now()
+            engine.fail()
+    assert caplog.messages == [
+        "the snapshot of dump.db failed: the disk is full",
+        "2 snapshots of dump.db failed in a row, the last one: the disk is full",
+        "3 snapshots of dump.db failed in a row, the last one: the disk is full",
+    ]
 
 
 def test_who_waited_for_the_job_sees_what_came_of_it(make, engine):
@@ -536,15 +845,99 @@ def test_close_waits_no_longer_than_told_for_a_thread_that_cannot_have_the_lock(
     assert asked.wait(PATIENCE_S)
     with pytest.raises(TimeoutError, match="has not ended"):
         schedule.close(timeout_s=0)
-    assert not engine.runs
     rescue.cancel()
     lock.release()
-    assert engine.began.wait(PATIENCE_S)
+    schedule.close(timeout_s=PATIENCE_S)
+    assert engine.calls == []  # it was closed by then
+    assert schedule.consecutive_failures == 0
+
+
+def test_close_waits_for_what_another_thread_is_just_beginning(make, engine, monkeypatch):
+    inside, go_on = threading.Event(), threading.Event()
+    take = engine.take
+
+    def slow(*args, **arguments):
+        inside.set()
+        assert go_on.wait(PATIENCE_S)
+        return take(*args, **arguments)
+
+    schedule = make(points=())
+    monkeypatch.setattr(schedule, "_take", slow)
+    saving = threading.Thread(target=schedule.save_now)
+    saving.start()
+    assert inside.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError, match="has not ended"):
+        schedule.close(timeout_s=0)
+    go_on.set()
+    saving.join()
     with pytest.raises(TimeoutError, match="still running"):
-        schedule.close(timeout_s=PATIENCE_S / 60)
+        schedule.close(timeout_s=0)
     engine.succeed()
-    schedule.close()
+    schedule.close(timeout_s=PATIENCE_S)
     assert schedule.last_result == result()
+
+
+def test_an_event_loop_waits_for_what_another_thread_is_just_beginning(make, engine, monkeypatch):
+    inside, take = threading.Event(), engine.take
+
+    def slow(*args, **arguments):
+        inside.set()
+        while not schedule._closed:
+            time.sleep(0.001)
+        job = take(*args, **arguments)
+        engine.succeed()
+        return job
+
+    schedule = make(points=())
+    monkeypatch.setattr(schedule, "_take", slow)
+
+    async def main():
+        async with schedule:
+            saving = asyncio.get_running_loop().run_in_executor(None, schedule.save_now)
+            assert inside.wait(PATIENCE_S)
+        assert schedule.last_result == result()
+        await saving
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("within", ["lock", "changes"])
+def test_a_schedule_that_is_closed_from_within_the_beginning_begins_nothing(make, engine, within):
+    armed = []
+
+    def close():
+        if armed:
+            armed.pop().close(timeout_s=PATIENCE_S)
+        return 0
+
+    class Lock:
+        def __enter__(self):
+            close()
+
+        def __exit__(self, *_):
+            pass
+
+    schedule = make(points=(), **{within: Lock() if within == "lock" else close})
+    armed.append(schedule)
+    with pytest.raises(RuntimeError, match="closed"):
+        schedule.save_now()
+    assert (armed, engine.calls, schedule.consecutive_failures) == ([], [], 0)
+
+
+def test_a_schedule_may_be_closed_from_within_take_and_on_end(make, engine, monkeypatch):
+    take = engine.take
+
+    def closing(*args, **arguments):
+        schedule.close(timeout_s=PATIENCE_S)
+        return take(*args, **arguments)
+
+    schedule = make(points=(), on_end=lambda outcome: schedule.close(timeout_s=PATIENCE_S))
+    monkeypatch.setattr(schedule, "_take", closing)
+    schedule.save_now()
+    engine.succeed()
+    assert schedule.last_result == result()
+    with pytest.raises(RuntimeError, match="closed"):
+        schedule.save_now()
 
 
 def test_close_cancels_if_told_to(make, engine):

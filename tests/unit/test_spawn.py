@@ -17,12 +17,9 @@ import pytest
 import memsafe
 from memsafe._kernel import child_cgroup
 from memsafe.spawn import arguments, limits, popen
+from tests.integration.scenario import open_files, opened_since
 
 PIPE = subprocess.PIPE
-
-
-def open_fds():
-    return set(os.listdir("/proc/self/fd"))
 
 
 def outcome(run, *args, **kwargs):
@@ -84,6 +81,7 @@ SAME = {
     "a descriptor that is not open": (["true"], {"stdin": 1_000_000}),
     "a descriptor to pass that is not open": (["true"], {"pass_fds": [987]}),
     "a negative descriptor to pass": (["true"], {"pass_fds": [-1]}),
+    "an iterator of no descriptors to pass": (["true"], {"pass_fds": iter([])}),
     "NUL in an argument": (["true", "a\0b"], {}),
     "NUL in env": (["true"], {"env": {"A": "a\0b"}}),
     "NUL in cwd": (["true"], {"cwd": "/tmp\0"}),
@@ -115,11 +113,11 @@ def test_run_does_what_subprocess_run_does(name, monkeypatch):
     args, kwargs = SAME[name]
     monkeypatch.setenv("MEMSAFE_TEST", "\udc80")
     monkeypatch.delenv("LS_COLORS", raising=False)
-    before = open_fds()
+    before = open_files()
     theirs = outcome(subprocess.run, args, stdout=PIPE, stderr=PIPE, **kwargs)
-    left_by_theirs = len(open_fds() - before)  # Python 3.11.2 leaves the pipes behind when the user is negative
+    left_by_theirs = len(opened_since(before))  # Python 3.11.2 leaves the pipes behind when the user is negative
     assert outcome(memsafe.run, args, stdout=PIPE, stderr=PIPE, **kwargs) == theirs
-    assert len(open_fds() - before) == 2 * left_by_theirs
+    assert len(opened_since(before)) == 2 * left_by_theirs
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -193,10 +191,10 @@ def test_the_audit_hook_of_subprocess_is_called():
 
 
 def test_preexec_fn_is_refused_with_what_to_use_instead():
-    before = open_fds()
+    before = open_files()
     with pytest.raises(ValueError, match=r"preexec_fn needs fork.*oom_score_adj"):
         memsafe.Popen(["true"], preexec_fn=os.getpid, stdin=PIPE)
-    assert open_fds() == before
+    assert opened_since(before) == []
 
 
 def test_only_the_descriptors_to_pass_are_open_in_the_child():
@@ -290,7 +288,8 @@ def test_a_signal_before_the_program_runs_ends_the_child_and_reaches_no_handler_
     assert run_in_a_child(code, cwd=Path(__file__).parents[2]).strip() == "True []"
 
 
-def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path):
+@pytest.mark.parametrize("reaper", ["we", "the kernel"])
+def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path, reaper):
     """It hangs in a FIFO meanwhile, as above; nobody would have its pid."""
     os.mkfifo(tmp_path / "cgroup.procs")
     code = f"""
@@ -298,6 +297,8 @@ def test_what_a_handler_raises_while_a_child_starts_ends_the_child(tmp_path):
         def interrupt(*_):
             raise KeyboardInterrupt
         signal.signal(signal.SIGUSR1, interrupt)
+        if {reaper!r} == "the kernel":
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         def interfere():
             while not psutil.Process().children():
                 pass
@@ -342,7 +343,7 @@ def test_signals_that_interrupt_us_all_the_time_harm_no_child():
 
 
 def test_many_threads_start_children_at_once():
-    before = open_fds()
+    before = open_files()
     wrong = []
 
     def start(number):
@@ -357,7 +358,7 @@ def test_many_threads_start_children_at_once():
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert open_fds() == before
+    assert opened_since(before) == []
 
 
 def test_oom_score_adj_is_the_childs_and_not_ours():
@@ -441,7 +442,7 @@ def test_rlimits_and_nice_are_the_childs():
 
 
 def test_a_limit_that_the_kernel_refuses_is_named_and_nothing_is_started(tmp_path):
-    before = open_fds()
+    before = open_files()
     program = ["touch", str(tmp_path / "started")]
     with pytest.raises(memsafe.KernelError, match=r"setrlimit.*not started; the soft limit is above") as refused:
         memsafe.Popen(program, rlimits={resource.RLIMIT_NOFILE: (2, 1)}, stdout=PIPE)
@@ -452,7 +453,7 @@ def test_a_limit_that_the_kernel_refuses_is_named_and_nothing_is_started(tmp_pat
     assert memsafe.run(["true"], cgroup=tmp_path).returncode == 0
     assert (tmp_path / "cgroup.procs").read_text() == "0"
     assert sorted(os.listdir(tmp_path)) == ["cgroup.procs"]
-    assert open_fds() == before
+    assert opened_since(before) == []
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

@@ -11,6 +11,7 @@ import threading
 import pytest
 
 import memsafe
+from tests.integration.scenario import open_files, opened_since
 
 PIPE = subprocess.PIPE
 MIB = 1 << 20
@@ -24,10 +25,10 @@ def runner(request):
     else:
         run = pytest.importorskip("uvloop", reason="uvloop is not installed").run
     run(asyncio.sleep(0))  # uvloop keeps what it opens at first
-    descriptors, threads = os.listdir("/proc/self/fd"), threading.enumerate()
+    before, threads = open_files(), set(threading.enumerate())
     yield run
-    assert os.listdir("/proc/self/fd") == descriptors
-    assert threading.enumerate() == threads
+    assert opened_since(before) == []
+    assert set(threading.enumerate()) <= threads
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

@@ -292,6 +292,12 @@ def test_a_path_that_is_none_of_the_hierarchy_is_refused(kernel, path):
         kernel.cgroup(path)
 
 
+def test_no_cgroup_has_the_name_of_a_file_of_the_one_above(kernel):
+    with pytest.raises(ValueError, match=r"has that name already: '/app/memory\.max'"):
+        kernel.cgroup("/app/memory.max")
+    assert kernel.cgroup("/app", limit=GIB).file("memory.max")
+
+
 def test_a_setting_that_does_not_exist_is_an_error_and_changes_nothing(kernel):
     with pytest.raises(TypeError, match="no setting 'used'"):
         kernel.cgroup("/app", used=5)
