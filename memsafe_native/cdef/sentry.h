@@ -19,8 +19,9 @@ typedef struct ms_sentry_report {
 } ms_sentry_report;
 
 /* Start the thread, named "memsafe-sentry", which does nothing yet. It takes a 400th of a core, and at the most five
- * hundred looks before their time, and those at a rate that is too high, which make others wait. Returns 0 and sets
- * *sentry, -EINVAL, -ENOMEM, -EBADF, or what pthread_create gave. Thread-safe. Needs no GIL. */
+ * hundred looks before their time, and those at a rate that is too high, or soon would be. These make others wait, but
+ * for no longer than twice as usual, nor than twice pace.most_ns: where a look is dear, it takes more. Returns 0 and
+ * sets *sentry, -EINVAL, -ENOMEM, -EBADF, or what pthread_create gave. Thread-safe. Needs no GIL. */
 int ms_sentry_open(const ms_sentry_orders *orders, ms_sentry **sentry);
 
 /* Watch over this child of the process's, whose fork took pause_ns, unless one was ended already. The pidfd must stay

@@ -217,16 +217,18 @@ static bool is_misled(const lookout *post)
     return false;
 }
 
-/* Returns when there will have been time enough for what was spent but for so many looks, waking up included. What one
- * look cost too much, as a host that took the processor away makes it seem, must not put off the others for long. */
+/* Returns when there will have been time enough for what was spent but for so many looks, waking up included; and no
+ * later than two of the longest waits from now: what looks cost is more than they take where a host takes the processor
+ * away, and nobody may be blind for that. */
 static int64_t affordable_ns(const ms_sentry *sentry, int64_t at_ns, int64_t ahead)
 {
     int64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - sentry->cpu_began_ns;
-    int64_t looks = sentry->looks;
+    int64_t looks = sentry->looks, most_ns = sentry->orders.pace.most_ns;
     if (looks <= ahead)
         return 0;
     int64_t space_ns = spent_ns / looks * DUTY;
-    int64_t due_ns = sentry->began_ns + space_ns * (looks - ahead), latest_ns = at_ns + SPARSE * space_ns;
+    int64_t due_ns = sentry->began_ns + space_ns * (looks - ahead);
+    int64_t latest_ns = at_ns + SPARSE * (space_ns < most_ns ? space_ns : most_ns);
     return due_ns < latest_ns ? due_ns : latest_ns;
 }
 
