@@ -164,9 +164,12 @@ class Limits:
 
 
 def _folder(cgroup: StrOrBytesPath) -> str:
-    if not os.fspath(cgroup):
+    folder = os.fsdecode(cgroup)
+    if not folder:
         raise ValueError("a cgroup's folder must not be empty: that would be the current directory")
-    return os.path.abspath(os.fsdecode(cgroup))  # noqa: PTH100
+    if "\0" in folder:
+        raise ValueError(f"embedded null byte in a cgroup's folder: {folder!r}")
+    return os.path.abspath(folder)  # noqa: PTH100
 
 
 def _kills(groups: tuple[MemoryCgroup, ...]) -> list[int | None]:
