@@ -15,6 +15,7 @@ BudgetCore = _types["BudgetCore"]
 Claim = _types["Claim"]
 Reservation = _types["Reservation"]
 RegionCore = _types["RegionCore"]
+close_owned = _types["close_owned"]
 current_budget_by = _types["current_budget_by"]
 environment = _types["environment"]
 fork = _types["fork"]
@@ -43,6 +44,7 @@ __all__ = [
     "RegionCore",
     "Reservation",
     "check",
+    "close_owned",
     "current_budget_by",
     "environment",
     "ffi",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from memsafe._native import close_owned
+
 
 def descriptor_path(fd: int) -> str:
     """Return a path that stands for this process's open file *fd*, also where the file has no name (O_TMPFILE).
@@ -42,10 +44,17 @@ class Owned:
         return self._identity is not None and not self.is_ours()
 
     def close(self) -> None:
-        """Close it if it is ours, and once."""
-        if self.is_ours():
+        """Close it if it is ours, and once: in one step, so that no other thread's file gets the number in between."""
+        if self._identity is None:
+            return
+        device, inode = self._identity or (0, 0)
+        try:
+            was_ours = close_owned(self.fd, device, inode)
+        except OSError:
             self._identity = None
-            os.close(self.fd)
+            raise
+        if was_ours:
+            self._identity = None
 
     def _look(self) -> tuple[int, ...] | None:
         """Return device and inode, _UNTOLD where something is open that tells neither; None where nothing is."""

@@ -22,8 +22,8 @@ int ms_python_types_attach(uintptr_t dict)
     PyGILState_STATE gil = PyGILState_Ensure();
     PyObject *target = (PyObject *)dict;
     int failed = ms_budget_py_add(target) || ms_fork_py_add(target) || ms_heap_py_add(target) ||
-                 ms_numpy_handler_py_add(target) || ms_object_heap_py_add(target) || ms_region_py_add(target) ||
-                 ms_spawn_py_add(target);
+                 ms_numpy_handler_py_add(target) || ms_object_heap_py_add(target) || ms_owned_py_add(target) ||
+                 ms_region_py_add(target) || ms_spawn_py_add(target);
     if (failed)
         PyErr_Print();
     PyGILState_Release(gil);

@@ -12,6 +12,7 @@ int ms_fork_py_add(PyObject *dict);
 int ms_heap_py_add(PyObject *dict);
 int ms_numpy_handler_py_add(PyObject *dict);
 int ms_object_heap_py_add(PyObject *dict);
+int ms_owned_py_add(PyObject *dict);
 int ms_region_py_add(PyObject *dict);
 int ms_spawn_py_add(PyObject *dict);
 

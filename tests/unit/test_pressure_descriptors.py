@@ -214,6 +214,26 @@ def test_a_descriptor_is_closed_once_and_only_while_it_is_ours(tmp_path):
     os.close(again)
 
 
+def test_between_the_look_and_the_closing_no_other_thread_gives_the_number_away(tmp_path, monkeypatch):
+    (tmp_path / "stranger").touch()
+    with open(tmp_path / "stranger", "rb") as stranger:
+        owned, given, look = Owned(os.open(tmp_path, os.O_RDONLY)), [], os.fstat
+
+        def look_and_lose_the_gil(number):
+            found = look(number)
+            given.append(os.dup2(stranger.fileno(), number))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", look_and_lose_the_gil)
+            owned.close()
+        for number in given:
+            assert os.path.sameopenfile(number, stranger.fileno())
+        assert not given, "it is one step"
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(owned.fd)
+
+
 def test_a_descriptor_that_somebody_closed_keeps_nothing_from_being_done_at_critical(machine, clock, tmp_path):
     with (
         monitored(machine, clock, reserve="1 MiB") as monitor,
