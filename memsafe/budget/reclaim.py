@@ -55,7 +55,7 @@ class ReclaimerEntry:
         self.function = function
         self.priority = priority
         self.reclaimable = reclaimable
-        self.is_async = _is_coroutine_function(function)
+        self.is_async = is_coroutine_function(function)
         self.runs_for: object | None = None
         self._running_in = 0  # the policy.generation of the process it runs in
         self._joined: list[Claim] = []
@@ -274,7 +274,11 @@ def in_order(budget: Budget, requester: Budget | None = None, *, asynchronous: b
     return [entry for _, entry in ranked]
 
 
-def ask(budget: Budget, missing: Callable[[], int]) -> int:
+def ask(
+    budget: Budget,
+    missing: Callable[[], int],
+    ask_one: Callable[[ReclaimerEntry, int], object] = ReclaimerEntry.run_alone,
+) -> int:
     """Ask the reclaimers at and below the budget once each, in order, until nothing is missing any more.
 
     Coroutine functions are not asked, nor those that are at work for somebody else.
@@ -282,6 +286,7 @@ def ask(budget: Budget, missing: Callable[[], int]) -> int:
     Args:
         budget: The one to make room in.
         missing: Called before each: how many bytes to ask for; 0 or less ends it.
+        ask_one: Asks one of them for so many bytes. What it raises ends it, as does what is no Exception here.
 
     Returns:
         The bytes by which the budget's use fell.
@@ -292,11 +297,11 @@ def ask(budget: Budget, missing: Callable[[], int]) -> int:
     for entry in in_order(budget):
         if (missing_bytes := missing()) <= 0:
             break
-        entry.run_alone(missing_bytes)
+        ask_one(entry, missing_bytes)
     return max(0, before_bytes - budget.used_bytes)
 
 
-def _is_coroutine_function(function: Any) -> bool:
+def is_coroutine_function(function: Any) -> bool:
     """Whether calling it makes a coroutine: also bound methods, partials, and objects whose __call__ is one."""
     while (inner := getattr(function, "func", None) or getattr(function, "__func__", None)) is not None:
         function = inner

@@ -73,8 +73,11 @@ class Deputy:
         self.has_led = False
         self._is_ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memsafe-pressure-deputy", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, and wait until it has opened its files: later there may be no room for that."""
         self._thread.start()
-        self._is_ready.wait()  # it opens files; later there may be no room for that
+        self._is_ready.wait()
 
     @property
     def is_current(self) -> bool:
@@ -109,12 +112,12 @@ class Deputy:
         try:
             yield
         finally:
-            self._return()
             self._errand = None
+            if not self._has_ended and (took_s := errand.took_s) >= SLOW_S:
+                journal.warning(f"{what} took %.1f s; the next ones waited", *args, took_s)
+            self._return()
             if self._has_ended:
                 raise SystemExit  # user code has forked, and this is the child, where the monitor is inert
-            if (took_s := errand.took_s) >= SLOW_S:
-                journal.warning(f"{what} took %.1f s; the next ones waited", *args, took_s)
 
     @contextmanager
     def back(self) -> Iterator[None]:
@@ -131,11 +134,11 @@ class Deputy:
         self._lead = threading.Lock()
 
     def end(self) -> None:
-        """Join the thread. Twice is a no-op."""
+        """Join the thread, if it was started. Twice is a no-op."""
         if self._has_ended:
             return
         self._has_ended = True
-        if self._hub.alarm(0):  # else nothing wakes it
+        if self._hub.alarm(0) and self._thread.ident is not None:  # else nothing wakes it
             self._thread.join()
 
     def _return(self) -> None:

@@ -1,4 +1,6 @@
-"""What the monitor's threads log. Handlers are user code: one that raises must not end the thread that warns."""
+"""What the monitor's threads log. Handlers are user code: one that raises, whatever it is, must not end the thread that
+warns.
+"""
 
 from __future__ import annotations
 
@@ -21,5 +23,5 @@ def exception(message: str, *args: object) -> None:
 
 
 def _write(level: int, message: str, args: tuple[object, ...], *, is_failure: bool = False) -> None:
-    with suppress(Exception, SystemExit):
+    with suppress(BaseException):
         _log.log(level, message, *args, exc_info=is_failure, stacklevel=_CALLER)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum, IntEnum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from memsafe.sizes import format_size
@@ -26,7 +27,7 @@ GIB = 1024**3
 # What the native thread can count with: nanoseconds and bytes in 63 bits. A year is more than enough.
 _POLL_S_MOST = 366 * 86_400
 _BOUNDS = (
-    ("clear_ratio", 1, math.inf),
+    ("clear_ratio", 1, 1_000_000),
     ("stall_headroom_ratio", 0, 1),
     ("cooldown_s", 0, math.inf),
     ("some_stall_us", 1, 2_000_000),  # the window of a trigger
@@ -118,6 +119,10 @@ class Thresholds:
     fill_bytes_per_s: int = 4 * GIB
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Real):
+                raise ValueError(f"{field.name} must be a number, not {value!r}")
         for name in ("low", "critical"):
             ratio = getattr(self, f"{name}_ratio")
             least, most = getattr(self, f"{name}_bytes_min"), getattr(self, f"{name}_bytes_max")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from memsafe.budget.reclaim import is_coroutine_function
 from memsafe.errors import KernelError
 from memsafe.pressure import journal, levels
 from memsafe.pressure.alarm import alarm
@@ -24,7 +25,7 @@ from memsafe.pressure.sources import WATERMARK
 from memsafe.status import status_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
     from memsafe._kernel.files import Root
@@ -53,7 +54,7 @@ class _Request:
     check has neither.
     """
 
-    __slots__ = ("callback", "done", "is_dropped", "level", "missed", "place")
+    __slots__ = ("callback", "done", "failure", "is_dropped", "level", "missed", "place")
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class _Request:
         self.missed = missed
         self.place = place
         self.is_dropped = False
+        self.failure: Exception | None = None
         self.done = threading.Event()
 
 
@@ -188,12 +190,18 @@ class PressureMonitor:
         self._requests = [_Request()]  # the first look
         hub.wake()
         self._stopping = False
+        thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
         try:
             self._deputy = Deputy(hub, lambda is_first: self._stand_in(hub, is_first))
-            self._thread = threading.Thread(target=self._run, args=(hub,), name="memsafe-pressure", daemon=True)
-            self._thread.start()
+            self._deputy.start()
+            self._thread = thread
+            thread.start()
         except BaseException:
-            self._stopping, self._thread = True, None
+            self._stopping = True
+            if thread.ident is not None:  # a signal's handler raised when it ran already: it closes all, and ends
+                hub.wake()
+                raise
+            self._thread = None
             if self._deputy is not None:
                 self._deputy.end()
             self._shut(hub)
@@ -262,7 +270,7 @@ class PressureMonitor:
 
     @property
     def level(self) -> PressureLevel:
-        """The level in force."""
+        """The level in force; of a monitor that was closed, the last one."""
         return self._ladder.level
 
     @property
@@ -294,6 +302,8 @@ class PressureMonitor:
             return lambda decorated: self.on(level, decorated)
         if not callable(function):
             raise TypeError(f"a callback must be callable: {function!r}")
+        if is_coroutine_function(function):
+            raise TypeError(f"a callback runs on a thread, where no coroutine does: use events(), not {function!r}")
         with self._lock:
             self._callbacks = (*self._callbacks, (level, function))
             missed = self._last_real
@@ -346,7 +356,7 @@ class PressureMonitor:
             timeout_s: How long to wait for the callbacks; None: as long as they take.
 
         Raises:
-            RuntimeError: The monitor does not run, or has ended before it came to that.
+            RuntimeError: The monitor does not run, has ended before it came to that, or could not look at the machine.
             TimeoutError: The callbacks did not end in time; they go on.
         """
         self._request(_Request(level=PressureLevel(level)), timeout_s)
@@ -364,6 +374,8 @@ class PressureMonitor:
             raise RuntimeError("the monitor does not run: use it as a context manager, or call start()")
 
     def _request(self, request: _Request, timeout_s: float | None) -> None:
+        if timeout_s is not None and timeout_s > threading.TIMEOUT_MAX:
+            timeout_s = None  # math.inf, say
         with self._lock:
             self._require_running()
             self._post(request)
@@ -371,6 +383,8 @@ class PressureMonitor:
             raise TimeoutError(f"the monitor's callbacks did not end within {timeout_s} s")
         if request.is_dropped:
             raise RuntimeError("the monitor has ended, and did not do what it was asked for")
+        if request.failure is not None:
+            raise RuntimeError("the monitor could not look at the machine, and tries again") from request.failure
 
     def _is_own_thread(self) -> bool:
         """Whether this is called in one of the monitor's threads, which must not wait for themselves."""
@@ -388,8 +402,8 @@ class PressureMonitor:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self, hub: Hub) -> None:
-        deputy = self._deputy
-        assert deputy is not None
+        if (deputy := self._deputy) is None:
+            return  # start() was interrupted, and has closed all
         has_led, rest_s = False, 0.0
         try:
             hub.ready()
@@ -434,7 +448,7 @@ class PressureMonitor:
         """Do what there is to do. Nothing that fails in it ends the thread, or keeps a caller waiting."""
         wants_look = wants_look or any(request.level is None and request.callback is None for request in requests)
         try:
-            with self._surviving(hub):
+            with self._surviving(hub, requests):
                 has_looked = self._look(hub, reports, wants_look, deputy)
                 for request in requests:
                     if request.level is not None:
@@ -460,10 +474,13 @@ class PressureMonitor:
                 hub.provide()
 
     @contextmanager
-    def _surviving(self, hub: Hub) -> Iterator[None]:
+    def _surviving(self, hub: Hub, requests: Iterable[_Request] = ()) -> Iterator[None]:
+        """Log what fails, and try again later; *requests* that this kept from being done are told."""
         try:
             yield
-        except Exception:
+        except Exception as error:
+            for request in requests:
+                request.failure = error
             pause_s = self._thresholds.poll_s_max
             journal.exception("the monitor could not look at the machine; it tries again in %s s", pause_s)
             hub.poll_after(pause_s)

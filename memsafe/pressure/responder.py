@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memsafe.budget import Budget
+    from memsafe.budget.reclaim import ReclaimerEntry
     from memsafe.pressure.levels import Judgement
 
 # Reclaimers that could not end a shortage are asked again while it lasts, but not hounded.
@@ -71,8 +72,7 @@ class Responder:
         try:
             if self._reclaim(budget, need):
                 self._unmet = PressureLevel.NORMAL
-        except BaseException:
-            # SystemExit too: a reclaimer must not end the thread that warns.
+        except Exception:
             journal.exception("reclaiming the budget %r failed", budget)
         self._unmet_bytes = need.shortage_bytes
         self._again_at_s = self._clock() + _AGAIN_S
@@ -82,7 +82,7 @@ class Responder:
         """Ask until the need is met, or what is given no longer shows; whether it is met."""
         for _ in range(_ROUNDS_MAX):
             need.most_bytes = 0
-            freed_bytes = reclaim.ask(budget, need)
+            freed_bytes = reclaim.ask(budget, need, _ask_and_go_on)
             if need() <= 0:
                 return True
             # What fills memory may have been faster. Or what was freed does not come back to the kernel: then asking
@@ -97,6 +97,14 @@ class Responder:
             give_back()
         except Exception:
             journal.exception("giving memory back failed")
+
+
+def _ask_and_go_on(entry: ReclaimerEntry, need_bytes: int) -> None:
+    try:
+        entry.run_alone(need_bytes)
+    except BaseException:
+        # SystemExit too: a reclaimer must not keep the next one from making room, nor end the thread that warns.
+        journal.exception("the reclaimer %r failed; the next one is asked", entry.function)
 
 
 class _Need:

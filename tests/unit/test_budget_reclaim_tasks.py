@@ -109,6 +109,6 @@ def test_coroutine_functions_are_known_in_every_guise():
         return 0
 
     for guise in (Callable(), Callable().method, functools.partial(function, 1), functools.partial(Callable().method)):
-        assert reclaim._is_coroutine_function(guise)
+        assert reclaim.is_coroutine_function(guise)
     for guise in (plain, functools.partial(plain, 1), len, int, object(), memsafe.trim, [].append):
-        assert not reclaim._is_coroutine_function(guise)
+        assert not reclaim.is_coroutine_function(guise)

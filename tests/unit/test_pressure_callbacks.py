@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 
 import pytest
@@ -69,7 +70,13 @@ def test_on_is_a_decorator_that_returns_its_function(monitor):
     assert shed.heard.level == LOW
 
 
-@pytest.mark.parametrize(("level", "function", "error"), [(7, print, ValueError), (LOW, "shed", TypeError)])
+async def coroutine(event):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("level", "function", "error"), [(7, print, ValueError), (LOW, "shed", TypeError), (LOW, coroutine, TypeError)]
+)
 def test_junk_is_no_callback(monitor, level, function, error):
     with pytest.raises(error):
         monitor.on(level, function)
@@ -206,6 +213,12 @@ def test_a_drill_does_not_wait_longer_than_told(monitor):
     with pytest.raises(TimeoutError):
         monitor.simulate(LOW, timeout_s=0.001)
     going_on.set()
+
+
+@pytest.mark.parametrize("timeout_s", [None, math.inf, 1e300])
+def test_a_drill_may_be_waited_for_for_ever(monitor, timeout_s):
+    monitor.simulate(LOW, timeout_s=timeout_s)
+    assert monitor.check(timeout_s=timeout_s) == LOW
 
 
 @pytest.mark.parametrize("level", [-1, 3, "LOW"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import logging
 import threading
+import time
 
 import pytest
 
+from memsafe import Thresholds
 from memsafe.errors import KernelError
 from memsafe.pressure.emergency import EmergencyReserve
 from memsafe.pressure.hub import Hub
 from tests.integration.scenario import open_files, opened_since
-from tests.unit.small_machine import LOW, MIB, leave, listen, monitored
+from tests.unit.small_machine import CRITICAL, LOW, MIB, leave, listen, monitored
 
 
 @pytest.fixture
@@ -32,7 +35,9 @@ def fail(*_):
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the disk is full"), SystemExit(1), KeyboardInterrupt(), asyncio.CancelledError()]
+)
 def test_a_handler_of_the_log_that_raises_ends_nothing(machine, monitor, on_log, monkeypatch, error):
     told = []
 
@@ -44,7 +49,8 @@ def test_a_handler_of_the_log_that_raises_ends_nothing(machine, monitor, on_log,
     monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.0)  # each callback is too slow
     with monkeypatch.context() as broken:
         broken.setattr("memsafe.pressure.monitor.status_once", fail)
-        monitor.check()
+        with pytest.raises(RuntimeError, match="could not look"):
+            monitor.check()
     assert "could not look" in told[0]
     monitor.on(LOW, fail)
     heard = listen(monitor, LOW)
@@ -55,6 +61,57 @@ def test_a_handler_of_the_log_that_raises_ends_nothing(machine, monitor, on_log,
     assert len(heard) == len(late) == 1
     assert any("failed" in line for line in told)
     assert any("took" in line for line in told)
+
+
+def test_a_handler_of_the_log_that_hangs_after_a_slow_callback_keeps_nobody_from_looking(
+    machine, clock, on_log, monkeypatch
+):
+    """It has another thread look, as the callback did."""
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang(record):
+        if "took" in record.getMessage():
+            hangs.set()
+            assert go_on.wait(60)
+
+    on_log(hang)
+    monkeypatch.setattr("memsafe.pressure.deputy.SLOW_S", 0.0)
+    with monitored(machine, clock, thresholds=Thresholds(poll_s_max=0.01)) as monitor:
+        monitor.check()
+        monitor.on(LOW, lambda event: None)
+        leave(machine, 15 * MIB)
+        assert hangs.wait(60)
+        leave(machine, 2 * MIB)
+        deadline_s = time.monotonic() + 60
+        while monitor.level != CRITICAL:
+            assert time.monotonic() < deadline_s
+        go_on.set()
+
+
+class Interrupted(BaseException):
+    """What a signal's handler raised."""
+
+
+@pytest.mark.parametrize("name", ["memsafe-pressure", "memsafe-pressure-deputy"])
+def test_an_interrupt_just_after_a_thread_began_leaves_nothing(machine, clock, monkeypatch, name):
+    begin, before = threading.Thread.start, open_files()
+    with monkeypatch.context() as patched:
+
+        def interrupted(thread):
+            begin(thread)
+            if thread.name == name:
+                raise Interrupted
+
+        patched.setattr(threading.Thread, "start", interrupted)
+        monitor = monitored(machine, clock)
+        with pytest.raises(Interrupted):
+            monitor.start()
+    monitor.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memsafe-pressure")]
+    assert opened_since(before) == []
+    with monitor:
+        monitor.simulate(LOW)
+        assert monitor.level == LOW
 
 
 def test_a_handler_of_the_log_may_call_the_monitor_that_starts(machine, clock, on_log, monkeypatch):
@@ -122,11 +179,13 @@ def test_nothing_is_left_when_a_start_fails(machine, clock, monkeypatch, what, f
         monitor.simulate(LOW)
 
 
-def test_a_look_that_fails_is_logged_and_tried_again(monitor, monkeypatch, caplog):
+def test_a_look_that_fails_is_logged_told_to_who_asked_and_tried_again(monitor, monkeypatch, caplog):
     with monkeypatch.context() as broken:
         broken.setattr("memsafe.pressure.monitor.status_once", lambda _: 1 / 0)
-        monitor.check()
-        monitor.simulate(LOW)
+        for ask in (monitor.check, lambda: monitor.simulate(LOW)):
+            with pytest.raises(RuntimeError, match="could not look at the machine") as told:
+                ask()
+            assert isinstance(told.value.__cause__, ZeroDivisionError)
     assert caplog.text.count("could not look") == 2
     monitor.simulate(LOW)
     assert monitor.level == LOW

@@ -256,6 +256,10 @@ def test_a_forced_level_falls_by_the_cooldown_unless_it_is_real():
         {"fill_bytes_per_s": 2**70},
         {"fill_bytes_per_s": 1e9},
         {"fill_bytes_per_s": NAN},
+        {"clear_ratio": 1e300},
+        {"low_bytes_max": "1 GiB"},
+        {"low_ratio": "0.1"},
+        {"cooldown_s": None},
     ],
 )
 def test_thresholds_that_make_no_sense_are_refused(junk):

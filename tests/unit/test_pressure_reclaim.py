@@ -178,6 +178,22 @@ def test_a_reclaimer_that_fails_does_not_end_the_thread_or_keep_callbacks_from_r
     assert "fail" in caplog.text
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt()])
+def test_a_reclaimer_that_fails_keeps_no_other_from_making_room(machine, clock, caplog, error):
+    budget = Budget(name="db")
+    cache = Cache(budget, "30 MiB", priority=2)
+
+    @budget.reclaimer(priority=1)
+    def fail(need_bytes):
+        raise error
+
+    with monitored(machine, clock, budget) as monitor:
+        monitor.simulate(CRITICAL)
+    assert (cache.asked, budget.used_bytes) == ([30 * MIB], 0)
+    assert "fail" in caplog.text
+    cache.held.release()
+
+
 def test_a_budget_is_reclaimed_before_the_callbacks_and_trimmed_after_them(machine, clock, budget, monkeypatch):
     order = []
     cache = Cache(budget, "30 MiB")
