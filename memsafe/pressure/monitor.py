@@ -296,6 +296,10 @@ class PressureMonitor:
         One for LOW hears LOW and CRITICAL, one for CRITICAL only that, one for NORMAL the all-clear. It runs on the
         monitor's thread; a failure is logged, and the others run. A callback that comes while memory is short already
         hears the last event at once; a drill is not told again, but what was short before it is.
+
+        Raises:
+            ValueError: *level* is none.
+            TypeError: *function* cannot be called, or is a coroutine function, which a thread cannot run: use events().
         """
         level = PressureLevel(level)
         if function is None:
